@@ -1,0 +1,97 @@
+"""Clustering tasks: populations of points in the plane, drawn from random mixtures of Gaussians.
+
+Per task (Vollgraf 2019, arXiv 1906.09400, section 4.1): 3 to 10 clusters and 100 to 1000 entities, both uniform; equal
+mixture weights; means from N(0, I); covariances from an inverse Wishart distribution with 4 degrees of freedom and scale
+0.05 I. All tasks are drawn at once, and lie end to end in one tensor, on the device where they are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+N_CLUSTERS = (3, 10)
+N_ENTITIES = (100, 1000)
+DEGREES_OF_FREEDOM = 4
+SCALE = 0.05
+N_LABELS = N_CLUSTERS[1]
+
+
+@dataclass(frozen=True)
+class ClusteringTasks:
+    """T tasks with P points in all, task t being points[starts[t] : starts[t] + sizes[t]]."""
+
+    points: Tensor  # (P, 2) float32
+    labels: Tensor  # (P) int64, below n_clusters of the task
+    starts: Tensor  # (T) int64
+    sizes: Tensor  # (T) int64, on the CPU: shapes are made of it
+    n_clusters: Tensor  # (T) int64
+    means: Tensor  # (T, 10, 2) float64
+    factors: Tensor  # (T, 10, 2, 2) float64, lower triangular; covariance = factor factor^T
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def to(self, device: torch.device) -> ClusteringTasks:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ClusteringTasks(**{name: t if name == "sizes" else t.to(device) for name, t in moved.items()})
+
+
+def make_tasks(n_tasks: int, seed: int) -> ClusteringTasks:
+    """Draw tasks on the CPU; the same seed gives the same tasks. Raises ValueError for less than one task."""
+    if n_tasks < 1:
+        raise ValueError(f"{n_tasks} tasks: at least one is needed")
+    gen = torch.Generator().manual_seed(seed)
+    n_clusters = torch.randint(N_CLUSTERS[0], N_CLUSTERS[1] + 1, (n_tasks,), generator=gen)
+    sizes = torch.randint(N_ENTITIES[0], N_ENTITIES[1] + 1, (n_tasks,), generator=gen)
+    means = torch.randn(n_tasks, N_LABELS, 2, generator=gen, dtype=torch.float64)
+    # a Wishart matrix is the sum of outer products of normal vectors, one for each degree of freedom
+    normals = torch.randn(n_tasks, N_LABELS, 2, DEGREES_OF_FREEDOM, generator=gen, dtype=torch.float64)
+    factors = torch.linalg.cholesky(SCALE * torch.linalg.inv(normals @ normals.mT))
+
+    task = torch.repeat_interleave(torch.arange(n_tasks), sizes)
+    labels = (torch.rand(len(task), generator=gen) * n_clusters[task]).long()
+    labels = torch.minimum(labels, n_clusters[task] - 1)  # the product may round up to n_clusters
+    cluster = task * N_LABELS + labels
+    noise = torch.randn(len(task), 2, generator=gen)
+    lower, mean = factors.flatten(0, 1).float()[cluster], means.flatten(0, 1).float()[cluster]
+    x0 = mean[:, 0] + lower[:, 0, 0] * noise[:, 0]
+    x1 = mean[:, 1] + lower[:, 1, 0] * noise[:, 0] + lower[:, 1, 1] * noise[:, 1]
+    return ClusteringTasks(torch.stack([x0, x1], 1), labels, sizes.cumsum(0) - sizes, sizes, n_clusters, means, factors)
+
+
+def split(n_tasks: int) -> tuple[Tensor, Tensor]:
+    """Indices of the training tasks and of the last 10 % (at least one), which validate."""
+    n_validation = max(1, n_tasks // 10)
+    return torch.arange(n_tasks - n_validation), torch.arange(n_tasks - n_validation, n_tasks)
+
+
+def batches_by_size(tasks: ClusteringTasks, chosen: Tensor, batch_size: int) -> list[Tensor]:
+    """Indices of tasks of similar size together: in sorted order, 7 % of a batch is padding; in random order 45 %."""
+    by_size = chosen[tasks.sizes[chosen].argsort(stable=True)]
+    return list(by_size.split(batch_size))
+
+
+def padded_batch(tasks: ClusteringTasks, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Collect tasks, padded to the largest: points (N, E, 2) and labels (N, E), zero at padding, and the mask (N, E)."""
+    device, sizes = tasks.points.device, tasks.sizes[chosen]
+    offsets = torch.arange(int(sizes.max()), device=device)
+    mask = offsets < sizes.to(device)[:, None]
+    entity = torch.where(mask, tasks.starts[chosen.to(device)][:, None] + offsets, 0)
+    return tasks.points[entity] * mask.unsqueeze(2), tasks.labels[entity] * mask, mask
+
+
+def log_posterior(tasks: ClusteringTasks, chosen: Tensor, points: Tensor) -> Tensor:
+    """The oracle: log-probability of each cluster given a point, under the true mixture. (N, E, 2) -> (N, E, 10), float64.
+
+    Clusters that a task does not have get -10,000 rather than minus infinity, which would turn into NaN in averages.
+    """
+    chosen = chosen.to(points.device)
+    means, factors = tasks.means[chosen], tasks.factors[chosen]  # (N, 10, 2), (N, 10, 2, 2)
+    offsets = points.double().unsqueeze(1) - means.unsqueeze(2)  # (N, 10, E, 2)
+    whitened = torch.linalg.solve_triangular(factors, offsets.mT, upper=False)  # (N, 10, 2, E)
+    log_density = -0.5 * whitened.square().sum(2) - factors.diagonal(dim1=2, dim2=3).log().sum(2, keepdim=True)  # (N, 10, E)
+    absent = torch.arange(N_LABELS, device=points.device) >= tasks.n_clusters[chosen][:, None]
+    return log_density.masked_fill(absent.unsqueeze(2), -1e4).log_softmax(1).mT

@@ -1,0 +1,185 @@
+"""Set-equivariant models: (N, E, n_in) with a mask (N, E) -> (N, E, n_out). Padding never changes a valid entity's output.
+
+All are compared in the SWARM paper's clustering experiment (arXiv 1906.09400, section 4.1): stacks of SWARM layers, of set
+linear layers (Zaheer et al. 2017, Deep Sets), of induced set attention blocks (Lee et al. 2019, Set Transformer, arXiv
+1810.00825), and bidirectional LSTMs, which read the set as a sequence. Names of parameters are those of the published
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.models.swarm import SwarmLayer
+
+NON_LINEARITIES = {"relu": nn.ReLU, "elu": nn.ELU, "lrelu": nn.LeakyReLU}
+MODEL_TYPES = ("Swarm", "SetLinear", "SetLinearMax", "SetTransformer", "LSTM", "LSTMS")
+
+
+class SetLinear(nn.Module):
+    """y = ffwd1(x) + pool(ffwd2(x)), pooled by the mean, or the maximum, over the valid entities (Deep Sets, eq. 4)."""
+
+    def __init__(self, n_in: int, n_out: int, *, maximum: bool = False):
+        super().__init__()
+        self.ffwd1 = nn.Linear(n_in, n_out)
+        self.ffwd2 = nn.Linear(n_in, n_out)
+        self.maximum = maximum
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        own, shared = self.ffwd1(x), self.ffwd2(x)
+        if self.maximum:
+            pooled = shared.masked_fill(~mask.unsqueeze(2), -torch.inf).amax(1, keepdim=True)
+            pooled = torch.where(mask.any(1)[:, None, None], pooled, 0)  # a set without entities
+        else:
+            pooled = masked_mean(shared, mask)
+        return own + pooled
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the valid entities: (N, E, D), (N, E) -> (N, 1, D); zero for a set without any."""
+    count = mask.sum(1).clamp(min=1)[:, None, None]
+    return torch.where(mask.unsqueeze(2), x, 0).sum(1, keepdim=True) / count
+
+
+class MultiheadAttention(nn.Module):
+    """Scaled dot-product attention of `n_heads` heads from queries (N, Q, D) to keys and values (N, K, D)."""
+
+    def __init__(self, d: int, n_heads: int):
+        super().__init__()
+        if d % n_heads:
+            raise ValueError(f"{d} channels do not split into {n_heads} heads")
+        self.n_heads = n_heads
+        self.project_queries, self.project_keys, self.project_values, self.concatenation = (nn.Linear(d, d) for _ in range(4))
+        for linear in self.children():
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend from x to y, at whose valid entities `mask` (N, K) is True."""
+
+        def heads(z: Tensor) -> Tensor:
+            return z.unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (N, heads, E, D / heads)
+
+        q, k, v = heads(self.project_queries(x)), heads(self.project_keys(y)), heads(self.project_values(y))
+        attended = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None, :])
+        return self.concatenation(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Four linear layers, each followed by a ReLU."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.layers = nn.Sequential(*(module for _ in range(4) for module in (nn.Linear(d, d), nn.ReLU())))
+        for linear in self.layers[::2]:
+            nn.init.kaiming_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class AttentionBlock(nn.Module):
+    """MAB (Set Transformer, eq. 6): h = LayerNorm(x + attention(x, y)), then LayerNorm(h + feed-forward(h))."""
+
+    def __init__(self, d: int, n_heads: int):
+        super().__init__()
+        self.multihead = MultiheadAttention(d, n_heads)
+        self.layer_norm1 = nn.LayerNorm(d)
+        self.layer_norm2 = nn.LayerNorm(d)
+        self.rff = FeedForward(d)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.layer_norm1(x + self.multihead(x, y, mask))
+        return self.layer_norm2(h + self.rff(h))
+
+
+class InducedSetAttentionBlock(nn.Module):
+    """ISAB (Set Transformer, eq. 9): inducing points attend to the set, the set attends to them; linear in its size."""
+
+    def __init__(self, d: int, n_heads: int, n_ind_points: int):
+        super().__init__()
+        self.inducing_points = nn.Parameter(torch.randn(n_ind_points, d))
+        self.mab1 = AttentionBlock(d, n_heads)
+        self.mab2 = AttentionBlock(d, n_heads)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        summary = self.mab1(self.inducing_points.expand(len(x), -1, -1), x, mask)  # (N, n_ind_points, D)
+        return self.mab2(x, summary)
+
+
+class SetStack(nn.Module):
+    """Layers and non-linearities in turn; set layers are given the mask. `dropout` follows each attention block."""
+
+    def __init__(self, *mods: nn.Module, dropout: float = 0.0):
+        super().__init__()
+        self.mods = nn.ModuleList(mods)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for module in self.mods:
+            x = module(x, mask) if isinstance(module, SwarmLayer | SetLinear | InducedSetAttentionBlock) else module(x)
+            if isinstance(module, InducedSetAttentionBlock):
+                # one mask for each set and channel: the same network for all entities of a set
+                x = x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), self.dropout, self.training)
+        return x
+
+
+class SetLSTM(nn.Module):
+    """A bidirectional LSTM over the valid entities, in their order or sorted by their first coordinate; not equivariant."""
+
+    def __init__(self, n_in: int, n_out: int, n_hidden: int, n_layers: int, *, sort: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.lstm = nn.LSTM(n_in, n_hidden, n_layers, batch_first=True, bidirectional=True, dropout=dropout)
+        self.lin = nn.Linear(2 * n_hidden, n_out)
+        self.sort = sort
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        key = x[:, :, 0] if self.sort else torch.zeros_like(x[:, :, 0])
+        order = torch.where(mask, key, torch.inf).argsort(dim=1, stable=True)  # padding last
+        lengths = mask.sum(1).clamp(min=1).cpu()
+        entities = torch.gather(x, 1, order.unsqueeze(2).expand_as(x))
+        packed = nn.utils.rnn.pack_padded_sequence(entities, lengths, batch_first=True, enforce_sorted=False)
+        h, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
+        return self.lin(torch.gather(h, 1, order.argsort(1).unsqueeze(2).expand_as(h)))
+
+
+def make_set_model(
+    kind: str,
+    n_in: int,
+    n_out: int,
+    *,
+    n_hidden: int = 128,
+    n_layers: int = 1,
+    n_iter: int = 5,
+    non_lin: str = "relu",
+    n_heads: int = 4,
+    n_ind_points: int = 10,
+    dropout: float = 0.0,
+    pooling: str = "MEAN",
+    fuse: bool = False,
+) -> nn.Module:
+    """Build the model of a type; what a type has no use for is ignored. Raises ValueError for an unknown type or sizes."""
+    widths = [n_in] + [n_hidden] * (n_layers - 1) + [n_out]
+    layers: list[nn.Module]
+    if kind == "Swarm":
+        options = {"pooling": pooling, "dropout": dropout, "fuse": fuse}
+        layers = [SwarmLayer(a, b, n_hidden, n_iter, **options) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        return layers[0] if n_layers == 1 else SetStack(*_between(layers, non_lin))
+    if kind in ("SetLinear", "SetLinearMax"):
+        layers = [SetLinear(a, b, maximum=kind == "SetLinearMax") for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        return SetStack(*_between(layers, non_lin))
+    if kind == "SetTransformer":
+        layers = [InducedSetAttentionBlock(n_hidden, n_heads, n_ind_points) for _ in range(n_layers)]
+        return SetStack(nn.Linear(n_in, n_hidden), *layers, nn.Linear(n_hidden, n_out), dropout=dropout)
+    if kind in ("LSTM", "LSTMS"):
+        return SetLSTM(n_in, n_out, n_hidden, n_layers, sort=kind == "LSTMS", dropout=dropout)
+    raise ValueError(f"unknown model type {kind!r}: choose from {', '.join(MODEL_TYPES)}")
+
+
+def _between(layers: list[nn.Module], non_lin: str) -> list[nn.Module]:
+    """layers[0], non-linearity, layers[1], non-linearity, ..."""
+    modules = [module for layer in layers for module in (layer, NON_LINEARITIES[non_lin]())]
+    return modules[:-1]

@@ -1,0 +1,361 @@
+"""SWARM layers (Vollgraf 2019, Learning Set-equivariant Functions with SWARM Mappings, arXiv 1906.09400).
+
+One LSTM-like cell, shared by all entities of a set, is run for a few iterations. Before each iteration the hidden states
+are pooled over the set, so every entity hears what the others are doing:
+
+    p = pool(h)                                         the only place where entities meet
+    i, f, o, d = split(Wih x + b + Whh h + Whp p)       gates: input, forget, output; and the cell's input
+    c = sigmoid(f) c + sigmoid(i) tanh(d)
+    h = sigmoid(o) tanh(c)
+
+and after the last one y = ffwd [h, c]. With MEAN or POMA pooling the layer is equivariant to permutations of the entities;
+with CAUSAL pooling, entity e depends on entities up to and including e alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POOLINGS = ("MEAN", "CAUSAL", "POMA")
+POMA_SLICES = 4
+CACHED_ROWS = 2400  # entities handled together on a CPU: few enough that the gates of an iteration stay in its cache
+
+
+class SwarmCell(nn.Module):
+    """The weights of the cell: gates from the input, the hidden state and the pooled hidden states.
+
+    They are kernels of 1x1 convolutions, as published: Wih (4H, n_in, 1), Whh (4H, H, 1), Whp (4H, P, 1), for grids of two
+    dimensions with one more axis of length 1. Rows in the order input, forget, output gate, cell input.
+    """
+
+    def __init__(self, n_in: int, n_hidden: int, n_pooled: int, n_dim: int = 1):
+        super().__init__()
+        conv = {1: nn.Conv1d, 2: nn.Conv2d}[n_dim]
+        self.Wih = conv(n_in, 4 * n_hidden, 1)
+        self.Whh = conv(n_hidden, 4 * n_hidden, 1, bias=False)
+        self.Whp = conv(n_pooled, 4 * n_hidden, 1, bias=False)
+
+
+class SwarmLayer(nn.Module):
+    """A SWARM layer: `n_iter` iterations of one cell over the entities of a set, then a linear map of [h, c].
+
+    Entities lie on a line (n_dim 1) or a grid (n_dim 2, read row by row where the order matters). Input and output are
+    channels last, (N, E, n_in) -> (N, E, n_out) and (N, rows, columns, n_in) -> ..., or channels first, (N, n_in, E) -> ...
+
+    Valid entities do not depend on padding, where the mask is False. Dropout acts on h after every iteration, the last
+    included, with one mask for each set, channel and iteration. Under autocast the matrix products and the stored gates
+    have the lower precision; c stays in float32.
+
+    `fuse` runs the pointwise part through torch.compile.
+
+    Raises ValueError for sizes out of range, an unknown pooling, or a mask that does not fit the input.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        n_hidden: int,
+        n_iter: int,
+        *,
+        n_dim: int = 1,
+        pooling: str = "MEAN",
+        dropout: float = 0.0,
+        channel_first: bool = False,
+        fuse: bool = False,
+    ):
+        super().__init__()
+        if min(n_in, n_out, n_hidden, n_iter) < 1:
+            raise ValueError(f"sizes must be positive: n_in {n_in}, n_out {n_out}, n_hidden {n_hidden}, n_iter {n_iter}")
+        if n_dim not in (1, 2):
+            raise ValueError(f"n_dim {n_dim}: entities lie on a line (1) or a grid (2)")
+        if pooling not in POOLINGS:
+            raise ValueError(f"unknown pooling {pooling!r}: choose from {', '.join(POOLINGS)}")
+        if pooling == "POMA" and n_hidden <= 2 * POMA_SLICES:
+            raise ValueError(f"POMA pooling takes {2 * POMA_SLICES} hidden units for itself: n_hidden {n_hidden} is too small")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout {dropout} is not in [0, 1)")
+        n_pooled = n_hidden - 2 * POMA_SLICES if pooling == "POMA" else n_hidden
+        self.cell = SwarmCell(n_in, n_hidden, n_pooled, n_dim)
+        self.ffwd = {1: nn.Conv1d, 2: nn.Conv2d}[n_dim](2 * n_hidden, n_out, 1)
+        self.n_iter, self.n_dim, self.pooling, self.dropout = n_iter, n_dim, pooling, dropout
+        self.channel_first, self.fuse = channel_first, fuse
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map a batch of sets; `mask` (N, E) or (N, rows, columns) is True, or 1, where an entity is valid."""
+        if x.ndim != self.n_dim + 2:
+            raise ValueError(f"input has shape {tuple(x.shape)}: a layer with n_dim {self.n_dim} takes {self.n_dim + 2} axes")
+        if self.channel_first:
+            x = x.movedim(1, -1)
+        grid = x.shape[:-1]
+        if mask is not None and mask.shape != grid:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, the sets have {tuple(grid)}")
+        x = x.flatten(1, -2)  # (N, E, n_in)
+        valid = x.new_ones(x.shape[:2]) if mask is None else mask.flatten(1).to(x.dtype)
+
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        scale = self.dropout_scale(x) if self.training and self.dropout else None
+        Wih, Whh, Whp = (conv.weight.flatten(1) for conv in (self.cell.Wih, self.cell.Whh, self.cell.Whp))
+        hc = _Recurrence.apply(
+            x, valid, scale, Wih, self.cell.Wih.bias, Whh, Whp, self.pooling, self.n_iter, dtype, self.fuse, torch.is_grad_enabled()
+        )  # (N, E, 2H)
+        y = F.linear(hc, self.ffwd.weight.flatten(1), self.ffwd.bias).view(*grid, -1)
+        return y.movedim(-1, 1) if self.channel_first else y
+
+    def dropout_scale(self, x: Tensor) -> Tensor:
+        """Factors of h (n_iter, N, 1, H): 0, or 1 / (1 - dropout); the same for all entities of a set."""
+        ones = x.new_ones(self.n_iter, len(x), 1, self.cell.Whh.weight.shape[1])
+        return F.dropout(ones, self.dropout)
+
+    def extra_repr(self) -> str:
+        return f"n_iter={self.n_iter}, pooling={self.pooling}, dropout={self.dropout}, channel_first={self.channel_first}"
+
+
+# ---- pooling: what one entity hears of the others ------------------------------------------------------------------------
+# Each is made for the mask of some sets, (n, E), and has a backward pass of its own, since the recurrence below is
+# differentiated by hand: `add_grad` adds to dh what reaches h through the pooled value. A set without entities pools to 0
+# (POMA: to a mean over its padding), never to NaN.
+
+
+class _Mean:
+    """The mean of h over the valid entities: (n, E, H) -> (n, 1, H)."""
+
+    def __init__(self, valid: Tensor):
+        self.weights = (valid / valid.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1)  # (n, 1, E)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return self.weights @ h
+
+    def add_grad(self, dh: Tensor, dp: Tensor, h: Tensor) -> None:
+        dh.baddbmm_(self.weights.mT, dp)
+
+
+class _Causal:
+    """The running mean of h over the valid entities up to and including the own one: (n, E, H) -> (n, E, H)."""
+
+    def __init__(self, valid: Tensor):
+        self.valid = valid.unsqueeze(2)  # (n, E, 1)
+        # counted in float32: bfloat16 has no odd numbers above 256
+        self.count = self.valid.float().cumsum(1).clamp(min=1)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return ((h * self.valid).cumsum(1, dtype=self.count.dtype) / self.count).to(h.dtype)
+
+    def add_grad(self, dh: Tensor, dp: Tensor, h: Tensor) -> None:
+        later = (dp / self.count).flip(1).cumsum(1).flip(1)  # entity e is in the means of all entities from e on
+        dh.addcmul_(later.to(dh.dtype), self.valid)
+
+
+class _Poma:
+    """Pooling by mixed attention, "poor man's attention": (n, E, H) -> (n, E, H - 8).
+
+    h holds values (H - 8), scores (4) and weights (4). Each of the 4 slices takes a softmax mean of the values over the
+    valid entities; each entity gets the sum of the 4 means in its own weights.
+    """
+
+    def __init__(self, valid: Tensor):
+        lowest = torch.finfo(valid.dtype).min
+        self.closed = ((1 - valid) * lowest).unsqueeze(2)  # (n, E, 1): added to the scores
+
+    def __call__(self, h: Tensor) -> Tensor:
+        values, scores, weights = h.split([h.shape[2] - 2 * POMA_SLICES, POMA_SLICES, POMA_SLICES], dim=2)
+        means = torch.softmax(scores + self.closed, dim=1).mT @ values  # (n, 4, H - 8)
+        return weights @ means
+
+    def add_grad(self, dh: Tensor, dp: Tensor, h: Tensor) -> None:
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            dh += torch.autograd.grad(self(h), h, dp)[0]
+
+
+_POOLINGS: dict[str, type[_Mean] | type[_Causal] | type[_Poma]] = {"MEAN": _Mean, "CAUSAL": _Causal, "POMA": _Poma}
+
+
+# ---- the cell ------------------------------------------------------------------------------------------------------------
+
+
+def _cell_forward(gates: Tensor, c_before: Tensor | None, c: Tensor, h: Tensor) -> None:
+    """Turn what enters the gates, (n, E, 4H), into the gates, in place, and fill in c and h (n, E, H)."""
+    H = c.shape[-1]
+    i, f, o = gates[..., : 3 * H].sigmoid_().split(H, -1)
+    d = gates[..., 3 * H :].tanh_()
+    if c_before is None:
+        torch.mul(i, d, out=c)
+    else:
+        torch.mul(c_before, f, out=c)
+        c.addcmul_(i, d)
+    torch.mul(torch.tanh(c), o, out=h)
+
+
+def _cell_backward(
+    gates: Tensor, c_before: Tensor | None, tanh_c: Tensor, dh: Tensor, dc: Tensor, dgates: Tensor, work: Tensor
+) -> None:
+    """From the gradients of h and c (n, E, H) to those of what entered the gates (n, E, 4H) and, in `dc`, of c before."""
+    H = dc.shape[-1]
+    i, f, o, d = gates.split(H, -1)
+    di, df, do, dd = dgates.split(H, -1)
+    torch.mul(dh, o, out=work)
+    torch.ops.aten.tanh_backward.grad_input(work, tanh_c, grad_input=work)
+    dc += work
+    torch.mul(dc, d, out=di)
+    torch.mul(dc, i, out=dd)
+    torch.mul(dh, tanh_c, out=do)
+    if c_before is None:
+        df.zero_()
+    else:
+        torch.mul(dc, c_before, out=df)
+    sigmoids, dsigmoids = gates[..., : 3 * H], dgates[..., : 3 * H]
+    torch.ops.aten.sigmoid_backward.grad_input(dsigmoids, sigmoids, grad_input=dsigmoids)
+    torch.ops.aten.tanh_backward.grad_input(dd, d, grad_input=dd)
+    dc *= f
+
+
+@functools.cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(function, dynamic=True)
+
+
+# ---- the recurrence ------------------------------------------------------------------------------------------------------
+
+
+def _blocks(n_sets: int, n_entities: int, device: torch.device) -> Iterator[slice]:
+    """Cut a batch into runs of whole sets, which do not depend on each other, that fit a CPU's cache; one run on a GPU."""
+    size = max(1, CACHED_ROWS // max(1, n_entities)) if device.type == "cpu" else max(1, n_sets)
+    for start in range(0, n_sets, size):
+        yield slice(start, min(start + size, n_sets))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a^T b over all sets and entities: a (n, E, A), b (n, E, B), total (A, B), which may be more precise."""
+    a, b = a.flatten(0, 1), b.flatten(0, 1)
+    if total.dtype == a.dtype:
+        total.addmm_(a.T, b)
+    else:
+        total += a.T @ b
+
+
+class _Recurrence(torch.autograd.Function):
+    """All iterations of a SWARM cell: x (N, E, n_in) -> [h, c] (N, E, 2H), with a backward pass written by hand.
+
+    Autograd keeps some 15 H numbers per entity and iteration, in buffers that are mapped afresh in every step, and
+    multiplies the pooled vector once per entity. This keeps 5 H (the gates and c; h = o tanh(c) comes back for a product),
+    multiplies it once per set, computes Wih x once, and works through a batch in blocks that stay in the cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        valid: Tensor,
+        scale: Tensor | None,
+        Wih: Tensor,
+        bias: Tensor,
+        Whh: Tensor,
+        Whp: Tensor,
+        pooling: str,
+        n_iter: int,
+        dtype: torch.dtype,
+        fuse: bool,
+        keep: bool,
+    ) -> Tensor:
+        (N, E, _), H = x.shape, Whh.shape[1]
+        blocks = list(_blocks(N, E, x.device))
+        n_most = blocks[0].stop if blocks else 0
+        steps, sets_kept = (n_iter, N) if keep else (1, n_most)
+        gates = x.new_empty(steps, sets_kept, E, 4 * H, dtype=dtype)
+        cells = x.new_empty(steps, sets_kept, E, H, dtype=torch.promote_types(dtype, torch.float32))
+        hc = x.new_empty(N, E, 2 * H)
+        h_space, x_space = (x.new_empty(n_most, E, width * H, dtype=dtype) for width in (1, 4))
+        cell_forward = _compiled(_cell_forward) if fuse else _cell_forward
+
+        with torch.autocast(x.device.type, enabled=False):
+            weights = [w.to(dtype) for w in (Wih, bias, Whh, Whp)]
+            for sets in blocks:
+                n = sets.stop - sets.start
+                h, x_term = h_space[:n], x_space[:n]
+                pool = _POOLINGS[pooling](valid[sets].to(dtype))
+                torch.addmm(weights[1], x[sets].to(dtype).flatten(0, 1), weights[0].T, out=x_term.view(n * E, 4 * H))
+                c_before = None
+                for t in range(n_iter):
+                    g, c = (gates[t, sets], cells[t, sets]) if keep else (gates[0, :n], cells[0, :n])
+                    if t == 0:
+                        g.copy_(x_term)
+                    else:
+                        _Recurrence.enter_gates(g, x_term, h, pool(h), weights[2], weights[3])
+                    cell_forward(g, c_before, c, h)
+                    if scale is not None:
+                        h *= scale[t, sets]
+                    c_before = c
+                hc[sets, :, :H] = h
+                hc[sets, :, H:] = c
+        if keep:
+            ctx.save_for_backward(x, valid, scale, Wih, Whh, Whp, gates, cells)
+            ctx.pooling, ctx.fuse = pooling, fuse
+        return hc
+
+    @staticmethod
+    def enter_gates(gates: Tensor, x_term: Tensor, h: Tensor, p: Tensor, Whh: Tensor, Whp: Tensor) -> None:
+        """gates = x_term + Whh h + Whp p, for p (n, 1, P) with one product a set, for p (n, E, P) with one an entity."""
+        flat = gates.view(-1, gates.shape[2])
+        if p.shape[1] == 1:
+            torch.add(x_term, p @ Whp.T, out=gates)
+        else:
+            gates.copy_(x_term)
+            flat.addmm_(p.flatten(0, 1), Whp.T)
+        flat.addmm_(h.flatten(0, 1), Whh.T)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dhc: Tensor) -> tuple[Tensor | None, ...]:
+        x, valid, scale, Wih, Whh, Whp, gates, cells = ctx.saved_tensors
+        (N, E, n_in), H, dtype = x.shape, Whh.shape[1], gates.dtype
+        n_iter = len(gates)
+        blocks = list(_blocks(N, E, x.device))
+        n_most = blocks[0].stop if blocks else 0
+        dx, dbias = torch.empty_like(x), Wih.new_zeros(len(Wih))
+        dWih, dWhh, dWhp = (torch.zeros_like(w) for w in (Wih, Whh, Whp))
+        space = [x.new_empty(n_most, E, width * H, dtype=dtype) for width in (1, 1, 1, 1, 4, 4)]
+        dc_space = x.new_empty(n_most, E, H, dtype=cells.dtype)
+        cell_backward = _compiled(_cell_backward) if ctx.fuse else _cell_backward
+
+        with torch.autocast(x.device.type, enabled=False):
+            Wih, Whh, Whp = (w.to(dtype) for w in (Wih, Whh, Whp))
+            for sets in blocks:
+                n = sets.stop - sets.start
+                dh, tanh_c, h, work, dgates, dx_term = (buffer[:n] for buffer in space)
+                dc = dc_space[:n]
+                pool = _POOLINGS[ctx.pooling](valid[sets].to(dtype))
+                dh.copy_(dhc[sets, :, :H])
+                dc.copy_(dhc[sets, :, H:])
+                torch.tanh(cells[-1, sets], out=tanh_c)
+                for t in reversed(range(n_iter)):
+                    if scale is not None:
+                        dh *= scale[t, sets]
+                    c_before = cells[t - 1, sets] if t else None
+                    cell_backward(gates[t, sets], c_before, tanh_c, dh, dc, dgates, work)
+                    if t == n_iter - 1:
+                        dx_term.copy_(dgates)
+                    else:
+                        dx_term += dgates
+                    if t == 0:
+                        break
+                    torch.tanh(c_before, out=tanh_c)
+                    torch.mul(gates[t - 1, sets, :, 2 * H : 3 * H], tanh_c, out=h)  # h of the iteration before
+                    if scale is not None:
+                        h *= scale[t - 1, sets]
+                    p = pool(h)
+                    dp_term = dgates.sum(1, keepdim=True) if p.shape[1] == 1 else dgates
+                    _add_product(dWhh, dgates, h)
+                    _add_product(dWhp, dp_term, p)
+                    torch.mm(dgates.view(-1, 4 * H), Whh, out=dh.view(-1, H))
+                    pool.add_grad(dh, dp_term @ Whp, h)
+                _add_product(dWih, dx_term, x[sets].to(dtype))
+                dbias += dx_term.sum((0, 1))
+                dx[sets] = dx_term @ Wih
+        return dx, None, None, dWih, dbias, dWhh, dWhp, None, None, None, None, None

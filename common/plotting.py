@@ -1,0 +1,127 @@
+"""Pictures of a run: learning curves, traces of weights, and what a model makes of some clustering tasks.
+
+All are drawn from plain numbers and written in one step, without a display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from common.run.checkpoint import write_in_one_step
+
+# Okabe and Ito's palette, told apart by colour-blind people, plus a grey and a brown
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#8C8C8C", "#7B3F00")
+TRAINING, VALIDATION, REFERENCE = PALETTE[4], PALETTE[0], "#666666"
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG in one step. Raises OSError if it cannot be written."""
+    write_in_one_step(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], **style: object) -> None:
+    """A line, or a point where there is only one; what is not finite leaves a gap."""
+    axes.plot(x, np.where(np.isfinite(y), y, np.nan), marker="o" if len(x) < 15 else "", markersize=4, **style)  # type: ignore[arg-type]
+
+
+def _references(axes: Axes, levels: Mapping[str, float]) -> None:
+    for (name, level), line in zip(levels.items(), ("--", ":"), strict=False):
+        axes.axhline(level, color=REFERENCE, linestyle=line, linewidth=1.2, label=f"{name} {level:.3f}")
+
+
+def plot_metrics(
+    path: Path,
+    title: str,
+    metrics: Mapping[str, Sequence[float]],
+    step_losses: tuple[Sequence[int], Sequence[float]],
+    steps_per_epoch: int,
+    references: Mapping[str, Mapping[str, float]],
+    loss_name: str,
+) -> None:
+    """Learning curves: loss by epoch and by minutes trained, the other validation measures, the learning rate.
+
+    `metrics` are the columns of metrics.csv (step, seconds, train_loss, val_loss, lr, and further `val_...`), `step_losses` the
+    training loss by step, `references` the levels to judge a column by, as {"val_loss": {"oracle": 0.1, "chance": 2.3}}.
+    """
+    measures = [column for column in metrics if column.startswith("val_") and column != "val_loss"]
+    figure = Figure(figsize=(12, 4 * ((4 + len(measures)) // 2)), layout="constrained")
+    figure.suptitle(title, fontsize=10, wrap=True)
+    panels = figure.subplots((4 + len(measures)) // 2, 2, squeeze=False).flatten()
+    epochs = [step / steps_per_epoch for step in metrics["step"]]
+
+    by_epoch, by_minute, rate = panels[0], panels[1], panels[2]
+    by_epoch.plot([s / steps_per_epoch for s in step_losses[0]], step_losses[1], color=TRAINING, alpha=0.4, linewidth=0.8)
+    _curve(by_epoch, epochs, metrics["train_loss"], color=TRAINING, label="training (mean of the epoch; faint: each batch)")
+    _curve(by_epoch, epochs, metrics["val_loss"], color=VALIDATION, label="validation")
+    by_epoch.set(xlabel="epoch", ylabel=loss_name)
+    _curve(by_minute, [s / 60 for s in metrics["seconds"]], metrics["val_loss"], color=VALIDATION, label="validation")
+    by_minute.set(xlabel="minutes trained", ylabel=loss_name)
+    for panel in (by_epoch, by_minute):
+        _references(panel, references.get("val_loss", {}))
+    for panel, column in zip(panels[3:], measures, strict=False):
+        _curve(panel, epochs, metrics[column], color=VALIDATION, label="validation")
+        panel.set(xlabel="epoch", ylabel=column.removeprefix("val_").replace("_", " "))
+        _references(panel, references.get(column, {}))
+    _curve(rate, epochs, metrics["lr"], color=PALETTE[2])
+    rate.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+
+    for panel in panels[: 3 + len(measures)]:
+        panel.grid(alpha=0.25)
+        if panel is not rate:
+            panel.legend(fontsize=8, framealpha=0.7)
+    for panel in panels[3 + len(measures) :]:
+        panel.set_axis_off()
+    save_figure(figure, path)
+
+
+def plot_weights(
+    path: Path, title: str, steps: Sequence[int], weights: Mapping[str, NDArray[np.floating]], steps_per_epoch: int
+) -> None:
+    """Traces of some entries of every parameter: {name: (records, entries)}, four panels a row."""
+    columns, rows = min(4, len(weights)), -(-len(weights) // 4)
+    figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=10, wrap=True)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    epochs = [step / steps_per_epoch for step in steps]
+    for panel, (name, values) in zip(panels, weights.items(), strict=False):
+        panel.plot(epochs, values, linewidth=0.8)
+        panel.set_title(name, fontsize=8)
+        panel.set(xlabel="epoch", ylabel="weight")
+        panel.grid(alpha=0.25)
+    for panel in panels[len(weights) :]:
+        panel.set_axis_off()
+    save_figure(figure, path)
+
+
+def plot_clusterings(
+    path: Path,
+    title: str,
+    tasks: Sequence[tuple[NDArray[np.floating], NDArray[np.integer], NDArray[np.integer], str]],
+) -> None:
+    """Scatter plots of some tasks: predicted labels above, true ones below, in matching colours.
+
+    Each task is (points (E, 2), predicted (E), true (E), caption); predicted labels are already renamed to the true clusters
+    that they are matched with. Far outliers are left outside the frame.
+    """
+    figure = Figure(figsize=(4.2 * len(tasks), 8.6), layout="constrained")
+    figure.suptitle(title, fontsize=10, wrap=True)
+    panels = figure.subplots(2, len(tasks), squeeze=False)
+    colours = np.array(PALETTE)
+    for column, (points, predicted, true, caption) in enumerate(tasks):
+        low, high = np.percentile(points, [0.5, 99.5], axis=0)
+        margin = 0.08 * (high - low)
+        for panel, labels in zip(panels[:, column], (predicted, true), strict=True):
+            panel.scatter(points[:, 0], points[:, 1], c=colours[labels], s=9, linewidths=0)
+            panel.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+            panel.set_xlabel("first coordinate")
+        panels[0, column].set_title(f"predicted: {caption}", fontsize=9)
+        panels[1, column].set_title("true clusters", fontsize=9)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("second coordinate")
+    save_figure(figure, path)

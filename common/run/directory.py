@@ -1,0 +1,142 @@
+"""A run's directory: `<results>/<script>/<name>.part` while it trains, renamed to `<name>` when it has finished.
+
+A run that was started or has finished is never overwritten silently, and never by two processes at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from common.run.checkpoint import BEST, LAST, sync_directory, write_in_one_step
+
+RESULT = "result.json"  # its presence means finished
+
+
+class RunError(Exception):
+    """A run that cannot be started as asked; the message is one line and says what to do."""
+
+
+class RunDirectory:
+    """Files of one run. Nothing is created before `open`."""
+
+    def __init__(self, results_dir: str | Path, script: str, name: str):
+        parent = Path(results_dir) / script
+        self.name = name
+        self.final, self.part = parent / name, parent / f"{name}.part"
+        self._log: TextIO | None = None
+        self._lock: TextIO | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the files are now."""
+        return self.final if self.final.exists() else self.part
+
+    @property
+    def best(self) -> Path:
+        return self.path / BEST
+
+    @property
+    def last(self) -> Path:
+        return self.path / LAST
+
+    def check(self, *, resume: bool, overwrite: bool) -> str:
+        """Say what a start would find: "new", "unfinished" (there is a last.pkl to go on from), or "finished".
+
+        Raises RunError if there is something that neither `resume` nor `overwrite` lets it touch.
+        """
+        hints = "-overwrite replaces it, -run ID starts another beside it"
+        if overwrite:
+            return "new"
+        if self.final.exists():
+            if resume:
+                return "finished"
+            raise RunError(f"the run {self.final} has finished: {hints}")
+        if not self.part.exists():
+            return "new"
+        if not resume:
+            raise RunError(f"the run {self.part} was started before: -resume auto goes on with it, {hints}")
+        if (self.part / RESULT).exists():
+            return "finished"
+        if not self.last.exists() and self.best.exists():
+            raise RunError(f"{self.part} has a {BEST} but no {LAST} to go on from: {hints}")
+        return "unfinished" if self.last.exists() else "new"
+
+    def open(self, args: dict[str, Any], *, overwrite: bool, to_stdout: bool) -> None:
+        """Make the directory, lock it for this process, note the options, start the log. Raises RunError if it cannot."""
+        try:
+            self.part.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.part / "lock", "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if overwrite:
+                for old in self.part.iterdir():
+                    if old.name != "lock":
+                        shutil.rmtree(old) if old.is_dir() else old.unlink()
+                if self.final.exists():
+                    shutil.rmtree(self.final)
+            if not (self.part / "args.json").exists():
+                self._write_json("args.json", args | environment())
+            self._log = None if to_stdout else open(self.part / "log", "a")
+        except BlockingIOError:
+            raise RunError(f"{self.part} is in use by another process: wait for it, or -run ID starts another run") from None
+        except OSError as error:
+            raise RunError(f"cannot write to {error.filename or self.part}: {error.strerror}; -results_dir names a place") from None
+
+    def finish_interrupted_rename(self) -> None:
+        """A run that was killed after its result was written, before it was renamed, only needs the new name."""
+        if self.part.exists() and not self.final.exists():
+            (self.part / "lock").unlink(missing_ok=True)
+            self.part.rename(self.final)
+
+    def log(self, line: str = "") -> None:
+        """Write a line to the log, or to stdout. A full disk silences the log, not the run."""
+        try:
+            print(line, file=self._log or sys.stdout, flush=True)
+        except OSError as error:
+            print(f"log: {error.strerror}: {line}", file=sys.stderr)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result, last of all, and give the directory its name."""
+        self._write_json(RESULT, result)
+        self.close()
+        (self.part / "lock").unlink(missing_ok=True)
+        self.part.rename(self.final)
+        sync_directory(self.final.parent)
+
+    def close(self) -> None:
+        """Let go of the log and the lock (which also end with the process)."""
+        for file in (self._log, self._lock):
+            if file is not None:
+                file.close()
+        self._log = self._lock = None
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        text = json.dumps(content, indent=2) + "\n"
+        write_in_one_step(self.part / name, lambda file: file.write(text.encode()))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = "unknown"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gpu": gpu,
+        "cpu_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "git_revision": revision,
+    }

@@ -1,0 +1,117 @@
+"""Command lines: options with their ranges, the dotted spelling, and the name that a command line gives to its run.
+
+A run is named after its command line with the spaces escaped by dots, so options may also be typed in that form:
+`-bs.50` is `-bs 50`, and the name of a run, pasted whole, is the command line that made it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse with errors of one line (and exit status 2), and without guessing at unfinished options."""
+
+    def __init__(self, **options: object):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def split_command_line(parser: argparse.ArgumentParser, argv: list[str]) -> list[tuple[str, str | None, str]]:
+    """Cut a command line into (option, value or None, what its part of the name is), whatever way it is spelled.
+
+    `-bs 50`, `-bs=50` and `-bs.50` are the same option; `-bs.50-lr.0.1` is two. Values may begin with a dash. Ends with the
+    parser's error for words that are no option.
+    """
+    actions = parser._option_string_actions  # the one place where argparse keeps what options there are
+    joined = "|".join(re.escape(option) for option in sorted(actions, key=len, reverse=True))
+    option_starts = re.compile(rf"(?=(?:{joined})(?:[.=-]|$))")
+    tokens: list[tuple[str, str | None, str]] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        dotted = re.match(rf"({joined})[.-]", word)
+        if dotted and word not in actions:
+            first, *rest = [part for part in option_starts.split(word) if part]
+            word = first
+            words[:0] = rest
+        option, equals, value = word.partition("=") if "=" in word else (word, "", "")
+        if option not in actions:
+            option, equals, value = word.partition(".")
+        if option not in actions:
+            parser.error(f"unknown option {word!r}: -h lists the options")
+        if actions[option].nargs == 0:
+            if equals:
+                parser.error(f"{option} takes no value, but {word!r} gives one")
+            tokens.append((option, None, option))
+        elif equals:
+            tokens.append((option, value, word))
+        elif not words:
+            parser.error(f"{option} needs a value")
+        else:
+            value = words.pop(0)
+            tokens.append((option, value, f"{option}.{value}"))
+    return tokens
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None, unnamed: tuple[str, ...]
+) -> tuple[argparse.Namespace, str, set[str]]:
+    """Parse a command line (sys.argv if None) into options, the run's name, and the options that were given.
+
+    The name holds the words as they were typed, in their order, defaults left out (as published), without the options in
+    `unnamed`, which say where and how to run, not what.
+    """
+    tokens = split_command_line(parser, sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args([option if value is None else f"{option}={value}" for option, value, _ in tokens])
+    name = "".join(text for option, _, text in tokens if option not in unnamed)
+    given = {option.lstrip("-") for option, _, _ in tokens}
+    if len(name) > 240:
+        parser.error(f"the command line makes a run name of {len(name)} characters; file systems take 255: leave out defaults")
+    return options, name, given
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """An integer option that is not below `low`."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is too small: at least {low}")
+        return value
+
+    return integer
+
+
+def real(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
+    """A real option from `low` to `high`; `above` and `below` exclude that end. Infinity and NaN are refused."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        inside = (low < value if above else low <= value) and (value < high if below else value <= high)
+        if not math.isfinite(value) or not inside:
+            upper = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {'above' if above else 'at least'} {low:g}{upper}")
+        return value
+
+    return number
+
+
+def run_id(text: str) -> str:
+    """A word that can be part of a file name."""
+    if not re.fullmatch(r"[A-Za-z0-9_.+-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a file name: use letters, digits and _ . + -")
+    return text
