@@ -32,6 +32,7 @@ from common.run.checkpoint import CheckpointError
 from common.run.clock import Clock
 from common.run.directory import RunDirectory, RunError
 from common.run.interruption import EXIT_RESUMABLE, Interruption
+from common.run.memory import keep_freed_memory
 from common.run.traces import Metrics, Traces, read_metrics
 
 UNNAMED = ("-resume", "-results_dir", "-overwrite", "-dry_run")  # options that do not make another run
@@ -46,7 +47,6 @@ OWN_OPTIONS = {  # what only some types of model have a use for
 MEASURES = {"cross_entropy": "cross entropy", "accuracy": "accuracy", "rand_index": "adj. Rand index"}
 COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "val_accuracy", "val_rand_index", "lr")
 SAVE_SECONDS = 60.0  # between two saves of last.pkl within an epoch
-INTERRUPTED = "interrupted"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -181,8 +181,8 @@ class Experiment:
         if last is None:
             self.metrics = Metrics(path, COLUMNS)
             self.clock = Clock(60 * self.args.wc)
-            self.save_best(math.inf)
             self.save_last()
+            self.save_best(math.inf)
             return
         self.optimizer.load_state_dict(last["optimizer"])
         self.backtracking.load_state_dict(last["backtracking"])
@@ -191,6 +191,9 @@ class Experiment:
         self.metrics = Metrics(path, COLUMNS, last["metrics_size"])
         self.clock = Clock(60 * self.args.wc, last["seconds"])
         checkpoint.set_rng_state(last["rng"])
+        self.saved_at = time.monotonic()
+        if self.step == 0:  # stopped between the two saves above
+            self.save_best(math.inf)
 
     def save_last(self) -> None:
         state = {
@@ -280,13 +283,13 @@ def end_epoch(ex: Experiment, finite: bool) -> None:
         ex.load_best()
         ex.learning_rate = rate * ex.args.bt_alpha
 
-    done = {"best": "best so far, saved", "keep": "", "back": f"back to the best, lr {ex.learning_rate:.4g}"}[verdict]
+    done = {"best": " | best so far, saved", "keep": "", "back": f" | back to the best, lr {ex.learning_rate:.4g}"}[verdict]
     chance, oracle = ex.levels["chance"], ex.levels["oracle"]
     ex.run.log(
         f"epoch {ex.epoch + 1:4d}  step {ex.step:6d}  {ex.clock.used() / 60:7.2f} min | training {train_loss:.4f} | "
         f"validation {val_loss:.4f} (oracle {oracle['cross_entropy']:.4f}, chance {chance['cross_entropy']:.4f}) | "
         f"accuracy {figures['accuracy']:.3f} (oracle {oracle['accuracy']:.3f}, chance {chance['accuracy']:.3f}) | "
-        f"lr {rate:.4g} | {done}"
+        f"lr {rate:.4g}{done}"
     )
     row = [ex.epoch + 1, ex.step, ex.clock.used(), train_loss, val_loss, figures["accuracy"], figures["rand_index"], rate]
     ex.metrics.append(dict(zip(COLUMNS, row, strict=True)))
@@ -295,8 +298,8 @@ def end_epoch(ex: Experiment, finite: bool) -> None:
         ex.save_last()
 
 
-def train(ex: Experiment, interruption: Interruption) -> str:
-    """Train until the epochs or the time are used up: "finished", or "interrupted" by a signal and saved."""
+def train(ex: Experiment, interruption: Interruption) -> bool:
+    """Train until the epochs or the time are used up; False if a signal came first, with all that is needed to go on saved."""
     plotted_at: float | None = None
     with tqdm(disable=None, bar_format="{desc}") as progress:
         while ex.epoch < ex.args.max_epochs and not ex.clock.is_up():
@@ -304,13 +307,13 @@ def train(ex: Experiment, interruption: Interruption) -> str:
             if interruption.signal and not ex.clock.is_up():
                 if finite:
                     ex.save_last()
-                return INTERRUPTED
+                return False
             end_epoch(ex, finite)
             if plotted_at is None or ex.clock.used() - plotted_at >= 60 * ex.args.update_interval:
                 with ex.clock.paused():
                     draw(ex)
                 plotted_at = ex.clock.used()
-    return "finished"
+    return True
 
 
 # ---- report --------------------------------------------------------------------------------------------------------------
@@ -321,7 +324,7 @@ def draw(ex: Experiment) -> None:
     title, steps_per_epoch = ex.run.name, len(ex.batches)
     levels = {
         column: {name: ex.levels[name][measure] for name in ("chance", "oracle")}
-        for column, measure in (("val_loss", "cross_entropy"), ("val_accuracy", "accuracy"), ("val_rand_index", "rand_index"))
+        for column, measure in (("val_loss", "cross_entropy"), ("val_accuracy", "accuracy"))
     }
     losses = (ex.traces.steps, [loss.item() for loss in ex.traces.losses])
     metrics = read_metrics(ex.metrics.path)
@@ -350,7 +353,7 @@ def samples(ex: Experiment) -> list[tuple[Any, Any, Any, str]]:
         oracle = clustering.log_posterior(ex.tasks, task, points).argmax(2)
         oracle_accuracy = matching.matched_accuracy(matching.contingency(oracle, labels, mask, N_LABELS)).item()
         caption = (
-            f"{int(ex.tasks.n_clusters[task])} clusters, {points.shape[1]} points, "
+            f"{int(ex.tasks.n_clusters[task])} clusters, {points.shape[1]} points,\n"
             f"accuracy {matching.matched_accuracy(counts).item():.2f} (oracle {oracle_accuracy:.2f})"
         )
         shown = (points[0], cluster_of_label[predicted[0]], labels[0])
@@ -404,7 +407,7 @@ def report_table(result: dict[str, Any]) -> str:
 
 def prepare(args: argparse.Namespace, run: RunDirectory, found: str) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any] | None]:
     """Model and optimiser, and the content of last.pkl if the run goes on. Raises CheckpointError; creates nothing."""
-    torch.manual_seed(args.seed)
+    checkpoint.seed_everything(args.seed)
     names = ("n_hidden", "n_layers", "n_iter", "non_lin", "n_heads", "n_ind_points", "dropout", "pooling")
     model = make_set_model(args.type, 2, N_LABELS, fuse=args.compile, **{name: getattr(args, name) for name in names})
     model.to("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
@@ -416,6 +419,9 @@ def prepare(args: argparse.Namespace, run: RunDirectory, found: str) -> tuple[nn
             if getattr(args, name, None) != value:
                 raise CheckpointError(f"{run.last} was made with -{name} {value}, not {getattr(args, name, None)}: -run ID starts another run")
         checkpoint.load_model(model, last, run.last)
+        if last["progress"][2] > 0:
+            checkpoint.load_model(model, checkpoint.load(run.best), run.best)  # so that it can be gone back to
+            checkpoint.load_model(model, last, run.last)
     elif args.resume not in (None, "auto"):
         state = checkpoint.load(Path(args.resume))
         checkpoint.load_model(model, state, Path(args.resume))
@@ -449,38 +455,38 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(name)
         return 0
+    keep_freed_memory()
     run = RunDirectory(args.results_dir, "amortised_clustering", name)
-    try:
-        found = run.check(resume=args.resume == "auto", overwrite=args.overwrite)
-        if found == "finished":
-            run.finish_interrupted_rename()
-            print(f"the run {run.final} has finished: nothing to do")
-            return 0
-        model, optimizer, last = prepare(args, run, found)
-        run.open(vars(args), overwrite=args.overwrite, to_stdout=args.to_stdout)
-    except (RunError, CheckpointError) as error:
-        parser.error(str(error))
-
     with Interruption() as interruption:
         try:
-            print(f"running in {run.path}", flush=True)
+            found = run.check(resume=args.resume == "auto", overwrite=args.overwrite)
+            if found == "finished":
+                run.finish_interrupted_rename()
+                print(f"the run {run.final} has finished: nothing to do")
+                return 0
+            model, optimizer, last = prepare(args, run, found)
+            run.open(vars(args), overwrite=args.overwrite, to_stdout=args.to_stdout)
+        except (RunError, CheckpointError) as error:
+            parser.error(str(error))
+        print(f"running in {run.path}", flush=True)
+        try:
             ex = Experiment(args, run, model, optimizer)
             ex.start(last)
             introduce(ex, given)
-            if train(ex, interruption) == INTERRUPTED:
+            if not train(ex, interruption):
                 run.log(f"stopped by {interruption.signal} after step {ex.step}: -resume auto goes on from here")
                 return EXIT_RESUMABLE
-            draw(ex)
-            result = report(ex)
-            table = report_table(result)
-            run.log(table)
+            with ex.clock.paused():
+                draw(ex)
+                result = report(ex)
+            run.log(report_table(result))
             run.finish(result)
         except OSError as error:
-            print(f"stopped: cannot write {error.filename or run.path}: {error.strerror}; what was saved before is intact, "
-                  "and -resume auto goes on from it", file=sys.stderr)
+            what = f"cannot write {error.filename or run.path}: {error.strerror}"
+            print(f"stopped: {what}; what was saved before is intact, and -resume auto goes on from it", file=sys.stderr)
             return EXIT_RESUMABLE
     if not args.to_stdout:
-        print(table)
+        print(report_table(result))
     print(f"trained for {result['seconds'] / 60:.1f} minutes; log, traces and samples are in {run.final}")
     return 0
 

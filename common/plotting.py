@@ -17,7 +17,7 @@ from common.run.checkpoint import write_in_one_step
 
 # Okabe and Ito's palette, told apart by colour-blind people, plus a grey and a brown
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#8C8C8C", "#7B3F00")
-TRAINING, VALIDATION, REFERENCE = PALETTE[4], PALETTE[0], "#666666"
+TRAINING, VALIDATION, REFERENCE = PALETTE[1], PALETTE[0], "#666666"
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -44,20 +44,22 @@ def plot_metrics(
     references: Mapping[str, Mapping[str, float]],
     loss_name: str,
 ) -> None:
-    """Learning curves: loss by epoch and by minutes trained, the other validation measures, the learning rate.
+    """Learning curves: loss by epoch and by minutes trained, the learning rate, and further validation measures.
 
-    `metrics` are the columns of metrics.csv (step, seconds, train_loss, val_loss, lr, and further `val_...`), `step_losses` the
-    training loss by step, `references` the levels to judge a column by, as {"val_loss": {"oracle": 0.1, "chance": 2.3}}.
+    `metrics` are the columns of metrics.csv (step, seconds, train_loss, val_loss, lr, and more), `step_losses` the training
+    loss by step. `references` are the levels to judge a column by, as {"val_loss": {"oracle": 0.1, "chance": 2.3}}; the columns
+    that have some are drawn.
     """
-    measures = [column for column in metrics if column.startswith("val_") and column != "val_loss"]
-    figure = Figure(figsize=(12, 4 * ((4 + len(measures)) // 2)), layout="constrained")
+    measures = [column for column in references if column != "val_loss"]
+    rows = (4 + len(measures)) // 2
+    figure = Figure(figsize=(12, 4 * rows), layout="constrained")
     figure.suptitle(title, fontsize=10, wrap=True)
-    panels = figure.subplots((4 + len(measures)) // 2, 2, squeeze=False).flatten()
+    panels = figure.subplots(rows, 2).flatten()
     epochs = [step / steps_per_epoch for step in metrics["step"]]
 
     by_epoch, by_minute, rate = panels[0], panels[1], panels[2]
     by_epoch.plot([s / steps_per_epoch for s in step_losses[0]], step_losses[1], color=TRAINING, alpha=0.4, linewidth=0.8)
-    _curve(by_epoch, epochs, metrics["train_loss"], color=TRAINING, label="training (mean of the epoch; faint: each batch)")
+    _curve(by_epoch, epochs, metrics["train_loss"], color=TRAINING, label="training (faint: each batch)")
     _curve(by_epoch, epochs, metrics["val_loss"], color=VALIDATION, label="validation")
     by_epoch.set(xlabel="epoch", ylabel=loss_name)
     _curve(by_minute, [s / 60 for s in metrics["seconds"]], metrics["val_loss"], color=VALIDATION, label="validation")
@@ -74,7 +76,7 @@ def plot_metrics(
     for panel in panels[: 3 + len(measures)]:
         panel.grid(alpha=0.25)
         if panel is not rate:
-            panel.legend(fontsize=8, framealpha=0.7)
+            panel.legend(fontsize=8, loc="center right")
     for panel in panels[3 + len(measures) :]:
         panel.set_axis_off()
     save_figure(figure, path)
@@ -85,7 +87,9 @@ def plot_weights(
 ) -> None:
     """Traces of some entries of every parameter: {name: (records, entries)}, four panels a row."""
     columns, rows = min(4, len(weights)), -(-len(weights) // 4)
-    figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 0.5), layout="constrained")
+    height = 2.8 * rows + 0.6
+    figure = Figure(figsize=(4 * columns, height))  # a constrained layout of 70 panels would take 15 seconds
+    figure.subplots_adjust(0.6 / (4 * columns), 0.5 / height, 0.99, 1 - 0.8 / height, wspace=0.3, hspace=0.45)
     figure.suptitle(title, fontsize=10, wrap=True)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     epochs = [step / steps_per_epoch for step in steps]

@@ -141,8 +141,8 @@ class _Causal:
 
     def __init__(self, valid: Tensor):
         self.valid = valid.unsqueeze(2)  # (n, E, 1)
-        # counted in float32: bfloat16 has no odd numbers above 256
-        self.count = self.valid.float().cumsum(1).clamp(min=1)
+        # counted in float32 at least: bfloat16 has no odd numbers above 256
+        self.count = self.valid.cumsum(1, dtype=torch.promote_types(valid.dtype, torch.float32)).clamp(min=1)
 
     def __call__(self, h: Tensor) -> Tensor:
         return ((h * self.valid).cumsum(1, dtype=self.count.dtype) / self.count).to(h.dtype)
@@ -184,13 +184,15 @@ def _cell_forward(gates: Tensor, c_before: Tensor | None, c: Tensor, h: Tensor) 
     """Turn what enters the gates, (n, E, 4H), into the gates, in place, and fill in c and h (n, E, H)."""
     H = c.shape[-1]
     i, f, o = gates[..., : 3 * H].sigmoid_().split(H, -1)
-    d = gates[..., 3 * H :].tanh_()
+    d = gates[..., 3 * H :]
+    d.copy_(torch.tanh(d, out=h))  # by way of h, for the vectorised tanh takes rows in one piece only into another tensor
     if c_before is None:
         torch.mul(i, d, out=c)
     else:
         torch.mul(c_before, f, out=c)
         c.addcmul_(i, d)
-    torch.mul(torch.tanh(c), o, out=h)
+    torch.tanh(c, out=h)
+    h *= o
 
 
 def _cell_backward(

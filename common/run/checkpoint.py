@@ -91,6 +91,13 @@ def load_model(model: torch.nn.Module, state: dict[str, Any], path: Path) -> Non
     model.load_state_dict(weights)
 
 
+def seed_everything(seed: int) -> None:
+    """Seed all global random generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
 def rng_state() -> dict[str, Any]:
     """The state of all global random generators, as plain values."""
     kind, keys, *rest = np.random.get_state()

@@ -78,8 +78,8 @@ def parse(
     return options, name, given
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """An integer option that is not below `low`."""
+def at_least(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """An integer option from `low` to `high`."""
 
     def integer(text: str) -> int:
         try:
@@ -88,6 +88,8 @@ def at_least(low: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"{value} is too small: at least {low}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{value} is too large: at most {high}")
         return value
 
     return integer

@@ -1,0 +1,323 @@
+"""amortised_clustering.py as its users run it: published lines, bad input, what a run leaves, NaN, full disks, starting again."""
+
+import errno
+import json
+import math
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import amortised_clustering as script
+from common.models.sets import MODEL_TYPES
+from common.run.traces import read_metrics
+
+PUBLISHED = "-type Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0 -bs.50 -wc 60"
+SHORT = "-type Swarm -n_hidden 8 -n_iter 3 -tasks 40 -bs 6 -max_epochs 3 -lr 0.01"
+
+
+def run(line: str, results: Path, *more: str) -> int:
+    """Run in this process; the exit status, also where argparse ends it."""
+    try:
+        return script.main([*line.split(), *more, "-results_dir", str(results)])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+
+
+def directory(results: Path) -> Path:
+    (found,) = (results / "amortised_clustering").iterdir()
+    return found
+
+
+# ---- command line --------------------------------------------------------------------------------------------------------
+
+
+def test_options_and_defaults_are_the_published_ones() -> None:
+    published = {
+        "type": "Swarm", "n_hidden": 128, "n_layers": 1, "n_iter": 5, "non_lin": "relu", "n_heads": 4, "n_ind_points": 10,
+        "dropout": 0, "tasks": 10000, "bs": 100, "wc": 60, "update_interval": 10, "max_epochs": 1000, "bt_horizon": 0.2,
+        "bt_alpha": 0.9, "lr": 0.01, "no_cuda": False, "dry_run": False, "to_stdout": False, "run": None, "resume": None,
+    }  # fmt: skip
+    args = vars(script.get_parser().parse_args(["-type", "Swarm"]))
+    assert {name: args[name] for name in published} == published
+    own = {"seed", "results_dir", "pooling", "loss", "precision", "compile", "overwrite"}
+    assert args.keys() - published.keys() == own
+
+
+def test_help_shows_the_papers_options_first(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["-h"])
+    text = capsys.readouterr().out.partition("  -h, --help")[2]
+    assert stopped.value.code == 0
+    assert text.index("options of the paper") < text.index("-n_ind_points ") < text.index("options of this suite") < text.index("-seed")
+
+
+def test_dry_run_prints_the_name_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(PUBLISHED, tmp_path / "results", "-dry_run") == 0
+    assert capsys.readouterr().out == "-type.Swarm-n_hidden.128-n_iter.10-n_layers.1-dropout.0.0-bs.50-wc.60\n"
+    assert not (tmp_path / "results").exists()
+
+
+def test_published_line_runs_as_printed_for_a_second(tmp_path: Path) -> None:
+    """As it is, but for a smaller budget and fewer tasks."""
+    assert run(PUBLISHED.replace("-wc 60", "-wc 0.01") + " -tasks 100", tmp_path) == 0
+    result = json.loads((directory(tmp_path) / "result.json").read_text())
+    assert result["parameters"] == 135_178 and result["steps"] >= 1
+
+
+BAD = {
+    "": "-type",
+    "-type Sworm": "invalid choice: 'Sworm'",
+    "-type Swarm -tasks 9": "9 is too small: at least 10",
+    "-type Swarm -n_hidden 0": "0 is too small",
+    "-type Swarm -n_iter -1": "-1 is too small",
+    "-type Swarm -bs 0": "0 is too small",
+    "-type Swarm -max_epochs 0": "0 is too small",
+    "-type Swarm -lr 0": "0 is out of range",
+    "-type Swarm -lr 1.5": "1.5 is out of range",
+    "-type Swarm -lr nan": "nan is out of range",
+    "-type Swarm -dropout 1": "1 is out of range",
+    "-type Swarm -dropout -0.1": "-0.1 is out of range",
+    "-type Swarm -wc 0": "0 is out of range",
+    "-type Swarm -bt_alpha 1.01": "1.01 is out of range",
+    "-type Swarm -bt_horizon 2": "2 is out of range",
+    "-type Swarm -update_interval -1": "-1 is out of range",
+    "-type Swarm -seed -1": "-1 is too small",
+    "-type Swarm -run a/b": "cannot be part of a file name",
+    "-type Swarm -pooling POMA -n_hidden 8": "-n_hidden 8 is too small",
+    "-type SetTransformer -n_heads 3": "-n_hidden 128 does not split into -n_heads 3",
+    "-type SetLinear -dropout 0.1": "-type SetLinear has no dropout",
+    "-type LSTM -dropout 0.1": "needs -n_layers 2",
+    "-type Swarm -resume nowhere/best.pkl": "there is no checkpoint nowhere/best.pkl",
+    "-type Swarm -resume auto -overwrite": "choose one",
+    "-type Swarm -n_hid 3": "unknown option '-n_hid'",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(line: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(line, tmp_path / "results") == 2
+    error = capsys.readouterr().err
+    assert BAD[line] in error and error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_results_directory_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    assert run(SHORT, tmp_path / "file") == 2
+    error = capsys.readouterr().err
+    assert f"cannot write to {tmp_path / 'file'}" in error and error.count("\n") == 1
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    results = tmp_path_factory.mktemp("finished")
+    assert run(SHORT, results) == 0
+    return results
+
+
+def test_files(finished: Path) -> None:
+    path = directory(finished)
+    assert path.name == SHORT.replace(" -", "-").replace(" ", ".")
+    files = "args.json best.pkl last.pkl log metrics.csv metrics.png result.json samples.png weights.png"
+    assert sorted(p.name for p in path.iterdir()) == files.split()
+    args = json.loads((path / "args.json").read_text())
+    assert (args["seed"], args["n_hidden"], args["torch"]) == (0, 8, torch.__version__)
+    best = torch.load(path / "best.pkl", weights_only=True)
+    metrics = read_metrics(path / "metrics.csv")
+    assert metrics["epoch"] == [1, 2, 3] and metrics["step"] == [6, 12, 18]
+    assert best["best_val_loss"] == pytest.approx(min(metrics["val_loss"]))
+    assert best["name"] == path.name
+    for picture in ("metrics", "weights", "samples"):
+        with Image.open(path / f"{picture}.png") as image:
+            assert min(image.size) > 400 and np.array(image.convert("L")).std() > 10
+
+
+def test_report(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    result = json.loads((directory(finished) / "result.json").read_text())
+    oracle, model, chance = (result[name] for name in ("oracle", "model", "chance"))
+    assert oracle["cross_entropy"] < model["cross_entropy"] < chance["cross_entropy"]
+    assert chance["cross_entropy"] == pytest.approx(math.log(10), abs=1e-4)
+    assert oracle["accuracy"] > model["accuracy"] > chance["accuracy"]
+    assert abs(chance["rand_index"]) < 0.02 < model["rand_index"] < oracle["rand_index"]
+    assert sum(row["tasks"] for row in result["by_clusters"].values()) == result["validation_tasks"] == 4
+    mean = sum(row["tasks"] * row["model"]["accuracy"] for row in result["by_clusters"].values()) / 4
+    assert mean == pytest.approx(model["accuracy"])
+    log = (directory(finished) / "log").read_text()
+    assert f"oracle {oracle['cross_entropy']:.4f}, chance 2.3026" in log and log.endswith(script.report_table(result) + "\n")
+
+
+def test_same_seed_same_run_other_seed_another(finished: Path, tmp_path: Path) -> None:
+    figures = []
+    for seed in (0, 1):
+        assert run(SHORT, tmp_path / str(seed), "-seed", str(seed)) == 0
+        figures.append(read_metrics(directory(tmp_path / str(seed)) / "metrics.csv")["val_loss"])
+    assert figures[0] == read_metrics(directory(finished) / "metrics.csv")["val_loss"] != figures[1]
+
+
+def test_second_start(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    before = {p: p.read_bytes() for p in directory(finished).iterdir()}
+    assert run(SHORT, finished) == 2
+    assert "has finished" in capsys.readouterr().err
+    assert run(SHORT, finished, "-resume", "auto") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in directory(finished).iterdir()} == before
+
+
+def test_to_stdout(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(SHORT, tmp_path, "-to_stdout") == 0
+    out = capsys.readouterr().out
+    assert "epoch    3" in out and out.count("adj. Rand index") == 1
+    assert not (directory(tmp_path) / "log").exists()
+
+
+@pytest.mark.parametrize("kind", [k for k in MODEL_TYPES if k != "Swarm"])
+def test_every_type_runs(kind: str, tmp_path: Path) -> None:
+    assert run(f"-type {kind} -n_hidden 8 -n_layers 2 -tasks 20 -bs 9 -max_epochs 2 -n_iter 3", tmp_path) == 0
+    assert f"note: -type {kind} has no use for -n_iter" in (directory(tmp_path) / "log").read_text()
+
+
+@pytest.mark.parametrize("more", ["-pooling POMA -n_hidden 12", "-loss greedy", "-precision bf16", "-dropout 0.3 -n_layers 2 -non_lin elu"])
+def test_options_run(more: str, tmp_path: Path) -> None:
+    assert run("-type Swarm -n_hidden 8 -n_iter 3 -tasks 20 -bs 9 -max_epochs 2 -wc 1", tmp_path, *more.split()) == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["Swarm", "SetLinear"])
+def test_compile_runs(kind: str, tmp_path: Path) -> None:
+    assert run(f"-type {kind} -n_hidden 8 -n_iter 3 -tasks 20 -bs 9 -max_epochs 2 -compile", tmp_path) == 0
+    checked = torch.load(directory(tmp_path) / "best.pkl", weights_only=True)
+    assert not any("_orig_mod" in name for name in checked["model"])
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    """Chance is 2.30; a gradient with the wrong sign, or of the wrong parameters, does not get below 1.2."""
+    assert run("-type Swarm -n_hidden 24 -n_iter 5 -tasks 100 -bs 10 -max_epochs 6 -lr 0.01", tmp_path) == 0
+    model = json.loads((directory(tmp_path) / "result.json").read_text())["model"]
+    assert model["cross_entropy"] < 1.2 and model["accuracy"] > 0.55
+
+
+def test_budget_ends_the_run_and_does_not_count_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def slow(ex: script.Experiment) -> None:
+        drawn.append(ex.clock.used())
+        time.sleep(0.3)
+
+    monkeypatch.setattr(script, "draw", slow)
+    assert run("-type Swarm -n_hidden 8 -n_iter 2 -tasks 40 -bs 6 -wc 0.02 -update_interval 0.003", tmp_path) == 0
+    result = json.loads((directory(tmp_path) / "result.json").read_text())
+    assert 1.2 <= result["seconds"] < 1.2 + 0.3
+    assert len(drawn) > 3 and drawn[-1] < 1.2 + 0.3
+
+
+# ---- resuming from a checkpoint ------------------------------------------------------------------------------------------
+
+
+def test_start_from_best(finished: Path, tmp_path: Path) -> None:
+    best = directory(finished) / "best.pkl"
+    assert run(SHORT.replace("-lr 0.01", "-lr 1e-12"), tmp_path, "-resume", str(best)) == 0
+    before, after = (torch.load(d / "best.pkl", weights_only=True) for d in (best.parent, directory(tmp_path)))
+    for name, tensor in before["model"].items():
+        torch.testing.assert_close(after["model"][name], tensor, rtol=0, atol=1e-6)
+    assert after["optimizer"]["param_groups"][0]["lr"] == 1e-12
+    assert after["optimizer"]["state"][0]["step"] > before["optimizer"]["state"][0]["step"]
+
+
+def test_start_from_another_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    best = str(directory(finished) / "best.pkl")
+    for line in ("-type Swarm -n_hidden 16", "-type LSTM", "-type Swarm -n_hidden 8 -n_layers 2"):
+        assert run(line, tmp_path / "results", "-resume", best) == 2
+        error = capsys.readouterr().err
+        assert "is of another model" in error and error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_damaged_checkpoints(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """For best.pkl by name and for last.pkl of a run to go on with: one line, exit 2, everything as it was."""
+    path = tmp_path / "results" / "amortised_clustering"
+    part = path / (directory(finished).name + ".part")
+    shutil.copytree(directory(finished), part)
+    (part / "result.json").unlink()
+    good, canary = (part / "last.pkl").read_bytes(), tmp_path / "executed"
+
+    class Malicious:
+        def __reduce__(self):  # noqa: ANN204
+            return os.mkdir, (str(canary),)
+
+    for content in (b"", good[: len(good) // 3], b"something else", pickle.dumps(Malicious())):
+        (part / "last.pkl").write_bytes(content)
+        before = {p.name: p.read_bytes() for p in part.iterdir()}
+        for line in (("-resume", "auto"), ("-run", "2", "-resume", str(part / "last.pkl"))):
+            assert run(SHORT, tmp_path / "results", *line) == 2
+            error = capsys.readouterr().err
+            assert "damaged" in error and error.count("\n") == 1
+        assert {p.name: p.read_bytes() for p in part.iterdir()} == before
+    assert not canary.exists() and [p.name for p in path.iterdir()] == [part.name]
+    (part / "last.pkl").write_bytes(good)
+    assert run(SHORT, tmp_path / "results", "-resume", "auto") == 0  # whole again: only the report was missing
+
+
+# ---- what goes wrong in the middle ---------------------------------------------------------------------------------------
+
+
+def test_nan_in_the_middle_goes_back_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first epoch fails (back to the start), then the fifth (back to the best)."""
+    honest, calls = script.log_probs, []
+
+    def poisoned(model: torch.nn.Module, points: torch.Tensor, mask: torch.Tensor, precision: str) -> torch.Tensor:
+        log_p = honest(model, points, mask, precision)
+        if model.training:
+            calls.append(1)
+            # epochs have 6 steps; the failing first one ends after 3
+            if len(calls) in (3, 3 + 3 * 6 + 2):
+                return log_p * math.nan
+        return log_p
+
+    monkeypatch.setattr(script, "log_probs", poisoned)
+    assert run(SHORT.replace("-max_epochs 3", "-max_epochs 7"), tmp_path) == 0
+    metrics = read_metrics(directory(tmp_path) / "metrics.csv")
+    assert [math.isnan(loss) for loss in metrics["val_loss"]] == [True, False, False, False, True, False, False]
+    assert metrics["lr"][0] == 0.01 and metrics["lr"][1] == pytest.approx(0.009) and metrics["lr"][5] == pytest.approx(0.0081)
+    result = json.loads((directory(tmp_path) / "result.json").read_text())
+    assert result["model"]["cross_entropy"] == pytest.approx(np.nanmin(metrics["val_loss"]), rel=1e-6)
+    for name in ("best.pkl", "last.pkl"):
+        state = torch.load(directory(tmp_path) / name, weights_only=True)
+        assert all(tensor.isfinite().all() for tensor in state["model"].values())
+        assert math.isfinite(state["best_val_loss"])
+
+
+def test_full_disk_is_survived(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Every write in turn fails; the run stops with 75 and goes on, and ends as one that never failed."""
+    honest, calls = os.fsync, [0]
+    for failing in range(1, 40):
+        calls[0] = 0
+
+        def fsync(descriptor: int, failing: int = failing) -> None:
+            calls[0] += 1
+            if calls[0] == failing:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            honest(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        results = tmp_path / str(failing)
+        status = run(SHORT, results, "-resume", "auto")
+        error = capsys.readouterr().err
+        if status == 0:  # fewer writes than that
+            assert failing > 20
+            return
+        assert status in (2, 75) and "No space left on device" in error and error.count("\n") == 1
+        monkeypatch.setattr(os, "fsync", honest)
+        assert run(SHORT, results, "-resume", "auto") == 0
+        rows = [{**read_metrics(directory(r) / "metrics.csv"), "seconds": None} for r in (finished, results)]
+        assert rows[0] == rows[1]
+    pytest.fail("a run does more writes than this test lets fail")

@@ -1,0 +1,134 @@
+"""A run that is killed or interrupted, at any moment and however often, ends as if nothing had happened, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.run.traces import read_metrics
+
+# two layers and dropout: two generators' worth of state; horizon 0.6: it backtracks within 25 epochs
+LINE = (
+    "-type Swarm -n_hidden 12 -n_iter 3 -n_layers 2 -dropout 0.1 -tasks 60 -bs 6 -max_epochs 25 -lr 0.03 -bt_horizon 0.6 "
+    "-update_interval 0.05 -resume auto -results_dir"
+)
+# processes are forked from a server that has imported the script: they start in milliseconds, so moments are random indeed
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["amortised_clustering"])
+
+
+def run_script(line: list[str]) -> None:
+    import amortised_clustering
+
+    torch.set_num_threads(1)
+    amortised_clustering.SAVE_SECONDS = 0.02  # save within epochs, too
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.exit(amortised_clustering.main(line))
+
+
+def start(results: Path) -> BaseProcess:
+    process = SERVER.Process(target=run_script, args=([*LINE.split(), str(results)],))
+    process.start()
+    return process
+
+
+def logged(results: Path) -> str:
+    return "".join(log.read_text() for log in (results / "amortised_clustering").glob("*.part/log"))
+
+
+def finish(results: Path) -> None:
+    process = start(results)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def outcome(results: Path) -> dict:
+    """Everything that a run leaves, but for times."""
+    (path,) = (results / "amortised_clustering").iterdir()
+    result = json.loads((path / "result.json").read_text())
+    metrics = read_metrics(path / "metrics.csv")
+    last, best = (torch.load(path / name, weights_only=True) for name in ("last.pkl", "best.pkl"))
+    for timed in (result, metrics, last):
+        del timed["seconds"]
+    del last["metrics_size"]  # the digits of the times have lengths of their own
+    return {"files": sorted(p.name for p in path.iterdir()), "result": result, "metrics": metrics, "last": last, "best": best}
+
+
+def assert_equal(a: object, b: object, where: str = "") -> None:
+    if isinstance(a, dict):
+        assert isinstance(b, dict) and a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, float]:
+    """What a run leaves that nobody disturbs, and how long it took."""
+    results = tmp_path_factory.mktemp("undisturbed")
+    finish(results / "first")  # also starts the server
+    began = time.monotonic()
+    finish(results / "second")
+    duration = time.monotonic() - began
+    assert_equal(outcome(results / "first"), outcome(results / "second"))
+    return outcome(results / "second"), duration
+
+
+def test_the_run_is_worth_disturbing(undisturbed: tuple[dict, float]) -> None:
+    left, _ = undisturbed
+    assert left["metrics"]["epoch"] == list(range(1, 26))
+    assert min(left["metrics"]["lr"]) < 0.03, "no backtracking happened: choose other options"
+    assert left["last"]["traces"]["steps"] == list(range(1, 25 * 9 + 1))
+
+
+def test_kill_at_25_random_moments(undisturbed: tuple[dict, float], tmp_path: Path) -> None:
+    """The same losses at every step (so the same data in the same order), the same weights, moments, generators, rows."""
+    expected, duration = undisturbed
+    moments = random.Random(0)
+    for _ in range(25):
+        process = start(tmp_path)
+        # on the average a tenth of the run: some kills hit the start, some the training, some the report
+        time.sleep(moments.expovariate(10 / duration) + 0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    finish(tmp_path)
+    assert_equal(outcome(tmp_path), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_stop_with_75(number: signal.Signals, undisturbed: tuple[dict, float], tmp_path: Path) -> None:
+    expected, duration = undisturbed
+    moments = random.Random(int(number))
+    stopped = 0
+    for _ in range(6):
+        before = logged(tmp_path)
+        process = start(tmp_path)
+        while logged(tmp_path) == before and process.is_alive():  # what it logs first, it logs with its handlers in place
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, duration / 8))
+        if process.is_alive():
+            os.kill(process.pid, number)
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == 75
+        stopped += 1
+        assert f"stopped by {number.name}" in logged(tmp_path).removeprefix(before)
+    assert stopped >= 3
+    finish(tmp_path)
+    assert_equal(outcome(tmp_path), expected)

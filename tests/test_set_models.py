@@ -1,0 +1,147 @@
+"""The models of the clustering experiment: the original's numbers and counts, and what padding and order must not change."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.matching import matched_cross_entropy
+from common.models.sets import MODEL_TYPES, AttentionBlock, InducedSetAttentionBlock, make_set_model, masked_mean
+from tests.reference import DATA, Vectors, assert_agrees, names
+
+
+def model_of(v: Vectors) -> torch.nn.Module:
+    options = {k: v.config[k] for k in ("n_hidden", "n_layers", "n_iter", "non_lin", "n_heads", "n_ind_points", "dropout")}
+    model = make_set_model(v.config["type"], v.config["n_in"], v.config["n_out"], **options)
+    model.load_state_dict(v.under("param/"))  # strict: the original's checkpoints load
+    return model
+
+
+@pytest.mark.parametrize("name", names("model_*"))
+def test_reference(name: str) -> None:
+    v = Vectors(name)
+    model, mask, x = model_of(v), v["mask"].bool(), v["x"].requires_grad_()
+    everything = torch.ones_like(mask)
+    lstm = v.config["type"].startswith("LSTM")
+    # the original's LSTMs read padding as points: `logits_alone` has each set by itself, the gradients have it as data
+    expected = v["logits_alone"] if lstm else v["logits"]
+    assert_agrees(model(x, mask)[mask], expected[mask], 1e-5, "logits")
+    assert_agrees(model(x, everything), v["logits_nomask"], 1e-5, "logits without a mask")
+    model(x, everything if lstm else mask).mul(mask.unsqueeze(2)).square().sum().backward()
+    for key, parameter in [*model.named_parameters(), ("x", x)]:
+        assert_agrees(parameter.grad, v[f"grad/{key}"], 1e-4, key)
+
+
+def test_attention_reference() -> None:
+    v = Vectors("swarm/attention")
+    d, heads, x, y = v.config["d"], v.config["n_heads"], v["x"], v["y"]
+    mask_x, mask_y = v["mask_x"].bool(), v["mask_y"].bool()
+    mab = AttentionBlock(d, heads)
+    mab.load_state_dict(v.under("param/mab."))
+    isab = InducedSetAttentionBlock(d, heads, v["param/isab.inducing_points"].shape[0])
+    isab.load_state_dict(v.under("param/isab."))
+    assert_agrees(mab(x, y), v["mab"], 1e-5, "mab")
+    assert_agrees(mab(x, y, mask_y)[mask_x], v["mab_masked"][mask_x], 1e-5, "mab_masked")
+    assert_agrees(isab(x, torch.ones_like(mask_x)), v["isab"], 1e-5, "isab")
+    assert_agrees(isab(x, mask_x)[mask_x], v["isab_masked"][mask_x], 1e-5, "isab_masked")
+
+
+def test_masked_mean_reference() -> None:
+    v = Vectors("swarm/masked_mean")
+    x, mask = v["x"].requires_grad_(), v["mask"].bool()
+    for suffix, chosen in (("", torch.ones_like(mask)), ("_masked", mask)):
+        mean = masked_mean(x, chosen)
+        assert_agrees(mean.view(v[f"mean{suffix}"].shape), v[f"mean{suffix}"], 1e-5)
+        assert_agrees(torch.autograd.grad(mean.square().sum(), x)[0], v[f"grad{suffix}/x"], 1e-4)
+
+
+def test_parameter_counts() -> None:
+    """The published sizes, from the options as they are written there."""
+    counts = json.loads((DATA / "swarm" / "counts.json").read_text())["amortised_clustering"]
+    for line, count in counts.items():
+        kind, *words = line.split()
+        options = dict(word.split("=") for word in words if "=" in word)
+        model = make_set_model(kind, 2, 10, **{name: int(value) for name, value in options.items()})
+        assert sum(p.numel() for p in model.parameters()) == count["trainable"], line
+
+
+def test_training_steps_reference() -> None:
+    v = Vectors("swarm/train_steps")
+    model, x, mask, labels = model_of(v), v["x"], v["mask"].bool(), v["labels"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=v.config["lr"])
+    losses = []
+    for _ in range(v.config["steps"]):
+        loss = matched_cross_entropy(model(x, mask).log_softmax(2), labels, mask).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    assert_agrees(torch.stack(losses), v["losses"], 1e-4, "losses")
+    # logits_after are log-probabilities or logits, as the loss takes them: compare what both say
+    assert_agrees(F.log_softmax(model(x, mask), 2)[mask], F.log_softmax(v["logits_after"], 2)[mask], 1e-4, "logits")
+
+
+def small(kind: str, **options: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return make_set_model(kind, 2, 5, n_hidden=16, n_layers=2, **options)
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+@pytest.mark.parametrize("prefix", [True, False])
+def test_padding_changes_no_valid_output(kind: str, prefix: bool) -> None:
+    model, x = small(kind), torch.randn(4, 12, 2)
+    mask = torch.arange(12) < torch.tensor([12, 7, 3, 1])[:, None]
+    if not prefix:
+        mask = mask[:, torch.randperm(12)]
+    y = model(x, mask)
+    noisy = torch.where(mask.unsqueeze(2), x, 1e3 * torch.randn(4, 12, 2))
+    torch.testing.assert_close(model(noisy, mask)[mask], y[mask])
+    for n in range(4):
+        alone = x[n, mask[n]].unsqueeze(0)
+        torch.testing.assert_close(model(alone, torch.ones(alone.shape[:2]).bool())[0], y[n, mask[n]])
+
+
+@pytest.mark.parametrize("kind", ["Swarm", "SetLinear", "SetLinearMax", "SetTransformer", "LSTMS"])
+def test_permutation_equivariance(kind: str) -> None:
+    model, x, mask, perm = small(kind), torch.randn(3, 9, 2), torch.rand(3, 9) < 0.7, torch.randperm(9)
+    torch.testing.assert_close(model(x[:, perm], mask[:, perm])[mask[:, perm]], model(x, mask)[:, perm][mask[:, perm]])
+
+
+def test_lstm_is_not_equivariant() -> None:
+    model, x = small("LSTM"), torch.randn(3, 9, 2)
+    everything = torch.ones(3, 9).bool()
+    assert (model(x.flip(1), everything) - model(x, everything).flip(1)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_sets_without_entities_are_finite(kind: str) -> None:
+    model = small(kind)
+    y = model(torch.randn(2, 5, 2), torch.tensor([[True] * 5, [False] * 5]))
+    y.sum().backward()
+    assert y.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["Swarm", "SetTransformer", "LSTM"])
+def test_dropout_acts_in_training_alone(kind: str) -> None:
+    model, x, mask = small(kind, dropout=0.5), torch.randn(3, 9, 2), torch.ones(3, 9).bool()
+    assert not torch.equal(model(x, mask), model(x, mask))
+    model.eval()
+    assert torch.equal(model(x, mask), model(x, mask))
+    assert model.state_dict().keys() == small(kind).state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_bfloat16_autocast_runs(kind: str) -> None:
+    model, x, mask = small(kind), torch.randn(3, 9, 2), torch.ones(3, 9).bool()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x, mask)
+    y.float().square().sum().backward()
+    assert (y.float() - model(x, mask)).abs().max() < 0.2
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(ValueError, match="16 channels do not split into 3 heads"):
+        small("SetTransformer", n_heads=3)
+    with pytest.raises(ValueError, match="unknown model type 'Sworm'"):
+        small("Sworm")

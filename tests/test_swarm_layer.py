@@ -1,0 +1,217 @@
+"""The SWARM layer: against the original's numbers, against a plain formulation, and its symmetries."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+from benchmarks.plain_swarm import PlainSwarmLayer
+from common.models import swarm
+from common.models.swarm import SwarmLayer
+from tests.reference import Vectors, assert_agrees, names
+
+
+def layer_of(v: Vectors) -> SwarmLayer:
+    c = v.config
+    options = {name: c[name] for name in ("n_dim", "pooling", "dropout", "channel_first")}
+    layer = SwarmLayer(c["n_in"], c["n_out"], c["n_hidden"], c["n_iter"], **options)
+    layer.load_state_dict(v.under("param/"))
+    return layer
+
+
+@pytest.mark.parametrize("name", names("layer_*"))
+def test_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    v = Vectors(name)
+    layer = layer_of(v)
+    if "dropout_scale" in v:
+        monkeypatch.setattr(layer, "dropout_scale", lambda x: v["dropout_scale"].unsqueeze(2))
+    mask = v["mask"].bool() if "mask" in v else None
+    for gradients in ("grad/", "grad_valid/"):
+        if gradients == "grad_valid/" and (mask is None or "grad_valid/x" not in v):
+            continue
+        layer.zero_grad()
+        x = v["x"].requires_grad_()
+        y = layer(x, mask)
+        assert_agrees(y, v["y"], 1e-5, "y")
+        valid = torch.ones(y.shape) if gradients == "grad/" else mask.unsqueeze(1 if layer.channel_first else -1)
+        (y.square() * valid).sum().backward()
+        for key, parameter in [*layer.named_parameters(), ("x", x)]:
+            assert_agrees(parameter.grad, v[gradients + key], 1e-4, gradients + key)
+
+
+@pytest.mark.parametrize("pooling", swarm.POOLINGS)
+@pytest.mark.parametrize("cached_rows", [1, 40, 10_000])
+def test_equals_plain_formulation(pooling: str, cached_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In double precision, whatever the blocks that a batch is worked through in; with a mask that is no prefix."""
+    monkeypatch.setattr(swarm, "CACHED_ROWS", cached_rows)
+    torch.manual_seed(0)
+    layer = SwarmLayer(3, 4, 11, 4, pooling=pooling).double()
+    plain = PlainSwarmLayer(3, 4, 11, 4, pooling=pooling).double()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(7, 13, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(7, 13) < 0.7
+    for model in (layer, plain):
+        model(x, mask)[mask].square().sum().backward()
+        model.dx, x.grad = x.grad, None
+    torch.testing.assert_close(layer(x, mask)[mask], plain(x, mask)[mask])
+    torch.testing.assert_close(layer.dx, plain.dx)
+    for (name, p), q in zip(layer.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("pooling", swarm.POOLINGS)
+def test_gradcheck(pooling: str) -> None:
+    torch.manual_seed(1)
+    layer = SwarmLayer(2, 3, 9, 3, pooling=pooling).double()
+    x = torch.randn(2, 4, 2, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x, mask), (x, *layer.parameters()))
+
+
+def test_two_backward_passes_give_the_same_gradients() -> None:
+    """What is kept for the backward pass survives it: retain_graph works, and so do two forwards before two backwards."""
+    torch.manual_seed(0)
+    layer = SwarmLayer(2, 3, 8, 4)
+    first, second = layer(torch.randn(2, 5, 2)).sum(), layer(torch.randn(2, 5, 2)).sum()
+    once = torch.autograd.grad(first, list(layer.parameters()), retain_graph=True)
+    torch.autograd.grad(second, list(layer.parameters()))
+    again = torch.autograd.grad(first, list(layer.parameters()))
+    for a, b in zip(once, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_gradients_the_values_are_the_same_and_nothing_stays() -> None:
+    layer = SwarmLayer(2, 3, 8, 6)
+    x = torch.randn(3, 9, 2)
+    with torch.no_grad():
+        y = layer(x)
+    assert torch.equal(y, layer(x)) and not y.requires_grad
+    layer(x).sum().backward()
+    copy.deepcopy(layer)  # fails if the module keeps a tensor of a graph
+
+
+@pytest.mark.parametrize("pooling", ["MEAN", "POMA"])
+def test_permutation_equivariance(pooling: str) -> None:
+    torch.manual_seed(0)
+    layer = SwarmLayer(2, 3, 12, 5, pooling=pooling)
+    x, mask, perm = torch.randn(3, 10, 2), torch.rand(3, 10) < 0.8, torch.randperm(10)
+    moved, still = layer(x[:, perm], mask[:, perm]), layer(x, mask)[:, perm]
+    torch.testing.assert_close(moved[mask[:, perm]], still[mask[:, perm]])
+    assert (layer(x)[:, 0] - layer(x.flip(1))[:, 0]).abs().max() > 1e-3  # not constant
+
+
+@pytest.mark.parametrize("n_dim", [1, 2])
+def test_causality(n_dim: int) -> None:
+    """Changing entity k changes outputs from k on, in the row-major order of a grid, and none before."""
+    torch.manual_seed(0)
+    layer = SwarmLayer(2, 3, 8, 4, pooling="CAUSAL", n_dim=n_dim)
+    x = torch.randn(2, *((12,) if n_dim == 1 else (3, 4)), 2)
+    other, k = x.clone(), 5
+    other.view(2, 12, 2)[:, k] += 1
+    difference = (layer(x) - layer(other)).view(2, 12, 3).abs().amax((0, 2))
+    assert torch.equal(difference[:k], torch.zeros(k))
+    assert (difference[k:] > 0).all()
+
+
+@pytest.mark.parametrize("pooling", swarm.POOLINGS)
+def test_padding_changes_no_valid_output(pooling: str) -> None:
+    torch.manual_seed(0)
+    layer = SwarmLayer(2, 3, 12, 4, pooling=pooling)
+    x, mask = torch.randn(3, 10, 2), torch.arange(10) < torch.tensor([10, 6, 1])[:, None]
+    y = layer(x, mask)
+    noisy = torch.where(mask.unsqueeze(2), x, 1e3 * torch.randn(3, 10, 2))
+    torch.testing.assert_close(layer(noisy, mask)[mask], y[mask])
+    for n, size in enumerate(mask.sum(1)):
+        torch.testing.assert_close(layer(x[n : n + 1, :size]), y[n : n + 1, :size])
+
+
+@pytest.mark.parametrize("pooling", swarm.POOLINGS)
+def test_sets_without_entities_are_finite(pooling: str) -> None:
+    layer = SwarmLayer(2, 3, 12, 4, pooling=pooling)
+    x = torch.randn(2, 5, 2, requires_grad=True)
+    y = layer(x, torch.tensor([[True] * 5, [False] * 5]))
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("pooling", swarm.POOLINGS)
+@pytest.mark.parametrize("channel_first", [False, True])
+def test_grid_is_a_line_of_entities(pooling: str, channel_first: bool) -> None:
+    """A grid of two dimensions, channels first or last, gives what its entities give on a line."""
+    torch.manual_seed(0)
+    line = SwarmLayer(3, 4, 10, 3, pooling=pooling)
+    grid = SwarmLayer(3, 4, 10, 3, pooling=pooling, n_dim=2, channel_first=channel_first)
+    grid.load_state_dict({k: v.unsqueeze(-1) if v.ndim == 3 else v for k, v in line.state_dict().items()})
+    x, mask = torch.randn(2, 4, 5, 3), torch.rand(2, 4, 5) < 0.7
+    y = grid(x.movedim(-1, 1) if channel_first else x, mask)
+    y = y.movedim(1, -1) if channel_first else y
+    torch.testing.assert_close(y.flatten(1, 2), line(x.flatten(1, 2), mask.flatten(1)))
+
+
+def test_dropout_is_one_mask_for_a_set_and_channel() -> None:
+    torch.manual_seed(0)
+    layer = SwarmLayer(2, 3, 200, 4, dropout=0.25)
+    scale = layer.dropout_scale(torch.randn(5, 7, 2))
+    assert scale.shape == (4, 5, 1, 200)
+    assert torch.allclose(scale[scale > 0], torch.tensor(1 / 0.75)) and 0.2 < (scale == 0).float().mean() < 0.3
+    x = torch.randn(5, 7, 2)
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_bfloat16_autocast_is_close_and_keeps_parameters_in_float32() -> None:
+    torch.manual_seed(0)
+    layer = SwarmLayer(2, 3, 32, 8)
+    x, mask = torch.randn(4, 50, 2), torch.arange(50) < torch.tensor([50, 40, 30, 20])[:, None]
+    results = {}
+    for enabled in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(x, mask)
+        y.float()[mask].square().sum().backward()
+        results[enabled] = [y.float()[mask].detach(), *(p.grad for p in layer.parameters())]
+    assert not torch.equal(results[True][0], results[False][0])
+    for low, full in zip(results[True], results[False], strict=True):
+        assert low.dtype == torch.float32
+        assert (low - full).norm() < 0.03 * full.norm()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_fused_is_the_same() -> None:
+    torch.manual_seed(0)
+    layer = SwarmLayer(2, 3, 16, 3)
+    results = []
+    for fuse in (False, True):
+        layer.fuse = fuse
+        layer.zero_grad()
+        for n, e in ((2, 30), (3, 17)):  # other sizes do not compile anew
+            torch.manual_seed(n)
+            y = layer(torch.randn(n, e, 2))
+            y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
+    for fused, plain in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_iter": 0}, "positive"),
+        ({"n_hidden": 8, "pooling": "POMA"}, "too small"),
+        ({"pooling": "MAX"}, "unknown pooling 'MAX'"),
+        ({"dropout": 1.0}, "dropout 1.0"),
+        ({"n_dim": 3}, "n_dim 3"),
+    ],
+)
+def test_wrong_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SwarmLayer(**({"n_in": 2, "n_out": 3, "n_hidden": 16, "n_iter": 2} | options))
+
+
+def test_wrong_shapes() -> None:
+    layer = SwarmLayer(2, 3, 16, 2)
+    with pytest.raises(ValueError, match="4, 5, 6, 2"):
+        layer(torch.randn(4, 5, 6, 2))
+    with pytest.raises(ValueError, match="mask has shape"):
+        layer(torch.randn(4, 5, 2), torch.ones(4, 6))
