@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,13 +26,12 @@ from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks
 from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
 from common.run import checkpoint, options
-from common.run.backtracking import Backtracking
 from common.run.checkpoint import CheckpointError
-from common.run.clock import Clock
 from common.run.directory import RunDirectory, RunError
 from common.run.interruption import EXIT_RESUMABLE, Interruption
 from common.run.memory import keep_freed_memory
-from common.run.traces import Metrics, Traces, read_metrics
+from common.run.traces import read_metrics
+from common.run.training import Training, batch_order, load_checkpoint
 
 UNNAMED = ("-resume", "-results_dir", "-overwrite", "-dry_run")  # options that do not make another run
 OWN_OPTIONS = {  # what only some types of model have a use for
@@ -46,7 +44,6 @@ OWN_OPTIONS = {  # what only some types of model have a use for
 }
 MEASURES = {"cross_entropy": "cross entropy", "accuracy": "accuracy", "rand_index": "adj. Rand index"}
 COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "val_accuracy", "val_rand_index", "lr")
-SAVE_SECONDS = 60.0  # between two saves of last.pkl within an epoch
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -65,17 +62,27 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("-dropout", type=real(0, 1, below=True), default=0.0, help="dropout rate [%(default)s]")
     paper.add_argument("-tasks", type=at_least(10), default=10000, help="tasks, training and validation together [%(default)s]")
     paper.add_argument("-bs", type=at_least(1), default=100, help="batch size, in tasks [%(default)s]")
-    paper.add_argument("-wc", type=real(0, above=True), default=60.0, help="wall clock time for training, in minutes [%(default)s]")
-    paper.add_argument("-update_interval", type=real(0), default=10.0, help="minutes between two updates of the plots [%(default)s]")
+    paper.add_argument(
+        "-wc", type=real(0, above=True), default=60.0, help="wall clock time for training, in minutes [%(default)s]"
+    )
+    paper.add_argument(
+        "-update_interval", type=real(0), default=10.0, help="minutes between two updates of the plots [%(default)s]"
+    )
     paper.add_argument("-max_epochs", type=at_least(1), default=1000, help="largest number of epochs [%(default)s]")
-    paper.add_argument("-bt_horizon", type=real(0, 1), default=0.2, help="backtracking horizon, a fraction of the epochs [%(default)s]")
-    paper.add_argument("-bt_alpha", type=real(0, 1, above=True), default=0.9, help="learning rate factor of backtracking [%(default)s]")
+    paper.add_argument(
+        "-bt_horizon", type=real(0, 1), default=0.2, help="backtracking horizon, a fraction of the epochs [%(default)s]"
+    )
+    paper.add_argument(
+        "-bt_alpha", type=real(0, 1, above=True), default=0.9, help="learning rate factor of backtracking [%(default)s]"
+    )
     paper.add_argument("-lr", type=real(0, 1, above=True), default=0.01, help="learning rate of Adam [%(default)s]")
     paper.add_argument("-no_cuda", action="store_true", help="don't use CUDA even if it is available")
     paper.add_argument("-dry_run", action="store_true", help="just print the model name and exit")
     paper.add_argument("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
     paper.add_argument("-run", type=run_id, help="run id to append to the model name; has no function otherwise")
-    paper.add_argument("-resume", metavar="FILE|auto", help="start from a best.pkl; auto: go on with this run where it was interrupted")
+    paper.add_argument(
+        "-resume", metavar="FILE|auto", help="start from a best.pkl; auto: go on with this run where it was interrupted"
+    )
     own = parser.add_argument_group("options of this suite")
     own.add_argument("-seed", type=at_least(0), default=0, help="seed of data, weights and order of batches [%(default)s]")
     own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")
@@ -157,216 +164,146 @@ def means(measured: dict[str, Tensor]) -> dict[str, float]:
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 
-class Experiment:
-    """One run: what is trained, on what, and how far it is. `state_dict` is the content of last.pkl."""
+@dataclass(frozen=True)
+class Data:
+    """Tasks, cut into batches of training and validation, and the levels to judge a model by."""
 
-    def __init__(self, args: argparse.Namespace, run: RunDirectory, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.args, self.run, self.model, self.optimizer = args, run, model, optimizer
-        self.device = next(model.parameters()).device
-        self.tasks = clustering.make_tasks(args.tasks, args.seed).to(self.device)
-        training, validation = clustering.split(args.tasks)
-        self.batches = clustering.batches_by_size(self.tasks, training, args.bs)
-        self.validation = clustering.batches_by_size(self.tasks, validation, args.bs)
-        self.references = references(self.tasks, self.validation, args.seed)
-        self.levels = {name: means(measured) for name, measured in self.references.items()}
-        self.backtracking = Backtracking(args.bt_horizon)
-        self.traces = Traces(model)
-        # where it stands: `batch` batches of `epoch` are done; loss_sum is their training loss, summed over n_tasks tasks
-        self.epoch = self.batch = self.step = self.n_tasks = 0
-        self.loss_sum = 0.0
-
-    def start(self, last: dict[str, Any] | None) -> None:
-        """Start the clock and the files: anew, or where last.pkl stands."""
-        path = self.run.path / "metrics.csv"
-        if last is None:
-            self.metrics = Metrics(path, COLUMNS)
-            self.clock = Clock(60 * self.args.wc)
-            self.save_last()
-            self.save_best(math.inf)
-            return
-        self.optimizer.load_state_dict(last["optimizer"])
-        self.backtracking.load_state_dict(last["backtracking"])
-        self.traces.load_state_dict(last["traces"])
-        self.epoch, self.batch, self.step, self.n_tasks, self.loss_sum = last["progress"]
-        self.metrics = Metrics(path, COLUMNS, last["metrics_size"])
-        self.clock = Clock(60 * self.args.wc, last["seconds"])
-        checkpoint.set_rng_state(last["rng"])
-        self.saved_at = time.monotonic()
-        if self.step == 0:  # stopped between the two saves above
-            self.save_best(math.inf)
-
-    def save_last(self) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "name": self.run.name,
-            "best_val_loss": self.backtracking.best,
-            "args": {name: value for name, value in vars(self.args).items() if f"-{name}" not in UNNAMED},
-            "progress": (self.epoch, self.batch, self.step, self.n_tasks, self.loss_sum),
-            "seconds": self.clock.used(),
-            "backtracking": self.backtracking.state_dict(),
-            "traces": self.traces.state_dict(),
-            "metrics_size": self.metrics.size,
-            "rng": checkpoint.rng_state(),
-        }
-        checkpoint.save(state, self.run.last)
-        self.saved_at = time.monotonic()
-
-    def save_best(self, val_loss: float) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        checkpoint.save(state | {"name": self.run.name, "best_val_loss": val_loss, "epoch": self.epoch}, self.run.best)
-
-    def load_best(self) -> None:
-        state = checkpoint.load(self.run.best)
-        checkpoint.load_model(self.model, state, self.run.best)
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    @learning_rate.setter
-    def learning_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    tasks: ClusteringTasks
+    training: list[Tensor]
+    validation: list[Tensor]
+    references: dict[str, dict[str, Tensor]]  # "chance" and "oracle": measures of each validation task
+    levels: dict[str, dict[str, float]]  # their means
 
 
-def batch_order(n_batches: int, seed: int, epoch: int) -> list[int]:
-    """The order of the batches: a function of seed and epoch alone, so that a resume in mid-epoch is exact."""
-    gen = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    return torch.randperm(n_batches, generator=gen).tolist()
+def make_data(n_tasks: int, batch_size: int, seed: int, device: torch.device) -> Data:
+    tasks = clustering.make_tasks(n_tasks, seed).to(device)
+    training, validation = (clustering.batches_by_size(tasks, part, batch_size) for part in clustering.split(n_tasks))
+    measured = references(tasks, validation, seed)
+    return Data(tasks, training, validation, measured, {name: means(of) for name, of in measured.items()})
 
 
-def train_epoch(ex: Experiment, interruption: Interruption, progress: tqdm) -> bool:
+def train_epoch(args: argparse.Namespace, data: Data, training: Training, interruption: Interruption, progress: tqdm) -> bool:
     """Train on the batches of an epoch that are left, until the time is up or a signal comes; False if the loss diverged."""
-    args = ex.args
-    for index in batch_order(len(ex.batches), args.seed, ex.epoch)[ex.batch :]:
-        points, labels, mask = clustering.padded_batch(ex.tasks, ex.batches[index])
-        log_p = log_probs(ex.model, points, mask, args.precision)
+    for index in batch_order(len(data.training), args.seed, training.epoch)[training.batch :]:
+        points, labels, mask = clustering.padded_batch(data.tasks, data.training[index])
+        log_p = log_probs(training.model, points, mask, args.precision)
         loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).mean()
         value = loss.item()
         if not math.isfinite(value):
             return False
-        ex.optimizer.zero_grad()
+        training.optimizer.zero_grad()
         loss.backward()
-        ex.optimizer.step()
+        training.optimizer.step()
 
-        ex.loss_sum += value * len(points)
-        ex.n_tasks += len(points)
-        ex.batch, ex.step = ex.batch + 1, ex.step + 1
-        ex.traces.record(ex.step, loss)
+        training.step_done(loss, value, len(points))
         progress.set_description_str(
-            f"epoch {ex.epoch + 1} batch {ex.batch}/{len(ex.batches)}  loss {value:.3f}  best validation "
-            f"{ex.backtracking.best:.3f} (oracle {ex.levels['oracle']['cross_entropy']:.3f})  lr {ex.learning_rate:.2g}  "
-            f"time left {tqdm.format_interval(int(ex.clock.left()))}",
+            f"epoch {training.epoch + 1} batch {training.batch}/{len(data.training)}  loss {value:.3f}  best validation "
+            f"{training.backtracking.best:.3f} (oracle {data.levels['oracle']['cross_entropy']:.3f})  "
+            f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
             refresh=False,
         )
         progress.update()
-        if ex.clock.is_up() or interruption.signal:
+        if training.clock.is_up() or interruption.signal:
             break
-        if time.monotonic() - ex.saved_at > SAVE_SECONDS:
-            ex.save_last()
+        training.save_now_and_then()
     return True
 
 
-def end_epoch(ex: Experiment, finite: bool) -> None:
+def end_epoch(args: argparse.Namespace, data: Data, training: Training, finite: bool) -> None:
     """Validate, note the figures, and keep the model, save it as the best, or go back to the best."""
-    nothing = dict.fromkeys(MEASURES, math.nan)
-    figures = means(validate(ex.model, ex.tasks, ex.validation, ex.args.precision)) if finite else nothing
-    train_loss = ex.loss_sum / ex.n_tasks if finite else math.nan
-    val_loss, rate = figures["cross_entropy"], ex.learning_rate
-    last_epoch = ex.clock.is_up() or ex.epoch + 1 == ex.args.max_epochs
-    verdict = ex.backtracking.judge(val_loss, last_epoch=ex.clock.is_up())
-    if verdict == "best":
-        ex.save_best(val_loss)
-    elif verdict == "back":
-        ex.load_best()
-        ex.learning_rate = rate * ex.args.bt_alpha
-
-    done = {"best": " | best so far, saved", "keep": "", "back": f" | back to the best, lr {ex.learning_rate:.4g}"}[verdict]
-    chance, oracle = ex.levels["chance"], ex.levels["oracle"]
-    ex.run.log(
-        f"epoch {ex.epoch + 1:4d}  step {ex.step:6d}  {ex.clock.used() / 60:7.2f} min | training {train_loss:.4f} | "
-        f"validation {val_loss:.4f} (oracle {oracle['cross_entropy']:.4f}, chance {chance['cross_entropy']:.4f}) | "
-        f"accuracy {figures['accuracy']:.3f} (oracle {oracle['accuracy']:.3f}, chance {chance['accuracy']:.3f}) | "
-        f"lr {rate:.4g}{done}"
+    figures = dict.fromkeys(MEASURES, math.nan)
+    if finite:
+        figures = means(validate(training.model, data.tasks, data.validation, args.precision))
+    row = {
+        "epoch": training.epoch + 1,
+        "step": training.step,
+        "seconds": training.clock.used(),
+        "train_loss": training.mean_loss if finite else math.nan,
+        "val_loss": figures["cross_entropy"],
+        "val_accuracy": figures["accuracy"],
+        "val_rand_index": figures["rand_index"],
+        "lr": training.learning_rate,
+    }
+    verdict = training.conclude_epoch(row["val_loss"], row)
+    done = {"best": " | best so far, saved", "keep": "", "back": f" | back to the best, lr {training.learning_rate:.4g}"}
+    chance, oracle = data.levels["chance"], data.levels["oracle"]
+    training.run.log(
+        f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
+        f"validation {row['val_loss']:.4f} (oracle {oracle['cross_entropy']:.4f}, chance {chance['cross_entropy']:.4f}) | "
+        f"accuracy {row['val_accuracy']:.3f} (oracle {oracle['accuracy']:.3f}, chance {chance['accuracy']:.3f}) | "
+        f"lr {row['lr']:.4g}{done[verdict]}"
     )
-    row = [ex.epoch + 1, ex.step, ex.clock.used(), train_loss, val_loss, figures["accuracy"], figures["rand_index"], rate]
-    ex.metrics.append(dict(zip(COLUMNS, row, strict=True)))
-    ex.epoch, ex.batch, ex.n_tasks, ex.loss_sum = ex.epoch + 1, 0, 0, 0.0
-    if finite or not last_epoch:  # what diverged in the last epoch is not worth a checkpoint
-        ex.save_last()
 
 
-def train(ex: Experiment, interruption: Interruption) -> bool:
+def train(args: argparse.Namespace, data: Data, training: Training, interruption: Interruption) -> bool:
     """Train until the epochs or the time are used up; False if a signal came first, with all that is needed to go on saved."""
-    plotted_at: float | None = None
+    clock, plotted_at = training.clock, -math.inf
     with tqdm(disable=None, bar_format="{desc}") as progress:
-        while ex.epoch < ex.args.max_epochs and not ex.clock.is_up():
-            finite = train_epoch(ex, interruption, progress)
-            if interruption.signal and not ex.clock.is_up():
+        while training.epoch < args.max_epochs and not clock.is_up():
+            finite = train_epoch(args, data, training, interruption, progress)
+            if interruption.signal and not clock.is_up():
                 if finite:
-                    ex.save_last()
+                    training.save_last()
                 return False
-            end_epoch(ex, finite)
-            if plotted_at is None or ex.clock.used() - plotted_at >= 60 * ex.args.update_interval:
-                with ex.clock.paused():
-                    draw(ex)
-                plotted_at = ex.clock.used()
+            end_epoch(args, data, training, finite)
+            if clock.used() - plotted_at >= 60 * args.update_interval:
+                with clock.paused():
+                    draw(args, data, training)
+                plotted_at = clock.used()
     return True
 
 
 # ---- report --------------------------------------------------------------------------------------------------------------
 
 
-def draw(ex: Experiment) -> None:
+def draw(args: argparse.Namespace, data: Data, training: Training) -> None:
     """metrics.png, weights.png, samples.png."""
-    title, steps_per_epoch = ex.run.name, len(ex.batches)
+    title, steps_per_epoch = training.run.name, len(data.training)
     levels = {
-        column: {name: ex.levels[name][measure] for name in ("chance", "oracle")}
+        column: {name: data.levels[name][measure] for name in ("chance", "oracle")}
         for column, measure in (("val_loss", "cross_entropy"), ("val_accuracy", "accuracy"))
     }
-    losses = (ex.traces.steps, [loss.item() for loss in ex.traces.losses])
-    metrics = read_metrics(ex.metrics.path)
+    losses = (training.traces.steps, [loss.item() for loss in training.traces.losses])
+    metrics = read_metrics(training.metrics.path)
     plotting.plot_metrics(
-        ex.run.path / "metrics.png", title, metrics, losses, steps_per_epoch, levels, "cross entropy (nats per point)"
+        training.run.path / "metrics.png", title, metrics, losses, steps_per_epoch, levels, "cross entropy (nats per point)"
     )
-    weights = {name: values.numpy() for name, values in ex.traces.by_parameter().items()}
+    weights = {name: values.numpy() for name, values in training.traces.by_parameter().items()}
     if weights:
-        plotting.plot_weights(ex.run.path / "weights.png", title, ex.traces.steps, weights, steps_per_epoch)
-    plotting.plot_clusterings(ex.run.path / "samples.png", title, samples(ex))
+        plotting.plot_weights(training.run.path / "weights.png", title, training.traces.steps, weights, steps_per_epoch)
+    plotting.plot_clusterings(training.run.path / "samples.png", title, samples(args, data, training))
 
 
 @torch.no_grad()
-def samples(ex: Experiment) -> list[tuple[Any, Any, Any, str]]:
+def samples(args: argparse.Namespace, data: Data, training: Training) -> list[tuple[Any, Any, Any, str]]:
     """Three validation tasks, always the same: with few, some and many clusters."""
-    _, validation = clustering.split(len(ex.tasks))
-    by_clusters = validation[ex.tasks.n_clusters[validation.to(ex.device)].argsort(stable=True).cpu()]
+    _, validation = clustering.split(len(data.tasks))
+    by_clusters = validation[data.tasks.n_clusters[validation.to(data.tasks.points.device)].argsort(stable=True).cpu()]
     chosen = by_clusters[torch.linspace(0, len(by_clusters) - 1, min(3, len(by_clusters))).long()]
-    ex.model.eval()
+    training.model.eval()
     drawn = []
     for task in chosen.split(1):
-        points, labels, mask = clustering.padded_batch(ex.tasks, task)
-        predicted = log_probs(ex.model, points, mask, ex.args.precision).argmax(2)
+        points, labels, mask = clustering.padded_batch(data.tasks, task)
+        predicted = log_probs(training.model, points, mask, args.precision).argmax(2)
         counts = matching.contingency(predicted, labels, mask, N_LABELS)
         cluster_of_label = matching.best_matching(counts)[0].argsort()
-        oracle = clustering.log_posterior(ex.tasks, task, points).argmax(2)
+        oracle = clustering.log_posterior(data.tasks, task, points).argmax(2)
         oracle_accuracy = matching.matched_accuracy(matching.contingency(oracle, labels, mask, N_LABELS)).item()
         caption = (
-            f"{int(ex.tasks.n_clusters[task])} clusters, {points.shape[1]} points,\n"
+            f"{int(data.tasks.n_clusters[task])} clusters, {points.shape[1]} points,\n"
             f"accuracy {matching.matched_accuracy(counts).item():.2f} (oracle {oracle_accuracy:.2f})"
         )
         shown = (points[0], cluster_of_label[predicted[0]], labels[0])
         drawn.append((*(tensor.cpu().numpy() for tensor in shown), caption))
-    ex.model.train()
+    training.model.train()
     return drawn
 
 
-def report(ex: Experiment) -> dict[str, Any]:
+def report(args: argparse.Namespace, data: Data, training: Training) -> dict[str, Any]:
     """The final figures: the best model's measures on the validation tasks, by number of clusters, beside the references."""
-    ex.load_best()
-    measured = {"model": validate(ex.model, ex.tasks, ex.validation, ex.args.precision), **ex.references}
-    n_clusters = ex.tasks.n_clusters.cpu()[torch.cat(ex.validation)]
+    training.load_best()
+    measured = {"model": validate(training.model, data.tasks, data.validation, args.precision), **data.references}
+    n_clusters = data.tasks.n_clusters.cpu()[torch.cat(data.validation)]
     by_clusters = {}
     for number in sorted(set(n_clusters.tolist())):
         of_number = n_clusters == number
@@ -374,14 +311,14 @@ def report(ex: Experiment) -> dict[str, Any]:
         by_clusters[str(number)] = {"tasks": int(of_number.sum()), **figures}
     return {
         "script": "amortised_clustering",
-        "name": ex.run.name,
-        "seed": ex.args.seed,
+        "name": training.run.name,
+        "seed": args.seed,
         "protocol": "the model with the lowest validation loss of all epochs, measured on the same validation tasks",
-        "parameters": sum(p.numel() for p in ex.model.parameters()),
-        "device": str(ex.device),
-        "epochs": ex.epoch,
-        "steps": ex.step,
-        "seconds": ex.clock.used(),
+        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "device": str(data.tasks.points.device),
+        "epochs": training.epoch,
+        "steps": training.step,
+        "seconds": training.clock.used(),
         "validation_tasks": len(n_clusters),
         **{name: means(values) for name, values in measured.items()},
         "by_clusters": by_clusters,
@@ -402,50 +339,47 @@ def report_table(result: dict[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def summary(result: dict[str, Any], run: RunDirectory) -> str:
+    """What a reader wants to know first: the figures beside their references, and where to look."""
+    lines = [f"{result['validation_tasks']} validation tasks, after {result['seconds'] / 60:.1f} minutes of training:"]
+    for measure, title in MEASURES.items():
+        model, chance, oracle = (result[name][measure] for name in ("model", "chance", "oracle"))
+        lines.append(f"{title:>16}: {model:.3f} (chance {chance:.3f}, oracle {oracle:.3f})")
+    for what, file in (
+        ("log", "log"),
+        ("learning curves", "metrics.png"),
+        ("weight traces", "weights.png"),
+        ("samples", "samples.png"),
+    ):
+        if (run.final / file).exists():  # no log with -to_stdout
+            lines.append(f"{what:>16}: {run.final / file}")
+    return "\n".join(lines)
+
+
 # ---- one run from start to end -------------------------------------------------------------------------------------------
 
 
-def prepare(args: argparse.Namespace, run: RunDirectory, found: str) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any] | None]:
-    """Model and optimiser, and the content of last.pkl if the run goes on. Raises CheckpointError; creates nothing."""
+def make_model(args: argparse.Namespace) -> nn.Module:
+    """The model of the options, on its device, with weights from the seed."""
     checkpoint.seed_everything(args.seed)
     names = ("n_hidden", "n_layers", "n_iter", "non_lin", "n_heads", "n_ind_points", "dropout", "pooling")
     model = make_set_model(args.type, 2, N_LABELS, fuse=args.compile, **{name: getattr(args, name) for name in names})
-    model.to("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    last = None
-    if found == "unfinished":
-        last = checkpoint.load(run.last, needed=("model", "optimizer", "args", "progress", "rng"))
-        for name, value in last["args"].items():
-            if getattr(args, name, None) != value:
-                raise CheckpointError(f"{run.last} was made with -{name} {value}, not {getattr(args, name, None)}: -run ID starts another run")
-        checkpoint.load_model(model, last, run.last)
-        if last["progress"][2] > 0:
-            checkpoint.load_model(model, checkpoint.load(run.best), run.best)  # so that it can be gone back to
-            checkpoint.load_model(model, last, run.last)
-    elif args.resume not in (None, "auto"):
-        state = checkpoint.load(Path(args.resume))
-        checkpoint.load_model(model, state, Path(args.resume))
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{args.resume} has an optimizer of another model ({error})") from None
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr
     if args.compile and args.type != "Swarm":
         model.compile(dynamic=True)
-    return model, optimizer, last
+    return model.to("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
 
 
-def introduce(ex: Experiment, given: set[str]) -> None:
+def introduce(args: argparse.Namespace, data: Data, training: Training, given: set[str]) -> None:
     """Log what was derived from the options."""
-    args, n_training = ex.args, sum(len(batch) for batch in ex.batches)
-    ex.run.log(f"{ex.model}\n{sum(p.numel() for p in ex.model.parameters()):,} parameters on {ex.device}, seed {args.seed}")
-    ex.run.log(f"{n_training} training tasks, {len(ex.batches)} steps an epoch; {len(ex.tasks) - n_training} validation tasks")
+    log, n_parameters = training.run.log, sum(p.numel() for p in training.model.parameters())
+    log(f"{training.model}\n{n_parameters:,} parameters on {data.tasks.points.device}, seed {args.seed}")
+    n_training, n_validation = (sum(len(batch) for batch in batches) for batches in (data.training, data.validation))
+    log(f"{n_training} training tasks, {len(data.training)} steps an epoch; {n_validation} validation tasks")
     everyones = set().union(*OWN_OPTIONS.values())
     for name in sorted(given & (everyones - OWN_OPTIONS[args.type])):
-        ex.run.log(f"note: -type {args.type} has no use for -{name}")
-    if ex.step:
-        ex.run.log(f"resumed in epoch {ex.epoch + 1} after step {ex.step}, {ex.clock.used() / 60:.2f} minutes used")
+        log(f"note: -type {args.type} has no use for -{name}")
+    if training.step:
+        log(f"resumed in epoch {training.epoch + 1} after step {training.step}, {training.clock.used() / 60:.2f} minutes used")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -464,21 +398,26 @@ def main(argv: list[str] | None = None) -> int:
                 run.finish_interrupted_rename()
                 print(f"the run {run.final} has finished: nothing to do")
                 return 0
-            model, optimizer, last = prepare(args, run, found)
+            model = make_model(args)
+            optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+            named = {option: value for option, value in vars(args).items() if f"-{option}" not in UNNAMED}
+            last = load_checkpoint(run, found, args.resume, model, optimizer, named)
             run.open(vars(args), overwrite=args.overwrite, to_stdout=args.to_stdout)
         except (RunError, CheckpointError) as error:
             parser.error(str(error))
         print(f"running in {run.path}", flush=True)
         try:
-            ex = Experiment(args, run, model, optimizer)
-            ex.start(last)
-            introduce(ex, given)
-            if not train(ex, interruption):
-                run.log(f"stopped by {interruption.signal} after step {ex.step}: -resume auto goes on from here")
+            limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
+            data = make_data(args.tasks, args.bs, args.seed, next(model.parameters()).device)
+            training = Training(run, model, optimizer, named, columns=COLUMNS, **limits)
+            training.start(last)
+            introduce(args, data, training, given)
+            if not train(args, data, training, interruption):
+                run.log(f"stopped by {interruption.signal} after step {training.step}: -resume auto goes on from here")
                 return EXIT_RESUMABLE
-            with ex.clock.paused():
-                draw(ex)
-                result = report(ex)
+            with training.clock.paused():
+                draw(args, data, training)
+                result = report(args, data, training)
             run.log(report_table(result))
             run.finish(result)
         except OSError as error:
@@ -487,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_RESUMABLE
     if not args.to_stdout:
         print(report_table(result))
-    print(f"trained for {result['seconds'] / 60:.1f} minutes; log, traces and samples are in {run.final}")
+    print(summary(result, run))
     return 0
 
 

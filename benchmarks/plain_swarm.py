@@ -25,13 +25,13 @@ class PlainSwarmLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x.mT  # (N, n_in, E)
         valid = torch.ones_like(x[:, :1]) if mask is None else mask.unsqueeze(1).to(x.dtype)
-        h: Tensor | None = None
+        h = c = None
         for _ in range(self.n_iter):
             gates = self.cell.Wih(x)
             if h is not None:
                 gates = gates + self.cell.Whh(h) + self.cell.Whp(self.pool(h, valid))
             i, f, o, d = gates.chunk(4, dim=1)
-            c = torch.tanh(d) * torch.sigmoid(i) + (0 if h is None else c * torch.sigmoid(f))
+            c = torch.tanh(d) * torch.sigmoid(i) + (0 if c is None else c * torch.sigmoid(f))
             h = torch.sigmoid(o) * torch.tanh(c)
         return self.ffwd(torch.cat([h, c], dim=1)).mT
 

@@ -44,7 +44,9 @@ def make_step(kind: str, batch: Batch, device: str) -> Callable[[], object]:
         return lambda: products(points)
     fuse, bf16 = "fused" in kind, "bf16" in kind
     model: nn.Module = (
-        PlainSwarmLayer(2, N_LABELS, N_HIDDEN, N_ITER) if kind == "plain" else SwarmLayer(2, N_LABELS, N_HIDDEN, N_ITER, fuse=fuse)
+        PlainSwarmLayer(2, N_LABELS, N_HIDDEN, N_ITER)
+        if kind == "plain"
+        else SwarmLayer(2, N_LABELS, N_HIDDEN, N_ITER, fuse=fuse)
     )
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters())
@@ -68,7 +70,9 @@ def products(points: Tensor) -> None:
     new = points.new_empty
     h, hc, gates, y = new(N * E, H), new(N * E, 2 * H), new(N * E, 4 * H), new(N * E, N_LABELS)
     p, dp = new(N, H), new(N, 4 * H)
-    Wih, Whh, Whp, ffwd = (torch.randn(a, b, device=points.device) for a, b in ((4 * H, n_in), (4 * H, H), (4 * H, H), (N_LABELS, 2 * H)))
+    Wih, Whh, Whp, ffwd = (
+        torch.randn(a, b, device=points.device) for a, b in ((4 * H, n_in), (4 * H, H), (4 * H, H), (N_LABELS, 2 * H))
+    )
     for tensor in (h, hc, gates, y, p, dp):
         tensor.fill_(0.5)
     torch.mm(x, Wih.T, out=gates)
@@ -106,7 +110,17 @@ def one_set(entities: int) -> Batch:
 
 def peak_memory(kind: str, batch: str, entities: int, threads: int) -> float:
     """Peak resident memory of two steps in a process of their own, in MiB ("nothing": of the process without a step)."""
-    command = [sys.executable, "-m", "benchmarks.swarm_layer", "--memory", kind, batch, str(entities), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.swarm_layer",
+        "--memory",
+        kind,
+        batch,
+        str(entities),
+        "--threads",
+        str(threads),
+    ]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -156,21 +170,18 @@ def compare_memory(kinds: list[str], entities: int, threads: int) -> None:
 
 def show_growth(sizes: list[int], rounds: int, threads: int) -> None:
     print("\n(c) one set of E entities: milliseconds and MiB of a step, and both per 1,000 entities")
-    print(f"{'E':>8}{'layer ms':>10}{'per 1,000':>10}{'plain ms':>10}{'per 1,000':>10}{'layer MiB':>11}{'per 1,000':>10}{'plain MiB':>11}")
+    titles = [title for kind in ("layer", "plain") for title in (f"{kind} ms", "per 1,000", f"{kind} MiB", "per 1,000")]
+    print(f"{'E':>8}" + "".join(f"{title:>11}" for title in titles))
     nothing = peak_memory("nothing", "one", sizes[0], threads)
     for entities in sizes:
-        milliseconds = []
+        figures = []
         for kind in ("layer", "plain"):
             step = make_step(kind, one_set(entities), "cpu")
             step()
-            milliseconds.append(1e3 * statistics.median(seconds(step) for _ in range(rounds)))
-        mib = [peak_memory(kind, "one", entities, threads) - nothing for kind in ("layer", "plain")]
-        per = [1000 * value / entities for value in (*milliseconds, mib[0])]
-        print(
-            f"{entities:8,}{milliseconds[0]:10.1f}{per[0]:10.2f}{milliseconds[1]:10.1f}{per[1]:10.2f}"
-            f"{mib[0]:11,.0f}{per[2]:10.2f}{mib[1]:11,.0f}",
-            flush=True,
-        )
+            milliseconds = 1e3 * statistics.median(seconds(step) for _ in range(rounds))
+            mib = peak_memory(kind, "one", entities, threads) - nothing
+            figures += [milliseconds, 1000 * milliseconds / entities, mib, 1000 * mib / entities]
+        print(f"{entities:8,}" + "".join(f"{figure:11,.1f}" for figure in figures), flush=True)
 
 
 def has_bf16() -> bool:
@@ -196,7 +207,9 @@ def main() -> None:
         return
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     print(f"torch {torch.__version__}, {where}; bfloat16 in hardware: {'yes' if args.device == 'cuda' or has_bf16() else 'no'}")
-    kinds = ["plain", "layer", "bf16", "products"] if args.quick else ["plain", "layer", "fused", "bf16", "bf16 fused", "products"]
+    kinds = (
+        ["plain", "layer", "bf16", "products"] if args.quick else ["plain", "layer", "fused", "bf16", "bf16 fused", "products"]
+    )
     print("\nwith the C library's own memory policy:")
     compare_steps(["plain", "products"], [599], 3 if args.quick else args.rounds, args.device)
     print("\nwith the scripts' memory policy:")

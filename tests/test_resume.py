@@ -27,9 +27,10 @@ SERVER.set_forkserver_preload(["amortised_clustering"])
 
 def run_script(line: list[str]) -> None:
     import amortised_clustering
+    from common.run import training
 
     torch.set_num_threads(1)
-    amortised_clustering.SAVE_SECONDS = 0.02  # save within epochs, too
+    training.SAVE_SECONDS = 0.02  # save within epochs, too
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.exit(amortised_clustering.main(line))
 

@@ -8,6 +8,8 @@ checkpoints.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,10 +53,11 @@ class MultiheadAttention(nn.Module):
         if d % n_heads:
             raise ValueError(f"{d} channels do not split into {n_heads} heads")
         self.n_heads = n_heads
-        self.project_queries, self.project_keys, self.project_values, self.concatenation = (nn.Linear(d, d) for _ in range(4))
-        for linear in self.children():
+        linears = [nn.Linear(d, d) for _ in range(4)]
+        for linear in linears:
             nn.init.xavier_normal_(linear.weight)
             nn.init.zeros_(linear.bias)
+        self.project_queries, self.project_keys, self.project_values, self.concatenation = linears
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend from x to y, at whose valid entities `mask` (N, K) is True."""
@@ -72,10 +75,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, d: int):
         super().__init__()
-        self.layers = nn.Sequential(*(module for _ in range(4) for module in (nn.Linear(d, d), nn.ReLU())))
-        for linear in self.layers[::2]:
+        linears = [nn.Linear(d, d) for _ in range(4)]
+        for linear in linears:
             nn.init.kaiming_normal_(linear.weight)
             nn.init.zeros_(linear.bias)
+        self.layers = nn.Sequential(*(module for linear in linears for module in (linear, nn.ReLU())))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -165,11 +169,10 @@ def make_set_model(
     widths = [n_in] + [n_hidden] * (n_layers - 1) + [n_out]
     layers: list[nn.Module]
     if kind == "Swarm":
-        options = {"pooling": pooling, "dropout": dropout, "fuse": fuse}
-        layers = [SwarmLayer(a, b, n_hidden, n_iter, **options) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        layers = [SwarmLayer(a, b, n_hidden, n_iter, pooling=pooling, dropout=dropout, fuse=fuse) for a, b in pairwise(widths)]
         return layers[0] if n_layers == 1 else SetStack(*_between(layers, non_lin))
     if kind in ("SetLinear", "SetLinearMax"):
-        layers = [SetLinear(a, b, maximum=kind == "SetLinearMax") for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        layers = [SetLinear(a, b, maximum=kind == "SetLinearMax") for a, b in pairwise(widths)]
         return SetStack(*_between(layers, non_lin))
     if kind == "SetTransformer":
         layers = [InducedSetAttentionBlock(n_hidden, n_heads, n_ind_points) for _ in range(n_layers)]

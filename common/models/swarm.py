@@ -103,7 +103,18 @@ class SwarmLayer(nn.Module):
         scale = self.dropout_scale(x) if self.training and self.dropout else None
         Wih, Whh, Whp = (conv.weight.flatten(1) for conv in (self.cell.Wih, self.cell.Whh, self.cell.Whp))
         hc = _Recurrence.apply(
-            x, valid, scale, Wih, self.cell.Wih.bias, Whh, Whp, self.pooling, self.n_iter, dtype, self.fuse, torch.is_grad_enabled()
+            x,
+            valid,
+            scale,
+            Wih,
+            self.cell.Wih.bias,
+            Whh,
+            Whp,
+            self.pooling,
+            self.n_iter,
+            dtype,
+            self.fuse,
+            torch.is_grad_enabled(),
         )  # (N, E, 2H)
         y = F.linear(hc, self.ffwd.weight.flatten(1), self.ffwd.bias).view(*grid, -1)
         return y.movedim(-1, 1) if self.channel_first else y
@@ -316,7 +327,7 @@ class _Recurrence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dhc: Tensor) -> tuple[Tensor | None, ...]:
         x, valid, scale, Wih, Whh, Whp, gates, cells = ctx.saved_tensors
-        (N, E, n_in), H, dtype = x.shape, Whh.shape[1], gates.dtype
+        (N, E, _), H, dtype = x.shape, Whh.shape[1], gates.dtype
         n_iter = len(gates)
         blocks = list(_blocks(N, E, x.device))
         n_most = blocks[0].stop if blocks else 0
@@ -345,7 +356,7 @@ class _Recurrence(torch.autograd.Function):
                         dx_term.copy_(dgates)
                     else:
                         dx_term += dgates
-                    if t == 0:
+                    if c_before is None:
                         break
                     torch.tanh(c_before, out=tanh_c)
                     torch.mul(gates[t - 1, sets, :, 2 * H : 3 * H], tanh_c, out=h)  # h of the iteration before

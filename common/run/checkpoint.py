@@ -100,11 +100,11 @@ def seed_everything(seed: int) -> None:
 
 def rng_state() -> dict[str, Any]:
     """The state of all global random generators, as plain values."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (kind, keys.tolist(), *rest),  # arrays would not load with weights_only=True
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),  # arrays would not load with weights_only=True
         "python": random.getstate(),
     }
 

@@ -88,7 +88,9 @@ class RunDirectory:
         except BlockingIOError:
             raise RunError(f"{self.part} is in use by another process: wait for it, or -run ID starts another run") from None
         except OSError as error:
-            raise RunError(f"cannot write to {error.filename or self.part}: {error.strerror}; -results_dir names a place") from None
+            raise RunError(
+                f"cannot write to {error.filename or self.part}: {error.strerror}; -results_dir names a place"
+            ) from None
 
     def finish_interrupted_rename(self) -> None:
         """A run that was killed after its result was written, before it was renamed, only needs the new name."""

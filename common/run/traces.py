@@ -71,7 +71,9 @@ class Traces:
         if len(self.steps) > N_RECORDS:
             self.every *= 2
             kept = [i for i, s in enumerate(self.steps) if s % self.every == 0]
-            self.steps, self.losses, self.weights = ([of[i] for i in kept] for of in (self.steps, self.losses, self.weights))
+            self.steps = [self.steps[i] for i in kept]
+            self.losses = [self.losses[i] for i in kept]
+            self.weights = [self.weights[i] for i in kept]
 
     def by_parameter(self) -> dict[str, Tensor]:
         """The traced entries of each parameter: (number of records, up to 13)."""

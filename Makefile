@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+# a model that learns to tell clusters apart within three minutes on two CPU cores
+DEMO = -type Swarm -n_hidden 64 -n_iter 10 -tasks 2000 -bs 10 -lr 0.005 -wc 3
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/installed
+	$(BIN)/python -u amortised_clustering.py $(DEMO) -overwrite
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.clustering_data
+	$(BIN)/python -m benchmarks.swarm_layer
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
