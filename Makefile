@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 # a model that learns to tell clusters apart within three minutes on two CPU cores
-DEMO = -type Swarm -n_hidden 64 -n_iter 10 -tasks 2000 -bs 10 -lr 0.005 -wc 3
+DEMO = -type Swarm -n_hidden 32 -n_iter 10 -tasks 6000 -bs 20 -lr 0.01 -wc 3
 
 .PHONY: demo test lint bench clean
 

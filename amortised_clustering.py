@@ -424,6 +424,8 @@ def main(argv: list[str] | None = None) -> int:
             what = f"cannot write {error.filename or run.path}: {error.strerror}"
             print(f"stopped: {what}; what was saved before is intact, and -resume auto goes on from it", file=sys.stderr)
             return EXIT_RESUMABLE
+        finally:
+            run.close()
     if not args.to_stdout:
         print(report_table(result))
     print(summary(result, run))

@@ -1,0 +1,60 @@
+"""What holds for the project as a whole: who imports whom, the README's code, the benchmarks' pieces."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import swarm_layer
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    from_nodes = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return names | {f"{node.module}.{alias.name}" for node in from_nodes for alias in node.names}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "common").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    """common never imports a script; what is not run or plotting imports neither, so that it is of use elsewhere."""
+    imported = imports(path)
+    assert not any(name.split(".")[0] in SCRIPTS for name in imported)
+    if path.parent.name != "run" and path.name != "plotting.py":
+        assert not any(name.startswith(("common.run", "common.plotting")) for name in imported)
+
+
+def test_importing_touches_no_device_and_no_file(tmp_path: Path) -> None:
+    modules = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in (ROOT / "common").rglob("*.py")]
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import importlib, torch
+for name in {SCRIPTS + modules!r}:
+    importlib.import_module(name)
+assert not torch.cuda.is_initialized()
+"""
+    subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_code_in_the_readme_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+def test_benchmark_steps_run() -> None:
+    batch = swarm_layer.one_set(30)
+    before = torch.get_rng_state()
+    for kind in ("plain", "layer", "bf16", "products"):
+        assert swarm_layer.seconds(swarm_layer.make_step(kind, batch, "cpu")) > 0
+    torch.set_rng_state(before)
+    assert swarm_layer.a_batch(300)[0].shape[0] == swarm_layer.BATCH
