@@ -191,19 +191,24 @@ _POOLINGS: dict[str, type[_Mean] | type[_Causal] | type[_Poma]] = {"MEAN": _Mean
 # ---- the cell ------------------------------------------------------------------------------------------------------------
 
 
-def _cell_forward(gates: Tensor, c_before: Tensor | None, c: Tensor, h: Tensor) -> None:
-    """Turn what enters the gates, (n, E, 4H), into the gates, in place, and fill in c and h (n, E, H)."""
-    H = c.shape[-1]
-    i, f, o = gates[..., : 3 * H].sigmoid_().split(H, -1)
-    d = gates[..., 3 * H :]
-    d.copy_(torch.tanh(d, out=h))  # by way of h, for the vectorised tanh takes rows in one piece only into another tensor
+def _next_c(gates: Tensor, c_before: Tensor | None, c: Tensor) -> None:
+    """c = f c_before + i d, from the gates (n, E, 4H) to c (n, E, H), which may be c_before itself; None stands for zero."""
+    i, f, _, d = gates.split(c.shape[-1], -1)
     if c_before is None:
         torch.mul(i, d, out=c)
     else:
         torch.mul(c_before, f, out=c)
         c.addcmul_(i, d)
+
+
+def _cell_forward(gates: Tensor, c_before: Tensor | None, c: Tensor, h: Tensor) -> None:
+    """Turn what enters the gates, (n, E, 4H), into the gates, in place, and fill in c and h (n, E, H)."""
+    H = c.shape[-1]
+    gates[..., : 3 * H].sigmoid_()
+    gates[..., 3 * H :].tanh_()
+    _next_c(gates, c_before, c)
     torch.tanh(c, out=h)
-    h *= o
+    h *= gates[..., 2 * H : 3 * H]
 
 
 def _cell_backward(
@@ -227,6 +232,30 @@ def _cell_backward(
     torch.ops.aten.sigmoid_backward.grad_input(dsigmoids, sigmoids, grad_input=dsigmoids)
     torch.ops.aten.tanh_backward.grad_input(dd, d, grad_input=dd)
     dc *= f
+
+
+# The same two as formulas, for torch.compile, which makes one kernel of each; as they stand they would be slower.
+
+
+def _cell_forward_formula(gates: Tensor, c_before: Tensor | None, c: Tensor, h: Tensor) -> None:
+    H = c.shape[-1]
+    i, f, o = gates[..., : 3 * H].sigmoid().split(H, -1)
+    d = gates[..., 3 * H :].tanh()
+    c_new = i * d if c_before is None else f * c_before + i * d
+    gates.copy_(torch.cat([i, f, o, d], -1))
+    c.copy_(c_new)
+    h.copy_(o * c_new.tanh())
+
+
+def _cell_backward_formula(
+    gates: Tensor, c_before: Tensor | None, tanh_c: Tensor, dh: Tensor, dc: Tensor, dgates: Tensor, work: Tensor
+) -> None:
+    i, f, o, d = gates.split(dc.shape[-1], -1)
+    dc_new = dc + dh * o * (1 - tanh_c * tanh_c)
+    df = torch.zeros_like(dc) if c_before is None else dc_new * c_before * f * (1 - f)
+    do = dh * tanh_c * o * (1 - o)
+    dgates.copy_(torch.cat([dc_new * d * i * (1 - i), df, do, dc_new * i * (1 - d * d)], -1))
+    dc.copy_(dc_new * f)
 
 
 @functools.cache
@@ -257,8 +286,9 @@ class _Recurrence(torch.autograd.Function):
     """All iterations of a SWARM cell: x (N, E, n_in) -> [h, c] (N, E, 2H), with a backward pass written by hand.
 
     Autograd keeps some 15 H numbers per entity and iteration, in buffers that are mapped afresh in every step, and
-    multiplies the pooled vector once per entity. This keeps 5 H (the gates and c; h = o tanh(c) comes back for a product),
-    multiplies it once per set, computes Wih x once, and works through a batch in blocks that stay in the cache.
+    multiplies the pooled vector once per entity. This keeps 4 H (the gates, from which c and h = o tanh(c) come back for a few
+    products of numbers), multiplies it once per set, computes Wih x once, and works through a batch in blocks that stay in
+    the cache.
     """
 
     @staticmethod
@@ -280,35 +310,32 @@ class _Recurrence(torch.autograd.Function):
         (N, E, _), H = x.shape, Whh.shape[1]
         blocks = list(_blocks(N, E, x.device))
         n_most = blocks[0].stop if blocks else 0
-        steps, sets_kept = (n_iter, N) if keep else (1, n_most)
-        gates = x.new_empty(steps, sets_kept, E, 4 * H, dtype=dtype)
-        cells = x.new_empty(steps, sets_kept, E, H, dtype=torch.promote_types(dtype, torch.float32))
+        gates = x.new_empty(*((n_iter, N) if keep else (1, n_most)), E, 4 * H, dtype=dtype)
         hc = x.new_empty(N, E, 2 * H)
         h_space, x_space = (x.new_empty(n_most, E, width * H, dtype=dtype) for width in (1, 4))
-        cell_forward = _compiled(_cell_forward) if fuse else _cell_forward
+        c_space = x.new_empty(n_most, E, H, dtype=torch.promote_types(dtype, torch.float32))
+        cell_forward = _compiled(_cell_forward_formula) if fuse else _cell_forward
 
         with torch.autocast(x.device.type, enabled=False):
             weights = [w.to(dtype) for w in (Wih, bias, Whh, Whp)]
             for sets in blocks:
                 n = sets.stop - sets.start
-                h, x_term = h_space[:n], x_space[:n]
+                h, c, x_term = h_space[:n], c_space[:n], x_space[:n]
                 pool = _POOLINGS[pooling](valid[sets].to(dtype))
                 torch.addmm(weights[1], x[sets].to(dtype).flatten(0, 1), weights[0].T, out=x_term.view(n * E, 4 * H))
-                c_before = None
                 for t in range(n_iter):
-                    g, c = (gates[t, sets], cells[t, sets]) if keep else (gates[0, :n], cells[0, :n])
+                    g = gates[t, sets] if keep else gates[0, :n]
                     if t == 0:
                         g.copy_(x_term)
                     else:
                         _Recurrence.enter_gates(g, x_term, h, pool(h), weights[2], weights[3])
-                    cell_forward(g, c_before, c, h)
+                    cell_forward(g, c if t else None, c, h)
                     if scale is not None:
                         h *= scale[t, sets]
-                    c_before = c
                 hc[sets, :, :H] = h
                 hc[sets, :, H:] = c
         if keep:
-            ctx.save_for_backward(x, valid, scale, Wih, Whh, Whp, gates, cells)
+            ctx.save_for_backward(x, valid, scale, Wih, Whh, Whp, gates)
             ctx.pooling, ctx.fuse = pooling, fuse
         return hc
 
@@ -326,7 +353,7 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dhc: Tensor) -> tuple[Tensor | None, ...]:
-        x, valid, scale, Wih, Whh, Whp, gates, cells = ctx.saved_tensors
+        x, valid, scale, Wih, Whh, Whp, gates = ctx.saved_tensors
         (N, E, _), H, dtype = x.shape, Whh.shape[1], gates.dtype
         n_iter = len(gates)
         blocks = list(_blocks(N, E, x.device))
@@ -334,23 +361,25 @@ class _Recurrence(torch.autograd.Function):
         dx, dbias = torch.empty_like(x), Wih.new_zeros(len(Wih))
         dWih, dWhh, dWhp = (torch.zeros_like(w) for w in (Wih, Whh, Whp))
         space = [x.new_empty(n_most, E, width * H, dtype=dtype) for width in (1, 1, 1, 1, 4, 4)]
-        dc_space = x.new_empty(n_most, E, H, dtype=cells.dtype)
-        cell_backward = _compiled(_cell_backward) if ctx.fuse else _cell_backward
+        c_space = x.new_empty(n_iter + 1, n_most, E, H, dtype=torch.promote_types(dtype, torch.float32))
+        cell_backward = _compiled(_cell_backward_formula) if ctx.fuse else _cell_backward
 
         with torch.autocast(x.device.type, enabled=False):
             Wih, Whh, Whp = (w.to(dtype) for w in (Wih, Whh, Whp))
             for sets in blocks:
                 n = sets.stop - sets.start
                 dh, tanh_c, h, work, dgates, dx_term = (buffer[:n] for buffer in space)
-                dc = dc_space[:n]
+                *cells, dc = c_space[:, :n]
                 pool = _POOLINGS[ctx.pooling](valid[sets].to(dtype))
                 dh.copy_(dhc[sets, :, :H])
                 dc.copy_(dhc[sets, :, H:])
-                torch.tanh(cells[-1, sets], out=tanh_c)
+                for t in range(n_iter):
+                    _next_c(gates[t, sets], cells[t - 1] if t else None, cells[t])
+                torch.tanh(cells[-1], out=tanh_c)
                 for t in reversed(range(n_iter)):
                     if scale is not None:
                         dh *= scale[t, sets]
-                    c_before = cells[t - 1, sets] if t else None
+                    c_before = cells[t - 1] if t else None
                     cell_backward(gates[t, sets], c_before, tanh_c, dh, dc, dgates, work)
                     if t == n_iter - 1:
                         dx_term.copy_(dgates)
