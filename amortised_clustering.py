@@ -334,7 +334,7 @@ def report_table(result: dict[str, Any]) -> str:
     ]
     rows = {**result["by_clusters"], "all": {"tasks": result["validation_tasks"], **{name: result[name] for name in names}}}
     for number, row in rows.items():
-        cells = ("| " + "".join(f"{row[name][measure]:7.3f}" for name in names) + "  " for measure in MEASURES)
+        cells = ("| " + "".join(f"{row[name][measure]:z7.3f}" for name in names) + "  " for measure in MEASURES)
         lines.append(f"{number:>8} {row['tasks']:>6} " + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -344,7 +344,7 @@ def summary(result: dict[str, Any], run: RunDirectory) -> str:
     lines = [f"{result['validation_tasks']} validation tasks, after {result['seconds'] / 60:.1f} minutes of training:"]
     for measure, title in MEASURES.items():
         model, chance, oracle = (result[name][measure] for name in ("model", "chance", "oracle"))
-        lines.append(f"{title:>16}: {model:.3f} (chance {chance:.3f}, oracle {oracle:.3f})")
+        lines.append(f"{title:>16}: {model:z.3f} (chance {chance:z.3f}, oracle {oracle:z.3f})")
     for what, file in (
         ("log", "log"),
         ("learning curves", "metrics.png"),

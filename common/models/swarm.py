@@ -192,7 +192,7 @@ _POOLINGS: dict[str, type[_Mean] | type[_Causal] | type[_Poma]] = {"MEAN": _Mean
 
 
 def _next_c(gates: Tensor, c_before: Tensor | None, c: Tensor) -> None:
-    """c = f c_before + i d, from the gates (n, E, 4H) to c (n, E, H), which may be c_before itself; None stands for zero."""
+    """c = f c_before + i d, from the gates (..., 4H) to c (..., H), which may be c_before itself; None stands for zero."""
     i, f, _, d = gates.split(c.shape[-1], -1)
     if c_before is None:
         torch.mul(i, d, out=c)
@@ -202,7 +202,7 @@ def _next_c(gates: Tensor, c_before: Tensor | None, c: Tensor) -> None:
 
 
 def _cell_forward(gates: Tensor, c_before: Tensor | None, c: Tensor, h: Tensor) -> None:
-    """Turn what enters the gates, (n, E, 4H), into the gates, in place, and fill in c and h (n, E, H)."""
+    """Turn what enters the gates, (entities, 4H), into the gates, in place, and fill in c and h (entities, H)."""
     H = c.shape[-1]
     gates[..., : 3 * H].sigmoid_()
     gates[..., 3 * H :].tanh_()
@@ -214,7 +214,7 @@ def _cell_forward(gates: Tensor, c_before: Tensor | None, c: Tensor, h: Tensor) 
 def _cell_backward(
     gates: Tensor, c_before: Tensor | None, tanh_c: Tensor, dh: Tensor, dc: Tensor, dgates: Tensor, work: Tensor
 ) -> None:
-    """From the gradients of h and c (n, E, H) to those of what entered the gates (n, E, 4H) and, in `dc`, of c before."""
+    """From the gradients of h and c (entities, H) to those of what entered the gates (entities, 4H) and, in `dc`, c before."""
     H = dc.shape[-1]
     i, f, o, d = gates.split(H, -1)
     di, df, do, dd = dgates.split(H, -1)
@@ -321,6 +321,7 @@ class _Recurrence(torch.autograd.Function):
             for sets in blocks:
                 n = sets.stop - sets.start
                 h, c, x_term = h_space[:n], c_space[:n], x_space[:n]
+                h_rows, c_rows = h.flatten(0, 1), c.flatten(0, 1)
                 pool = _POOLINGS[pooling](valid[sets].to(dtype))
                 torch.addmm(weights[1], x[sets].to(dtype).flatten(0, 1), weights[0].T, out=x_term.view(n * E, 4 * H))
                 for t in range(n_iter):
@@ -329,7 +330,7 @@ class _Recurrence(torch.autograd.Function):
                         g.copy_(x_term)
                     else:
                         _Recurrence.enter_gates(g, x_term, h, pool(h), weights[2], weights[3])
-                    cell_forward(g, c if t else None, c, h)
+                    cell_forward(g.flatten(0, 1), c_rows if t else None, c_rows, h_rows)
                     if scale is not None:
                         h *= scale[t, sets]
                 hc[sets, :, :H] = h
@@ -380,7 +381,10 @@ class _Recurrence(torch.autograd.Function):
                     if scale is not None:
                         dh *= scale[t, sets]
                     c_before = cells[t - 1] if t else None
-                    cell_backward(gates[t, sets], c_before, tanh_c, dh, dc, dgates, work)
+                    before = None if c_before is None else c_before.flatten(0, 1)
+                    cell_backward(
+                        gates[t, sets].flatten(0, 1), before, *(v.flatten(0, 1) for v in (tanh_c, dh, dc, dgates, work))
+                    )
                     if t == n_iter - 1:
                         dx_term.copy_(dgates)
                     else:
