@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,10 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("-tasks", type=at_least(10), default=10000, help="tasks, training and validation together [%(default)s]")
     paper.add_argument("-bs", type=at_least(1), default=100, help="batch size, in tasks [%(default)s]")
     paper.add_argument(
-        "-wc", type=real(0, above=True), default=60.0, help="wall clock time for training, in minutes [%(default)s]"
+        "-wc", type=real(0, 1e6, above=True), default=60.0, help="wall clock time for training, in minutes [%(default)s]"
     )
     paper.add_argument(
-        "-update_interval", type=real(0), default=10.0, help="minutes between two updates of the plots [%(default)s]"
+        "-update_interval", type=real(0, 1e6), default=10.0, help="minutes between two updates of the plots [%(default)s]"
     )
     paper.add_argument("-max_epochs", type=at_least(1), default=1000, help="largest number of epochs [%(default)s]")
     paper.add_argument(
@@ -239,7 +240,7 @@ def train(args: argparse.Namespace, data: Data, training: Training, interruption
     """Train until the epochs or the time are used up; False if a signal came first, with all that is needed to go on saved."""
     clock, plotted_at = training.clock, -math.inf
     with tqdm(disable=None, bar_format="{desc}") as progress:
-        while training.epoch < args.max_epochs and not clock.is_up():
+        while training.epoch < args.max_epochs and (training.step == 0 or not clock.is_up()):
             finite = train_epoch(args, data, training, interruption, progress)
             if interruption.signal and not clock.is_up():
                 if finite:
@@ -382,6 +383,14 @@ def introduce(args: argparse.Namespace, data: Data, training: Training, given: s
         log(f"resumed in epoch {training.epoch + 1} after step {training.step}, {training.clock.used() / 60:.2f} minutes used")
 
 
+def say(text: str) -> None:
+    """Print; a reader who has gone (`| head`) is no failure of the run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what is flushed at the end
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args, name, given = options.parse(parser, argv, UNNAMED)
@@ -398,17 +407,21 @@ def main(argv: list[str] | None = None) -> int:
                 run.finish_interrupted_rename()
                 print(f"the run {run.final} has finished: nothing to do")
                 return 0
+            if args.overwrite and args.resume and run.contains(args.resume):
+                raise RunError(f"-overwrite would delete {args.resume}: -run ID starts another run from it")
             model = make_model(args)
             optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
             named = {option: value for option, value in vars(args).items() if f"-{option}" not in UNNAMED}
             last = load_checkpoint(run, found, args.resume, model, optimizer, named)
+            data = make_data(args.tasks, args.bs, args.seed, next(model.parameters()).device)
             run.open(vars(args), overwrite=args.overwrite, to_stdout=args.to_stdout)
         except (RunError, CheckpointError) as error:
             parser.error(str(error))
-        print(f"running in {run.path}", flush=True)
+        except (MemoryError, RuntimeError) as error:
+            parser.error(f"cannot make the model or its tasks, are they too large? {str(error).splitlines()[0]}")
+        say(f"running in {run.path}")
         try:
             limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
-            data = make_data(args.tasks, args.bs, args.seed, next(model.parameters()).device)
             training = Training(run, model, optimizer, named, columns=COLUMNS, **limits)
             training.start(last)
             introduce(args, data, training, given)
@@ -422,13 +435,14 @@ def main(argv: list[str] | None = None) -> int:
             run.finish(result)
         except OSError as error:
             what = f"cannot write {error.filename or run.path}: {error.strerror}"
-            print(f"stopped: {what}; what was saved before is intact, and -resume auto goes on from it", file=sys.stderr)
+            saved = "what was saved before is intact, and" if run.last.exists() else "nothing was saved yet;"
+            print(f"stopped: {what}; {saved} -resume auto goes on from there", file=sys.stderr)
             return EXIT_RESUMABLE
         finally:
             run.close()
     if not args.to_stdout:
-        print(report_table(result))
-    print(summary(result, run))
+        say(report_table(result))
+    say(summary(result, run))
     return 0
 
 

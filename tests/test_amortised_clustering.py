@@ -7,6 +7,8 @@ import math
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -103,6 +105,10 @@ BAD = {
     "-type LSTM -dropout 0.1": "needs -n_layers 2",
     "-type Swarm -resume nowhere/best.pkl": "there is no checkpoint nowhere/best.pkl",
     "-type Swarm -resume auto -overwrite": "choose one",
+    "-type Swarm -run -dry_run": "-run needs a value",
+    "-type Swarm -run x-seed.3": "reads like other options",
+    "-type Swarm -wc 1e308": "1e308 is out of range",
+    "-type Swarm -n_hidden 2147483647": "too large",
     "-type Swarm -n_hid 3": "unknown option '-n_hid'",
 }
 
@@ -249,6 +255,60 @@ def test_start_from_another_model(finished: Path, tmp_path: Path, capsys: pytest
         error = capsys.readouterr().err
         assert "is of another model" in error and error.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_checkpoints_that_load_but_are_of_no_use(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    state, path = torch.load(directory(finished) / "best.pkl", weights_only=True), tmp_path / "best.pkl"
+    key = next(iter(state["model"]))
+    moments = {**state["optimizer"], "state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(1, 2)}}}
+    for changed, message in (
+        ({"model": {**state["model"], key: state["model"][key] * math.nan}}, "not finite"),
+        ({"model": {**state["model"], key: "hello"}}, "no tensor of weights"),
+        ({"optimizer": moments}, "optimizer of another model"),
+        ({"optimizer": None}, "optimizer of another model"),
+    ):
+        torch.save(state | changed, path)
+        assert run(SHORT, tmp_path / "results", "-resume", str(path)) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert run(SHORT, finished, "-overwrite", "-resume", str(directory(finished) / "best.pkl")) == 2
+    assert "-overwrite would delete" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_killed_before_anything_was_saved(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A run that was to start from a file does not start from nothing instead."""
+    part = tmp_path / "amortised_clustering" / (directory(finished).name + ".part")
+    part.mkdir(parents=True)
+    assert run(SHORT, tmp_path, "-dry_run") == 0
+    (part / "args.json").write_text(json.dumps({"resume": "old/best.pkl"}))
+    assert run(SHORT, tmp_path, "-resume", "auto") == 2
+    assert "was to start from old/best.pkl" in capsys.readouterr().err
+    (part / "args.json").write_text(json.dumps({"resume": "auto"}))
+    assert run(SHORT, tmp_path, "-resume", "auto") == 0
+
+
+def test_budget_below_a_step(tmp_path: Path) -> None:
+    assert run(SHORT + " -wc 1e-9", tmp_path) == 0
+    assert json.loads((directory(tmp_path) / "result.json").read_text())["steps"] == 1
+
+
+def test_missing_metrics(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    part = tmp_path / "amortised_clustering" / (directory(finished).name + ".part")
+    shutil.copytree(directory(finished), part)
+    (part / "result.json").unlink()
+    (part / "metrics.csv").write_text("epoch")
+    assert run(SHORT, tmp_path, "-resume", "auto") == 2
+    assert "missing or cut off" in capsys.readouterr().err
+
+
+def test_reader_who_goes_away(tmp_path: Path) -> None:
+    command = [sys.executable, script.__file__, *SHORT.split(), "-results_dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait() == 0 and b"Traceback" not in process.stderr.read()
+    assert (directory(tmp_path) / "result.json").exists()
 
 
 def test_damaged_checkpoints(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -64,6 +64,8 @@ def test_spellings(parser: argparse.ArgumentParser) -> None:
     for spelling in ("-bs 50 -lr 1e-3", "-bs.50 -lr.1e-3", "-bs=50 -lr=1e-3", "-bs.50-lr.1e-3"):
         args, _, given = options.parse(parser, spelling.split(), ())
         assert (args.bs, args.lr, given) == (50, 1e-3, {"bs", "lr"})
+    args, _, _ = options.parse(parser, ["-resume=r/-bs.3-lr.1/best.pkl", "-run.x"], ("-resume",))
+    assert (args.resume, args.run, args.bs) == ("r/-bs.3-lr.1/best.pkl", "x", None)
     args, _, _ = options.parse(parser, ["-n", "3", "-run", "a-b.c", "-no_cuda"], ())
     assert (args.n, args.run, args.no_cuda, args.n_hidden) == (3, "a-b.c", True, None)
 
@@ -227,7 +229,7 @@ def test_damaged_and_malicious_checkpoints(tmp_path: Path) -> None:
         checkpoint.load(path)
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         checkpoint.load(tmp_path / "nowhere.pkl")
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is a directory"):
         checkpoint.load(tmp_path)
 
 

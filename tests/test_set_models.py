@@ -140,7 +140,18 @@ def test_bfloat16_autocast_runs(kind: str) -> None:
     assert (y.float() - model(x, mask)).abs().max() < 0.2
 
 
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_masks_of_any_type(kind: str) -> None:
+    model, x, mask = small(kind), torch.randn(3, 9, 2), torch.rand(3, 9) < 0.6
+    for other in (mask.float(), mask.to(torch.uint8), mask.long()):
+        assert torch.equal(model(x, other), model(x, mask))
+    assert torch.equal(model(x), model(x, torch.ones(3, 9).bool()))
+
+
 def test_wrong_options() -> None:
+    for wrong in ({"n_iter": 0}, {"dropout": 1.0}, {"non_lin": "x"}):
+        with pytest.raises(ValueError, match=r"positive|unknown"):
+            small("SetLinear", **wrong)
     with pytest.raises(ValueError, match="16 channels do not split into 3 heads"):
         small("SetTransformer", n_heads=3)
     with pytest.raises(ValueError, match="unknown model type 'Sworm'"):

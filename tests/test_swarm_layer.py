@@ -209,9 +209,22 @@ def test_wrong_options(options: dict, message: str) -> None:
         SwarmLayer(**({"n_in": 2, "n_out": 3, "n_hidden": 16, "n_iter": 2} | options))
 
 
+@pytest.mark.parametrize("pooling", swarm.POOLINGS)
+@pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2), (2, 1, 2)])
+def test_batches_without_anything(pooling: str, shape: tuple[int, ...]) -> None:
+    layer, x = SwarmLayer(2, 3, 12, 3, pooling=pooling), torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (*shape[:2], 3) and x.grad.shape == shape
+
+
 def test_wrong_shapes() -> None:
     layer = SwarmLayer(2, 3, 16, 2)
     with pytest.raises(ValueError, match="4, 5, 6, 2"):
         layer(torch.randn(4, 5, 6, 2))
     with pytest.raises(ValueError, match="mask has shape"):
         layer(torch.randn(4, 5, 2), torch.ones(4, 6))
+    with pytest.raises(ValueError, match="3 channels"):
+        layer(torch.randn(4, 5, 3))
+    with pytest.raises(ValueError, match="int64"):
+        layer(torch.ones(4, 5, 2).long())

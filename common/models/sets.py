@@ -1,4 +1,4 @@
-"""Set-equivariant models: (N, E, n_in) with a mask (N, E) -> (N, E, n_out). Padding never changes a valid entity's output.
+"""Set-equivariant models: (N, E, n_in) with a mask (N, E) -> (N, E, n_out). Finite padding never changes a valid output.
 
 All are compared in the SWARM paper's clustering experiment (arXiv 1906.09400, section 4.1): stacks of SWARM layers, of set
 linear layers (Zaheer et al. 2017, Deep Sets), of induced set attention blocks (Lee et al. 2019, Set Transformer, arXiv
@@ -37,6 +37,11 @@ class SetLinear(nn.Module):
         else:
             pooled = masked_mean(shared, mask)
         return own + pooled
+
+
+def as_mask(x: Tensor, mask: Tensor | None) -> Tensor:
+    """True where an entity is valid, everywhere if there is no mask: (N, E, D), (N, E) of any type -> (N, E)."""
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -122,7 +127,8 @@ class SetStack(nn.Module):
         self.mods = nn.ModuleList(mods)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = as_mask(x, mask)
         for module in self.mods:
             x = module(x, mask) if isinstance(module, SwarmLayer | SetLinear | InducedSetAttentionBlock) else module(x)
             if isinstance(module, InducedSetAttentionBlock):
@@ -140,7 +146,8 @@ class SetLSTM(nn.Module):
         self.lin = nn.Linear(2 * n_hidden, n_out)
         self.sort = sort
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = as_mask(x, mask)
         key = x[:, :, 0] if self.sort else torch.zeros_like(x[:, :, 0])
         order = torch.where(mask, key, torch.inf).argsort(dim=1, stable=True)  # padding last
         lengths = mask.sum(1).clamp(min=1).cpu()
@@ -166,6 +173,10 @@ def make_set_model(
     fuse: bool = False,
 ) -> nn.Module:
     """Build the model of a type; what a type has no use for is ignored. Raises ValueError for an unknown type or sizes."""
+    if min(n_in, n_out, n_hidden, n_layers, n_iter, n_heads, n_ind_points) < 1 or not 0 <= dropout < 1:
+        raise ValueError("sizes must be positive, and dropout in [0, 1)")
+    if non_lin not in NON_LINEARITIES:
+        raise ValueError(f"unknown non-linearity {non_lin!r}: choose from {', '.join(NON_LINEARITIES)}")
     widths = [n_in] + [n_hidden] * (n_layers - 1) + [n_out]
     layers: list[nn.Module]
     if kind == "Swarm":

@@ -48,11 +48,11 @@ class SwarmLayer(nn.Module):
     Entities lie on a line (n_dim 1) or a grid (n_dim 2, read row by row where the order matters). Input and output are
     channels last, (N, E, n_in) -> (N, E, n_out) and (N, rows, columns, n_in) -> ..., or channels first, (N, n_in, E) -> ...
 
-    Valid entities do not depend on padding, where the mask is False. Dropout acts on h after every iteration, the last
-    included, with one mask for each set, channel and iteration. Under autocast the matrix products and the stored gates
-    have the lower precision; c stays in float32.
+    Valid entities do not depend on padding, where the mask is False, as long as it is finite. Dropout acts on h after every
+    iteration, the last included, with one mask for each set, channel and iteration. Under autocast the matrix products and
+    the stored gates have the lower precision; c stays in float32.
 
-    `fuse` runs the pointwise part through torch.compile.
+    `fuse` runs the pointwise part through torch.compile. The layer can be differentiated once.
 
     Raises ValueError for sizes out of range, an unknown pooling, or a mask that does not fit the input.
     """
@@ -93,6 +93,10 @@ class SwarmLayer(nn.Module):
             raise ValueError(f"input has shape {tuple(x.shape)}: a layer with n_dim {self.n_dim} takes {self.n_dim + 2} axes")
         if self.channel_first:
             x = x.movedim(1, -1)
+        if x.shape[-1] != self.cell.Wih.in_channels or not x.is_floating_point():
+            raise ValueError(
+                f"input has {x.shape[-1]} channels of {x.dtype}, the layer takes {self.cell.Wih.in_channels} real ones"
+            )
         grid = x.shape[:-1]
         if mask is not None and mask.shape != grid:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, the sets have {tuple(grid)}")
@@ -116,7 +120,7 @@ class SwarmLayer(nn.Module):
             self.fuse,
             torch.is_grad_enabled(),
         )  # (N, E, 2H)
-        y = F.linear(hc, self.ffwd.weight.flatten(1), self.ffwd.bias).view(*grid, -1)
+        y = F.linear(hc, self.ffwd.weight.flatten(1), self.ffwd.bias).view(*grid, self.ffwd.out_channels)
         return y.movedim(-1, 1) if self.channel_first else y
 
     def dropout_scale(self, x: Tensor) -> Tensor:

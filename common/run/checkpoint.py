@@ -65,12 +65,11 @@ def save(state: dict[str, Any], path: Path) -> None:
 def load(path: Path, needed: tuple[str, ...] = ("model", "optimizer", "best_val_loss")) -> dict[str, Any]:
     """Read a checkpoint to the CPU; no code in it is run. Raises CheckpointError if it is not one with the `needed` entries."""
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
+        raise CheckpointError(f"{path} is a directory, no checkpoint" if path.is_dir() else f"there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign bytes fail in many ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or no checkpoint of this suite ({reason[:120]})") from error
+        raise CheckpointError(f"{path} is damaged, or no checkpoint of this suite") from error
     missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
         raise CheckpointError(f"{path} is no checkpoint of this suite: it has no entry {missing[0]!r}")
@@ -83,6 +82,8 @@ def load_model(model: torch.nn.Module, state: dict[str, Any], path: Path) -> Non
     if not isinstance(weights, dict) or own.keys() != weights.keys():
         raise CheckpointError(f"{path} is of another model: its tensors have other names; use the options it was trained with")
     for name, tensor in own.items():
+        if not isinstance(weights[name], torch.Tensor) or weights[name].is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(f"{path} is damaged: {name} is no tensor of weights")
         if tensor.shape != weights[name].shape:
             raise CheckpointError(
                 f"{path} is of another model: {name} is {tuple(weights[name].shape)} there and {tuple(tensor.shape)} here; "

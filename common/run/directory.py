@@ -68,6 +68,12 @@ class RunDirectory:
             return "finished"
         if not self.last.exists() and self.best.exists():
             raise RunError(f"{self.part} has a {BEST} but no {LAST} to go on from: {hints}")
+        if not self.last.exists() and (self.part / "args.json").exists():
+            source = json.loads((self.part / "args.json").read_text()).get("resume")
+            if source not in (None, "auto"):
+                raise RunError(
+                    f"{self.part} was to start from {source} and has not begun: -overwrite -resume {source} starts it"
+                )
         return "unfinished" if self.last.exists() else "new"
 
     def open(self, args: dict[str, Any], *, overwrite: bool, to_stdout: bool) -> None:
@@ -97,6 +103,10 @@ class RunDirectory:
         if self.part.exists() and not self.final.exists():
             (self.part / "lock").unlink(missing_ok=True)
             self.part.rename(self.final)
+
+    def contains(self, path: str) -> bool:
+        """Whether a file lies in this run's directory."""
+        return any(place.resolve() in Path(path).resolve().parents for place in (self.final, self.part))
 
     def log(self, line: str = "") -> None:
         """Write a line to the log, or to stdout. A full disk silences the log, not the run."""

@@ -37,8 +37,7 @@ def split_command_line(parser: argparse.ArgumentParser, argv: list[str]) -> list
     words = list(argv)
     while words:
         word = words.pop(0)
-        dotted = re.match(rf"({joined})[.-]", word)
-        if dotted and word not in actions:
+        if re.match(rf"({joined})[.=-]", word) and word not in actions and "/" not in word:  # a path is no name of a run
             first, *rest = [part for part in option_starts.split(word) if part]
             word = first
             words[:0] = rest
@@ -53,7 +52,7 @@ def split_command_line(parser: argparse.ArgumentParser, argv: list[str]) -> list
             tokens.append((option, None, option))
         elif equals:
             tokens.append((option, value, word))
-        elif not words:
+        elif not words or words[0] in actions:
             parser.error(f"{option} needs a value")
         else:
             value = words.pop(0)
@@ -72,6 +71,9 @@ def parse(
     tokens = split_command_line(parser, sys.argv[1:] if argv is None else argv)
     options = parser.parse_args([option if value is None else f"{option}={value}" for option, value, _ in tokens])
     name = "".join(text for option, _, text in tokens if option not in unnamed)
+    named = [(option, value) for option, value, _ in tokens if option not in unnamed]
+    if name and named != [(option, value) for option, value, _ in split_command_line(parser, [name])]:
+        parser.error(f"the run would be called {name!r}, which reads like other options: choose other values")
     given = {option.lstrip("-") for option, _, _ in tokens}
     if len(name) > 240:
         parser.error(f"the command line makes a run name of {len(name)} characters; file systems take 255: leave out defaults")

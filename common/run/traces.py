@@ -42,8 +42,9 @@ class Metrics:
 def read_metrics(path: Path) -> dict[str, list[float]]:
     """metrics.csv by column."""
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {column: [float(row[column]) for row in rows] for column in (rows[0] if rows else [])}
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    return {column: [float(row[column]) for row in rows] for column in reader.fieldnames or []}
 
 
 class Traces:

@@ -159,19 +159,27 @@ def load_checkpoint(
                 raise CheckpointError(
                     f"{run.last} was made with -{name} {value}, not {args.get(name)}: -run ID starts another run"
                 )
+        metrics = run.path / "metrics.csv"
+        if not metrics.exists() or metrics.stat().st_size < last["metrics_size"]:
+            raise CheckpointError(f"{metrics} is missing or cut off: -overwrite starts the run again")
         if last["progress"][2] > 0:  # there will be a best model to go back to: see that it is whole
             checkpoint.load_model(model, checkpoint.load(run.best), run.best)
         checkpoint.load_model(model, last, run.last)
         optimizer.load_state_dict(last["optimizer"])
         return last
     if resume not in (None, "auto"):
-        path, rate = Path(str(resume)), optimizer.param_groups[0]["lr"]
+        path, settings = Path(str(resume)), [dict(group) for group in optimizer.param_groups]
         state = checkpoint.load(path)
         checkpoint.load_model(model, state, path)
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise CheckpointError(f"{path} has weights that are not finite: choose an earlier checkpoint")
         try:
             optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} has an optimizer of another model ({error})") from None
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{path} has an optimizer of another model") from None
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update({name: value for name, value in own.items() if name != "params"})
+        for parameter, moments in optimizer.state.items():
+            if any(moment.shape != parameter.shape for moment in moments.values() if moment.ndim):
+                raise CheckpointError(f"{path} has an optimizer of another model")
     return None
