@@ -369,6 +369,7 @@ def test_full_disk_is_survived(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Every write in turn fails; the run stops with 75 and goes on, and ends as one that never failed."""
+    monkeypatch.setattr(script, "draw", lambda *_: None)  # slow, and written like the rest
     honest, calls = os.fsync, [0]
     for failing in range(1, 40):
         calls[0] = 0
@@ -384,7 +385,7 @@ def test_full_disk_is_survived(
         status = run(SHORT, results, "-resume", "auto")
         error = capsys.readouterr().err
         if status == 0:  # fewer writes than that
-            assert failing > 20
+            assert failing > 12
             return
         assert status in (2, 75) and "No space left on device" in error and error.count("\n") == 1
         monkeypatch.setattr(os, "fsync", honest)
