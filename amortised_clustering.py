@@ -31,6 +31,7 @@ from common.run.checkpoint import CheckpointError
 from common.run.directory import RunDirectory, RunError
 from common.run.interruption import EXIT_RESUMABLE, Interruption
 from common.run.memory import keep_freed_memory
+from common.run.options import at_least, real, run_id
 from common.run.traces import read_metrics
 from common.run.training import Training, batch_order, load_checkpoint
 
@@ -49,8 +50,6 @@ COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "val_accuracy",
 
 def get_parser() -> argparse.ArgumentParser:
     """The paper's options, then the suite's own."""
-    from common.run.options import at_least, real, run_id
-
     parser = options.OneLineParser(prog="amortised_clustering.py", description=__doc__)
     paper = parser.add_argument_group("options of the paper")
     paper.add_argument("-type", required=True, choices=MODEL_TYPES, help="type of set-equivariant model")
