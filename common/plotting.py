@@ -89,7 +89,7 @@ def plot_weights(
     columns, rows = min(4, len(weights)), -(-len(weights) // 4)
     height = 2.8 * rows + 0.6
     figure = Figure(figsize=(4 * columns, height))  # a constrained layout of 70 panels would take 15 seconds
-    figure.subplots_adjust(0.6 / (4 * columns), 0.5 / height, 0.99, 1 - 0.8 / height, wspace=0.3, hspace=0.45)
+    figure.subplots_adjust(0.9 / (4 * columns), 0.5 / height, 0.99, 1 - 0.8 / height, wspace=0.3, hspace=0.45)
     figure.suptitle(title, fontsize=10, wrap=True)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     epochs = [step / steps_per_epoch for step in steps]
