@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +26,12 @@ from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks
 from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
 from common.run import checkpoint, options
-from common.run.checkpoint import CheckpointError
-from common.run.directory import RunDirectory, RunError
-from common.run.interruption import EXIT_RESUMABLE, Interruption
+from common.run.directory import RunDirectory
+from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks
+from common.run.interruption import Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real, run_id
-from common.run.traces import read_metrics
-from common.run.training import Training, batch_order, load_checkpoint
+from common.run.training import Training, epoch_order, load_checkpoint
 
 UNNAMED = ("-resume", "-results_dir", "-overwrite", "-dry_run")  # options that do not make another run
 OWN_OPTIONS = {  # what only some types of model have a use for
@@ -54,7 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     paper = parser.add_argument_group("options of the paper")
     paper.add_argument("-type", required=True, choices=MODEL_TYPES, help="type of set-equivariant model")
     paper.add_argument("-n_hidden", type=at_least(1), default=128, help="hidden units inside the model [%(default)s]")
-    paper.add_argument("-n_layers", type=at_least(1), default=1, help="layers [%(default)s]")
+    paper.add_argument("-n_layers", type=at_least(1, 1000), default=1, help="layers [%(default)s]")
     paper.add_argument("-n_iter", type=at_least(1), default=5, help="iterations in Swarm layers [%(default)s]")
     paper.add_argument("-non_lin", choices=NON_LINEARITIES, default="relu", help="non-linearity between layers [%(default)s]")
     paper.add_argument("-n_heads", type=at_least(1), default=4, help="attention heads in SetTransformer [%(default)s]")
@@ -184,7 +182,7 @@ def make_data(n_tasks: int, batch_size: int, seed: int, device: torch.device) ->
 
 def train_epoch(args: argparse.Namespace, data: Data, training: Training, interruption: Interruption, progress: tqdm) -> bool:
     """Train on the batches of an epoch that are left, until the time is up or a signal comes; False if the loss diverged."""
-    for index in batch_order(len(data.training), args.seed, training.epoch)[training.batch :]:
+    for index in epoch_order(len(data.training), args.seed, training.epoch)[training.batch :].tolist():
         points, labels, mask = clustering.padded_batch(data.tasks, data.training[index])
         log_p = log_probs(training.model, points, mask, args.precision)
         loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).mean()
@@ -195,7 +193,7 @@ def train_epoch(args: argparse.Namespace, data: Data, training: Training, interr
         loss.backward()
         training.optimizer.step()
 
-        training.step_done(loss, value, len(points))
+        training.step_done(len(points), value)
         progress.set_description_str(
             f"epoch {training.epoch + 1} batch {training.batch}/{len(data.training)}  loss {value:.3f}  best validation "
             f"{training.backtracking.best:.3f} (oracle {data.levels['oracle']['cross_entropy']:.3f})  "
@@ -258,20 +256,12 @@ def train(args: argparse.Namespace, data: Data, training: Training, interruption
 
 def draw(args: argparse.Namespace, data: Data, training: Training) -> None:
     """metrics.png, weights.png, samples.png."""
-    title, steps_per_epoch = training.run.name, len(data.training)
     levels = {
         column: {name: data.levels[name][measure] for name in ("chance", "oracle")}
         for column, measure in (("val_loss", "cross_entropy"), ("val_accuracy", "accuracy"))
     }
-    losses = (training.traces.steps, [loss.item() for loss in training.traces.losses])
-    metrics = read_metrics(training.metrics.path)
-    plotting.plot_metrics(
-        training.run.path / "metrics.png", title, metrics, losses, steps_per_epoch, levels, "cross entropy (nats per point)"
-    )
-    weights = {name: values.numpy() for name, values in training.traces.by_parameter().items()}
-    if weights:
-        plotting.plot_weights(training.run.path / "weights.png", title, training.traces.steps, weights, steps_per_epoch)
-    plotting.plot_clusterings(training.run.path / "samples.png", title, samples(args, data, training))
+    training.draw_curves(len(data.training), levels, "cross entropy (nats per point)")
+    plotting.plot_clusterings(training.run.path / "samples.png", training.run.name, samples(args, data, training))
 
 
 @torch.no_grad()
@@ -345,15 +335,7 @@ def summary(result: dict[str, Any], run: RunDirectory) -> str:
     for measure, title in MEASURES.items():
         model, chance, oracle = (result[name][measure] for name in ("model", "chance", "oracle"))
         lines.append(f"{title:>16}: {model:z.3f} (chance {chance:z.3f}, oracle {oracle:z.3f})")
-    for what, file in (
-        ("log", "log"),
-        ("learning curves", "metrics.png"),
-        ("weight traces", "weights.png"),
-        ("samples", "samples.png"),
-    ):
-        if (run.final / file).exists():  # no log with -to_stdout
-            lines.append(f"{what:>16}: {run.final / file}")
-    return "\n".join(lines)
+    return "\n".join([*lines, run.where_to_look()])
 
 
 # ---- one run from start to end -------------------------------------------------------------------------------------------
@@ -382,14 +364,6 @@ def introduce(args: argparse.Namespace, data: Data, training: Training, given: s
         log(f"resumed in epoch {training.epoch + 1} after step {training.step}, {training.clock.used() / 60:.2f} minutes used")
 
 
-def say(text: str) -> None:
-    """Print; a reader who has gone (`| head`) is no failure of the run."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what is flushed at the end
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args, name, given = options.parse(parser, argv, UNNAMED)
@@ -400,26 +374,20 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     run = RunDirectory(args.results_dir, "amortised_clustering", name)
     with Interruption() as interruption:
-        try:
-            found = run.check(resume=args.resume == "auto", overwrite=args.overwrite)
+        with refusing(parser):
+            found = run.check(resume=args.resume, overwrite=args.overwrite)
             if found == "finished":
                 run.finish_interrupted_rename()
                 print(f"the run {run.final} has finished: nothing to do")
                 return 0
-            if args.overwrite and args.resume and run.contains(args.resume):
-                raise RunError(f"-overwrite would delete {args.resume}: -run ID starts another run from it")
             model = make_model(args)
             optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
             named = {option: value for option, value in vars(args).items() if f"-{option}" not in UNNAMED}
             last = load_checkpoint(run, found, args.resume, model, optimizer, named)
             data = make_data(args.tasks, args.bs, args.seed, next(model.parameters()).device)
             run.open(vars(args), overwrite=args.overwrite, to_stdout=args.to_stdout)
-        except (RunError, CheckpointError) as error:
-            parser.error(str(error))
-        except (MemoryError, RuntimeError) as error:
-            parser.error(f"cannot make the model or its tasks, are they too large? {str(error).splitlines()[0]}")
         say(f"running in {run.path}")
-        try:
+        with surviving_full_disks(run):
             limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
             training = Training(run, model, optimizer, named, columns=COLUMNS, **limits)
             training.start(last)
@@ -432,13 +400,6 @@ def main(argv: list[str] | None = None) -> int:
                 result = report(args, data, training)
             run.log(report_table(result))
             run.finish(result)
-        except OSError as error:
-            what = f"cannot write {error.filename or run.path}: {error.strerror}"
-            saved = "what was saved before is intact, and" if run.last.exists() else "nothing was saved yet;"
-            print(f"stopped: {what}; {saved} -resume auto goes on from there", file=sys.stderr)
-            return EXIT_RESUMABLE
-        finally:
-            run.close()
     if not args.to_stdout:
         say(report_table(result))
     say(summary(result, run))

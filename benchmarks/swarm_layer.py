@@ -132,8 +132,13 @@ def measure_memory(kind: str, batch: str, entities: int) -> None:
         step = make_step(kind, data, "cpu")
         step()
         step()
+    print(json.dumps(peak_resident()))
+
+
+def peak_resident() -> float:
+    """Peak resident memory of this process, in MiB (Linux)."""
     status = open("/proc/self/status").read()  # not getrusage: its peak counts the parent's memory, too
-    print(json.dumps(int(status.split("VmHWM:")[1].split()[0]) / 1024))
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def compare_steps(kinds: list[str], sizes: list[int], rounds: int, device: str) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, traces of weights, and what a model makes of some clustering tasks.
+"""Pictures of a run: learning curves, traces of weights, and what a model makes: labels of clustering tasks, images.
 
 All are drawn from plain numbers and written in one step, without a display.
 """
@@ -6,6 +6,7 @@ All are drawn from plain numbers and written in one step, without a display.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,26 +40,30 @@ def plot_metrics(
     path: Path,
     title: str,
     metrics: Mapping[str, Sequence[float]],
-    step_losses: tuple[Sequence[int], Sequence[float]],
-    steps_per_epoch: int,
+    steps: Sequence[int],
+    by_step: Mapping[str, Sequence[float]],
+    steps_per_epoch: float,
     references: Mapping[str, Mapping[str, float]],
     loss_name: str,
 ) -> None:
-    """Learning curves: loss by epoch and by minutes trained, the learning rate, and further validation measures.
+    """Learning curves: loss by epoch and by minutes trained, the learning rate, and further measures.
 
-    `metrics` are the columns of metrics.csv (step, seconds, train_loss, val_loss, lr, and more), `step_losses` the training
-    loss by step. `references` are the levels to judge a column by, as {"val_loss": {"oracle": 0.1, "chance": 2.3}}; the columns
-    that have some are drawn.
+    `metrics` are the columns of metrics.csv (step, seconds, train_loss, val_loss, lr, and more), `by_step` the training loss
+    and perhaps more at some `steps`. `references` are the levels to judge a column by, as {"val_loss": {"oracle": 0.1,
+    "chance": 2.3}}; the columns that have some are drawn.
     """
     measures = [column for column in references if column != "val_loss"]
-    rows = (4 + len(measures)) // 2
+    traced = [name for name in by_step if name != "loss"]
+    n_panels = 3 + len(measures) + len(traced)
+    rows = (n_panels + 1) // 2
     figure = Figure(figsize=(12, 4 * rows), layout="constrained")
     figure.suptitle(title, fontsize=10, wrap=True)
     panels = figure.subplots(rows, 2).flatten()
     epochs = [step / steps_per_epoch for step in metrics["step"]]
+    step_epochs = [step / steps_per_epoch for step in steps]
 
     by_epoch, by_minute, rate = panels[0], panels[1], panels[2]
-    by_epoch.plot([s / steps_per_epoch for s in step_losses[0]], step_losses[1], color=TRAINING, alpha=0.4, linewidth=0.8)
+    by_epoch.plot(step_epochs, by_step.get("loss", []), color=TRAINING, alpha=0.4, linewidth=0.8)
     _curve(by_epoch, epochs, metrics["train_loss"], color=TRAINING, label="training (faint: each batch)")
     _curve(by_epoch, epochs, metrics["val_loss"], color=VALIDATION, label="validation")
     by_epoch.set(xlabel="epoch", ylabel=loss_name)
@@ -72,18 +77,21 @@ def plot_metrics(
         _references(panel, references.get(column, {}))
     _curve(rate, epochs, metrics["lr"], color=PALETTE[2])
     rate.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    for panel, name in zip(panels[3 + len(measures) :], traced, strict=False):
+        panel.plot(step_epochs, by_step[name], color=TRAINING, linewidth=0.8)
+        panel.set(xlabel="epoch", ylabel=name.replace("_", " "), yscale="log")
 
-    for panel in panels[: 3 + len(measures)]:
+    for panel in panels[:n_panels]:
         panel.grid(alpha=0.25)
-        if panel is not rate:
+        if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8, loc="center right")
-    for panel in panels[3 + len(measures) :]:
+    for panel in panels[n_panels:]:
         panel.set_axis_off()
     save_figure(figure, path)
 
 
 def plot_weights(
-    path: Path, title: str, steps: Sequence[int], weights: Mapping[str, NDArray[np.floating]], steps_per_epoch: int
+    path: Path, title: str, steps: Sequence[int], weights: Mapping[str, NDArray[np.floating]], steps_per_epoch: float
 ) -> None:
     """Traces of some entries of every parameter: {name: (records, entries)}, four panels a row."""
     columns, rows = min(4, len(weights)), -(-len(weights) // 4)
@@ -129,3 +137,50 @@ def plot_clusterings(
     for panel in panels[:, 0]:
         panel.set_ylabel("second coordinate")
     save_figure(figure, path)
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """Images (N, C, H, W) uint8 for a picture, row by row; `line` marks a row of pixels in the last row of images."""
+
+    title: str
+    images: NDArray[np.uint8]
+    columns: int
+    names: Sequence[str] | None = None  # of the columns
+    line: int | None = None
+
+
+def plot_images(path: Path, title: str, grids: Sequence[ImageGrid]) -> None:
+    """Grids of images, one below the other, each pixel as it is."""
+    gap = 2
+    mosaics = [_mosaic(grid, gap) for grid in grids]
+    width = max(mosaic.shape[1] for mosaic in mosaics)
+    inches = 11 / width  # a pixel's size: the widest grid fills the picture
+    heights = [mosaic.shape[0] * inches + 0.6 for mosaic in mosaics]
+    figure = Figure(figsize=(11.4, sum(heights) + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize=10, wrap=True)
+    panels = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights).flatten()
+    for panel, grid, mosaic in zip(panels, grids, mosaics, strict=True):
+        panel.imshow(mosaic, interpolation="nearest", aspect="equal")
+        panel.set(title=grid.title, xlim=(0, width), xticks=[], yticks=[])
+        panel.title.set_fontsize(9)
+        height, step = grid.images.shape[2], grid.images.shape[3] + gap
+        for column, name in enumerate(grid.names or ()):
+            panel.text(column * step + step / 2, mosaic.shape[0] + 2, name, fontsize=7, ha="center", va="top")
+        if grid.line is not None:
+            y = mosaic.shape[0] - gap - height + grid.line - 0.5
+            panel.plot([0, grid.columns * step], [y, y], color=PALETTE[5], linewidth=0.8)
+        for edge in panel.spines.values():
+            edge.set_visible(False)
+    save_figure(figure, path)
+
+
+def _mosaic(grid: ImageGrid, gap: int) -> NDArray[np.uint8]:
+    """The images of a grid as one, (rows, columns, 3), with white gaps."""
+    N, C, H, W = grid.images.shape
+    rows = -(-N // grid.columns)
+    mosaic = np.full((rows * (H + gap) + gap, grid.columns * (W + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(grid.images):
+        top, left = gap + i // grid.columns * (H + gap), gap + i % grid.columns * (W + gap)
+        mosaic[top : top + H, left : left + W] = image.transpose(1, 2, 0)  # one channel becomes three
+    return mosaic

@@ -262,25 +262,25 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.
 
 def test_life_of_a_directory(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, "script", "-a.1")
-    assert run.check(resume=False, overwrite=False) == "new" and not list(tmp_path.iterdir())
+    assert run.check(resume=None, overwrite=False) == "new" and not list(tmp_path.iterdir())
     run.open({"a": 1}, overwrite=False, to_stdout=False)
     run.log("hello")
     with pytest.raises(RunError, match="in use by another process"):
         RunDirectory(tmp_path, "script", "-a.1").open({}, overwrite=False, to_stdout=False)
     with pytest.raises(RunError, match="-resume auto goes on with it"):
-        run.check(resume=False, overwrite=False)
-    assert run.check(resume=True, overwrite=False) == "new"  # nothing to go on from yet
+        run.check(resume=None, overwrite=False)
+    assert run.check(resume="auto", overwrite=False) == "new"  # nothing to go on from yet
     run.last.touch()
-    assert run.check(resume=True, overwrite=False) == "unfinished"
+    assert run.check(resume="auto", overwrite=False) == "unfinished"
     run.finish({"loss": 1.0})
     assert run.path == tmp_path / "script" / "-a.1"
     assert sorted(p.name for p in run.path.iterdir()) == ["args.json", "last.pkl", "log", "result.json"]
     assert (run.path / "log").read_text() == "hello\n" and json.loads((run.path / "args.json").read_text())["a"] == 1
     assert not run.part.exists()
-    assert run.check(resume=True, overwrite=False) == "finished"
+    assert run.check(resume="auto", overwrite=False) == "finished"
     with pytest.raises(RunError, match="has finished"):
-        run.check(resume=False, overwrite=False)
-    assert run.check(resume=False, overwrite=True) == "new"
+        run.check(resume=None, overwrite=False)
+    assert run.check(resume=None, overwrite=True) == "new"
     run.open({}, overwrite=True, to_stdout=True)
     assert not run.final.exists() and sorted(p.name for p in run.part.iterdir()) == ["args.json", "lock"]
     run.close()
@@ -291,7 +291,7 @@ def test_killed_before_the_rename(tmp_path: Path) -> None:
     run.open({}, overwrite=False, to_stdout=True)
     (run.part / directory.RESULT).write_text("{}")
     run.close()
-    assert run.check(resume=True, overwrite=False) == "finished"
+    assert run.check(resume="auto", overwrite=False) == "finished"
     run.finish_interrupted_rename()
     assert run.final.exists() and not run.part.exists()
 
@@ -301,7 +301,7 @@ def test_best_without_last_is_not_thrown_away(tmp_path: Path) -> None:
     run.part.mkdir(parents=True)
     run.best.touch()
     with pytest.raises(RunError, match="no last"):
-        run.check(resume=True, overwrite=False)
+        run.check(resume="auto", overwrite=False)
 
 
 def test_results_directory_that_cannot_be_written(tmp_path: Path) -> None:
@@ -346,14 +346,14 @@ def test_traces_stay_bounded_evenly_spaced_and_resumable() -> None:
     for step in range(1, 5 * N_RECORDS):
         with torch.no_grad():
             model[0].bias.fill_(step)
-        traces.record(step, torch.tensor(float(step)))
+        traces.record(step, {"loss": float(step)})
         if step == 2345:
             resumed.load_state_dict(traces.state_dict())
         elif step > 2345:
-            resumed.record(step, torch.tensor(float(step)))
+            resumed.record(step, {"loss": float(step)})
     assert N_RECORDS // 2 <= len(traces.steps) <= N_RECORDS
     assert set(torch.tensor(traces.steps).diff().tolist()) == {traces.every}
-    assert [loss.item() for loss in traces.losses] == traces.steps
+    assert traces.numbers["loss"] == traces.steps
     by_parameter = traces.by_parameter()
     assert list(by_parameter) == ["0.bias", "0.weight", "1.bias", "1.weight"]
     assert [v.shape[1] for v in by_parameter.values()] == [13, 13, 1, 13]

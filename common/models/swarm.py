@@ -132,39 +132,110 @@ class SwarmLayer(nn.Module):
         return f"n_iter={self.n_iter}, pooling={self.pooling}, dropout={self.dropout}, channel_first={self.channel_first}"
 
 
+class IncrementalSwarm:
+    """A SWARM layer with CAUSAL pooling over N sequences whose entities come one at a time: n_iter cell steps for each.
+
+    Of the entities before, the next one needs nothing but the sum of their h in each iteration. Calling it gives what the layer
+    would for that entity, without gradients: (N, n_in) -> (N, n_out). The layer's weights must not change on the way.
+
+    Raises ValueError for a layer with another pooling.
+    """
+
+    @torch.no_grad()
+    def __init__(self, layer: SwarmLayer, n: int):
+        if layer.pooling != "CAUSAL":
+            raise ValueError(
+                f"{layer.pooling} pooling looks at entities that are still to come: only CAUSAL can go step by step"
+            )
+        Whh, Whp = (conv.weight.flatten(1) for conv in (layer.cell.Whh, layer.cell.Whp))
+        H, new = Whh.shape[1], Whh.new_zeros
+        self.layer, self.Whhp = layer, torch.cat([Whh, Whp], 1).T.contiguous()  # (2H, 4H)
+        self.sums, self.count = new(layer.n_iter - 1, n, H), 0
+        self.hp, self.hc, self.gates = new(n, 2 * H), new(n, 2 * H), new(n, 4 * H)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        Wih, ffwd = self.layer.cell.Wih, self.layer.ffwd
+        H, self.count = self.gates.shape[1] // 4, self.count + 1
+        h, p = self.hp.split(H, 1)
+        c = self.hc[:, H:]
+        x_term = F.linear(x, Wih.weight.flatten(1), Wih.bias)
+        self.gates.copy_(x_term)
+        _cell_forward(self.gates, None, c, h)
+        for sums in self.sums:
+            sums += h
+            torch.mul(sums, 1 / self.count, out=p)
+            torch.addmm(x_term, self.hp, self.Whhp, out=self.gates)
+            _cell_forward(self.gates, c, c, h)
+        self.hc[:, :H] = h
+        return F.linear(self.hc, ffwd.weight.flatten(1), ffwd.bias)
+
+
 # ---- pooling: what one entity hears of the others ------------------------------------------------------------------------
-# Each is made for the mask of some sets, (n, E), and has a backward pass of its own, since the recurrence below is
-# differentiated by hand: `add_grad` adds to dh what reaches h through the pooled value. A set without entities pools to 0
-# (POMA: to a mean over its padding), never to NaN.
+# Each is made for the mask of some sets, (n, E), and fills in `p`, of the shape of h, or (n, 1, H) where it is `shared` by all
+# entities of a set. Each has a backward pass of its own, since the recurrence below is differentiated by hand: `add_grad` adds
+# to dh what reaches h through p. A set without entities pools to 0 (POMA: to a mean over its padding), never to NaN.
 
 
 class _Mean:
     """The mean of h over the valid entities: (n, E, H) -> (n, 1, H)."""
 
+    shared = True
+
     def __init__(self, valid: Tensor):
         self.weights = (valid / valid.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1)  # (n, 1, E)
 
-    def __call__(self, h: Tensor) -> Tensor:
-        return self.weights @ h
+    def pool(self, h: Tensor, p: Tensor) -> None:
+        torch.bmm(self.weights, h, out=p)
 
     def add_grad(self, dh: Tensor, dp: Tensor, h: Tensor) -> None:
         dh.baddbmm_(self.weights.mT, dp)
 
 
 class _Causal:
-    """The running mean of h over the valid entities up to and including the own one: (n, E, H) -> (n, E, H)."""
+    """The running mean of h over the valid entities up to and including the own one: (n, E, H) -> (n, E, H).
+
+    The running sum within a chunk of entities is a product with a triangle of ones, which costs next to nothing beside the
+    cell's own products (a cumulative sum along E would cost eight times as much); the sums of whole chunks are added up.
+    """
+
+    shared = False
+    CHUNK = 16
 
     def __init__(self, valid: Tensor):
-        self.valid = valid.unsqueeze(2)  # (n, E, 1)
+        n, E = valid.shape
         # counted in float32 at least: bfloat16 has no odd numbers above 256
-        self.count = self.valid.cumsum(1, dtype=torch.promote_types(valid.dtype, torch.float32)).clamp(min=1)
+        real = torch.promote_types(valid.dtype, torch.float32)
+        self.inverse = (1 / valid.cumsum(1, dtype=real).clamp(min=1)).unsqueeze(2)  # (n, E, 1)
+        self.valid = valid.unsqueeze(2)
+        rest = E % self.CHUNK
+        self.stretches = []  # whole chunks, then what is left, as one more: (where, shape, triangles (n, chunks, size, size))
+        for start, stop, size in ((0, E - rest, self.CHUNK), (E - rest, E, rest)):
+            if start < stop:
+                shape = (n, (stop - start) // size, size, -1)
+                ones = valid.new_ones(size, size).tril()
+                self.stretches.append((slice(start, stop), shape, ones * valid[:, start:stop].view(shape).mT))
 
-    def __call__(self, h: Tensor) -> Tensor:
-        return ((h * self.valid).cumsum(1, dtype=self.count.dtype) / self.count).to(h.dtype)
+    def pool(self, h: Tensor, p: Tensor) -> None:
+        carried = self.inverse.new_zeros(len(h), 1, 1, 1)  # sums over all chunks before
+        for entities, shape, triangles in self.stretches:
+            sums = (triangles @ h[:, entities].view(shape)).to(self.inverse.dtype)  # (n, chunks, size, H)
+            through = carried + sums[:, :, -1:].cumsum(1)
+            sums[:, 1:] += through[:, :-1]
+            sums[:, :1] += carried
+            torch.mul(sums.flatten(1, 2), self.inverse[:, entities], out=p[:, entities])
+            carried = through[:, -1:]
 
     def add_grad(self, dh: Tensor, dp: Tensor, h: Tensor) -> None:
-        later = (dp / self.count).flip(1).cumsum(1).flip(1)  # entity e is in the means of all entities from e on
-        dh.addcmul_(later.to(dh.dtype), self.valid)
+        carried = self.inverse.new_zeros(len(h), 1, 1, 1)  # sums over all chunks after: entity e is in the means from e on
+        for entities, shape, triangles in reversed(self.stretches):
+            shares = (dp[:, entities] * self.inverse[:, entities]).view(shape)
+            own = (triangles.mT @ shares.to(triangles.dtype)).to(shares.dtype)
+            totals = shares.sum(2, keepdim=True)
+            back = carried + totals.flip(1).cumsum(1).flip(1) - totals
+            own.addcmul_(back, self.valid[:, entities].view(shape).to(own.dtype))
+            dh[:, entities] += own.flatten(1, 2)
+            carried = back[:, :1] + totals[:, :1]
 
 
 class _Poma:
@@ -174,19 +245,24 @@ class _Poma:
     valid entities; each entity gets the sum of the 4 means in its own weights.
     """
 
+    shared = False
+
     def __init__(self, valid: Tensor):
         lowest = torch.finfo(valid.dtype).min
         self.closed = ((1 - valid) * lowest).unsqueeze(2)  # (n, E, 1): added to the scores
 
-    def __call__(self, h: Tensor) -> Tensor:
+    def mixed(self, h: Tensor) -> Tensor:
         values, scores, weights = h.split([h.shape[2] - 2 * POMA_SLICES, POMA_SLICES, POMA_SLICES], dim=2)
         means = torch.softmax(scores + self.closed, dim=1).mT @ values  # (n, 4, H - 8)
         return weights @ means
 
+    def pool(self, h: Tensor, p: Tensor) -> None:
+        p.copy_(self.mixed(h))
+
     def add_grad(self, dh: Tensor, dp: Tensor, h: Tensor) -> None:
         with torch.enable_grad():
             h = h.detach().requires_grad_()
-            dh += torch.autograd.grad(self(h), h, dp)[0]
+            dh += torch.autograd.grad(self.mixed(h), h, dp)[0]
 
 
 _POOLINGS: dict[str, type[_Mean] | type[_Causal] | type[_Poma]] = {"MEAN": _Mean, "CAUSAL": _Causal, "POMA": _Poma}
@@ -289,10 +365,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 class _Recurrence(torch.autograd.Function):
     """All iterations of a SWARM cell: x (N, E, n_in) -> [h, c] (N, E, 2H), with a backward pass written by hand.
 
-    Autograd keeps some 15 H numbers per entity and iteration, in buffers that are mapped afresh in every step, and
-    multiplies the pooled vector once per entity. This keeps 4 H (the gates, from which c and h = o tanh(c) come back for a few
-    products of numbers), multiplies it once per set, computes Wih x once, and works through a batch in blocks that stay in
-    the cache.
+    Autograd keeps some 15 H numbers per entity and iteration, in buffers that are mapped afresh in every step. This keeps 4 H
+    (the gates, from which c and h = o tanh(c) come back for a few products of numbers), computes Wih x once, and works through
+    a batch in blocks that stay in the cache. A pooled value that is shared by a set is multiplied once per set; others lie
+    beside h, in one buffer hp, so that Whh h + Whp p is one product.
     """
 
     @staticmethod
@@ -311,30 +387,40 @@ class _Recurrence(torch.autograd.Function):
         fuse: bool,
         keep: bool,
     ) -> Tensor:
-        (N, E, _), H = x.shape, Whh.shape[1]
+        (N, E, _), (H, P) = x.shape, (Whh.shape[1], Whp.shape[1])
         blocks = list(_blocks(N, E, x.device))
         n_most = blocks[0].stop if blocks else 0
         gates = x.new_empty(*((n_iter, N) if keep else (1, n_most)), E, 4 * H, dtype=dtype)
         hc = x.new_empty(N, E, 2 * H)
-        h_space, x_space = (x.new_empty(n_most, E, width * H, dtype=dtype) for width in (1, 4))
+        shared = _POOLINGS[pooling].shared
+        hp_space, x_space = (x.new_empty(n_most, E, width, dtype=dtype) for width in (H if shared else H + P, 4 * H))
+        h_space = hp_space[..., :H]
+        p_space = x.new_empty(n_most, 1, P, dtype=dtype) if shared else hp_space[..., H:]
         c_space = x.new_empty(n_most, E, H, dtype=torch.promote_types(dtype, torch.float32))
         cell_forward = _compiled(_cell_forward_formula) if fuse else _cell_forward
 
         with torch.autocast(x.device.type, enabled=False):
-            weights = [w.to(dtype) for w in (Wih, bias, Whh, Whp)]
+            Wih, bias, Whh, Whp = (w.to(dtype) for w in (Wih, bias, Whh, Whp))
+            Whhp = torch.cat([Whh, Whp], 1)  # (4H, H + P)
             for sets in blocks:
                 n = sets.stop - sets.start
-                h, c, x_term = h_space[:n], c_space[:n], x_space[:n]
-                h_rows, c_rows = h.flatten(0, 1), c.flatten(0, 1)
-                pool = _POOLINGS[pooling](valid[sets].to(dtype))
-                torch.addmm(weights[1], x[sets].to(dtype).flatten(0, 1), weights[0].T, out=x_term.view(n * E, 4 * H))
+                hp, h, p, c, x_term = (space[:n] for space in (hp_space, h_space, p_space, c_space, x_space))
+                hp_rows, h_rows, c_rows, x_rows = (v.flatten(0, 1) for v in (hp, h, c, x_term))
+                others = _POOLINGS[pooling](valid[sets].to(dtype))
+                torch.addmm(bias, x[sets].to(dtype).flatten(0, 1), Wih.T, out=x_rows)
                 for t in range(n_iter):
                     g = gates[t, sets] if keep else gates[0, :n]
+                    g_rows = g.view(n * E, 4 * H)
                     if t == 0:
                         g.copy_(x_term)
                     else:
-                        _Recurrence.enter_gates(g, x_term, h, pool(h), weights[2], weights[3])
-                    cell_forward(g.flatten(0, 1), c_rows if t else None, c_rows, h_rows)
+                        others.pool(h, p)
+                        if shared:
+                            torch.add(x_term, p @ Whp.T, out=g)
+                            g_rows.addmm_(h_rows, Whh.T)
+                        else:
+                            torch.addmm(x_rows, hp_rows, Whhp.T, out=g_rows)
+                    cell_forward(g_rows, c_rows if t else None, c_rows, h_rows)
                     if scale is not None:
                         h *= scale[t, sets]
                 hc[sets, :, :H] = h
@@ -345,37 +431,31 @@ class _Recurrence(torch.autograd.Function):
         return hc
 
     @staticmethod
-    def enter_gates(gates: Tensor, x_term: Tensor, h: Tensor, p: Tensor, Whh: Tensor, Whp: Tensor) -> None:
-        """gates = x_term + Whh h + Whp p, for p (n, 1, P) with one product a set, for p (n, E, P) with one an entity."""
-        flat = gates.view(-1, gates.shape[2])
-        if p.shape[1] == 1:
-            torch.add(x_term, p @ Whp.T, out=gates)
-        else:
-            gates.copy_(x_term)
-            flat.addmm_(p.flatten(0, 1), Whp.T)
-        flat.addmm_(h.flatten(0, 1), Whh.T)
-
-    @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dhc: Tensor) -> tuple[Tensor | None, ...]:
         x, valid, scale, Wih, Whh, Whp, gates = ctx.saved_tensors
-        (N, E, _), H, dtype = x.shape, Whh.shape[1], gates.dtype
+        (N, E, _), (H, P), dtype = x.shape, (Whh.shape[1], Whp.shape[1]), gates.dtype
         n_iter = len(gates)
         blocks = list(_blocks(N, E, x.device))
         n_most = blocks[0].stop if blocks else 0
         dx, dbias = torch.empty_like(x), Wih.new_zeros(len(Wih))
-        dWih, dWhh, dWhp = (torch.zeros_like(w) for w in (Wih, Whh, Whp))
-        space = [x.new_empty(n_most, E, width * H, dtype=dtype) for width in (1, 1, 1, 1, 4, 4)]
+        dWih, dWhhp = torch.zeros_like(Wih), Wih.new_zeros(len(Wih), H + P)
+        shared = _POOLINGS[ctx.pooling].shared
+        hp_width = H if shared else H + P
+        space = [x.new_empty(n_most, E, width, dtype=dtype) for width in (H, H, hp_width, hp_width, 4 * H, 4 * H)]
+        p_space = x.new_empty(n_most, 1, P, dtype=dtype) if shared else space[2][..., H:]
         c_space = x.new_empty(n_iter + 1, n_most, E, H, dtype=torch.promote_types(dtype, torch.float32))
         cell_backward = _compiled(_cell_backward_formula) if ctx.fuse else _cell_backward
 
         with torch.autocast(x.device.type, enabled=False):
             Wih, Whh, Whp = (w.to(dtype) for w in (Wih, Whh, Whp))
+            Whhp = torch.cat([Whh, Whp], 1)
             for sets in blocks:
                 n = sets.stop - sets.start
-                dh, tanh_c, h, work, dgates, dx_term = (buffer[:n] for buffer in space)
+                tanh_c, work, hp, dhp, dgates, dx_term = (buffer[:n] for buffer in space)
                 *cells, dc = c_space[:, :n]
-                pool = _POOLINGS[ctx.pooling](valid[sets].to(dtype))
+                h, p, dh, dp = hp[..., :H], p_space[:n], dhp[..., :H], dhp[..., H:]
+                others = _POOLINGS[ctx.pooling](valid[sets].to(dtype))
                 dh.copy_(dhc[sets, :, :H])
                 dc.copy_(dhc[sets, :, H:])
                 for t in range(n_iter):
@@ -399,13 +479,19 @@ class _Recurrence(torch.autograd.Function):
                     torch.mul(gates[t - 1, sets, :, 2 * H : 3 * H], tanh_c, out=h)  # h of the iteration before
                     if scale is not None:
                         h *= scale[t - 1, sets]
-                    p = pool(h)
-                    dp_term = dgates.sum(1, keepdim=True) if p.shape[1] == 1 else dgates
-                    _add_product(dWhh, dgates, h)
-                    _add_product(dWhp, dp_term, p)
-                    torch.mm(dgates.view(-1, 4 * H), Whh, out=dh.view(-1, H))
-                    pool.add_grad(dh, dp_term @ Whp, h)
+                    others.pool(h, p)
+                    if shared:
+                        dp_term = dgates.sum(1, keepdim=True)
+                        _add_product(dWhhp[:, :H], dgates, h)
+                        _add_product(dWhhp[:, H:], dp_term, p)
+                        torch.mm(dgates.flatten(0, 1), Whh, out=dh.flatten(0, 1))
+                        dp = dp_term @ Whp
+                    else:
+                        _add_product(dWhhp, dgates, hp)
+                        torch.mm(dgates.flatten(0, 1), Whhp, out=dhp.flatten(0, 1))
+                    others.add_grad(dh, dp, h)
                 _add_product(dWih, dx_term, x[sets].to(dtype))
                 dbias += dx_term.sum((0, 1))
                 dx[sets] = dx_term @ Wih
+        dWhh, dWhp = dWhhp.split([H, P], 1)
         return dx, None, None, dWih, dbias, dWhh, dWhp, None, None, None, None, None

@@ -28,9 +28,10 @@ class RunError(Exception):
 class RunDirectory:
     """Files of one run. Nothing is created before `open`."""
 
-    def __init__(self, results_dir: str | Path, script: str, name: str):
+    def __init__(self, results_dir: str | Path, script: str, name: str, *, another: str = "-run ID"):
+        """`another` is the option that makes another run of the same command line, for the hints in errors."""
         parent = Path(results_dir) / script
-        self.name = name
+        self.name, self.another = name, another
         self.final, self.part = parent / name, parent / f"{name}.part"
         self._log: TextIO | None = None
         self._lock: TextIO | None = None
@@ -48,21 +49,24 @@ class RunDirectory:
     def last(self) -> Path:
         return self.path / LAST
 
-    def check(self, *, resume: bool, overwrite: bool) -> str:
+    def check(self, *, resume: str | None, overwrite: bool) -> str:
         """Say what a start would find: "new", "unfinished" (there is a last.pkl to go on from), or "finished".
 
-        Raises RunError if there is something that neither `resume` nor `overwrite` lets it touch.
+        `resume` is "auto", a checkpoint to start from, or None. Raises RunError if there is something that neither `resume`
+        nor `overwrite` lets it touch, or if `overwrite` would delete the checkpoint.
         """
-        hints = "-overwrite replaces it, -run ID starts another beside it"
+        hints = f"-overwrite replaces it, {self.another} starts another beside it"
         if overwrite:
+            if resume is not None and self.contains(resume):
+                raise RunError(f"-overwrite would delete {resume}: {self.another} starts another run from it")
             return "new"
         if self.final.exists():
-            if resume:
+            if resume == "auto":
                 return "finished"
             raise RunError(f"the run {self.final} has finished: {hints}")
         if not self.part.exists():
             return "new"
-        if not resume:
+        if resume != "auto":
             raise RunError(f"the run {self.part} was started before: -resume auto goes on with it, {hints}")
         if (self.part / RESULT).exists():
             return "finished"
@@ -92,7 +96,9 @@ class RunDirectory:
                 self._write_json("args.json", args | environment())
             self._log = None if to_stdout else open(self.part / "log", "a")
         except BlockingIOError:
-            raise RunError(f"{self.part} is in use by another process: wait for it, or -run ID starts another run") from None
+            raise RunError(
+                f"{self.part} is in use by another process: wait for it, or {self.another} starts another run"
+            ) from None
         except OSError as error:
             raise RunError(
                 f"cannot write to {error.filename or self.part}: {error.strerror}; -results_dir names a place"
@@ -107,6 +113,12 @@ class RunDirectory:
     def contains(self, path: str) -> bool:
         """Whether a file lies in this run's directory."""
         return any(place.resolve() in Path(path).resolve().parents for place in (self.final, self.part))
+
+    def where_to_look(self) -> str:
+        """The files of a finished run that a person wants to see, a line each."""
+        files = {"log": "log", "learning curves": "metrics.png", "weight traces": "weights.png", "samples": "samples.png"}
+        # no log with -to_stdout
+        return "\n".join(f"{what:>16}: {self.final / file}" for what, file in files.items() if (self.final / file).exists())
 
     def log(self, line: str = "") -> None:
         """Write a line to the log, or to stdout. A full disk silences the log, not the run."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
-EXIT_RESUMABLE = 75  # stopped early, to be resumed: EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 

@@ -24,8 +24,11 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def split_command_line(parser: argparse.ArgumentParser, argv: list[str]) -> list[tuple[str, str | None, str]]:
-    """Cut a command line into (option, value or None, what its part of the name is), whatever way it is spelled.
+Token = tuple[str, str | None, str]  # option, value or None, and what its part of the name is
+
+
+def split_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[Token]:
+    """Cut a command line (sys.argv if None) into its options, whatever way they are spelled.
 
     `-bs 50`, `-bs=50` and `-bs.50` are the same option; `-bs.50-lr.0.1` is two. Values may begin with a dash. Ends with the
     parser's error for words that are no option.
@@ -33,8 +36,8 @@ def split_command_line(parser: argparse.ArgumentParser, argv: list[str]) -> list
     actions = parser._option_string_actions  # the one place where argparse keeps what options there are
     joined = "|".join(re.escape(option) for option in sorted(actions, key=len, reverse=True))
     option_starts = re.compile(rf"(?=(?:{joined})(?:[.=-]|$))")
-    tokens: list[tuple[str, str | None, str]] = []
-    words = list(argv)
+    tokens: list[Token] = []
+    words = list(sys.argv[1:] if argv is None else argv)
     while words:
         word = words.pop(0)
         if re.match(rf"({joined})[.=-]", word) and word not in actions and "/" not in word:  # a path is no name of a run
@@ -60,6 +63,11 @@ def split_command_line(parser: argparse.ArgumentParser, argv: list[str]) -> list
     return tokens
 
 
+def parse_tokens(parser: argparse.ArgumentParser, tokens: list[Token]) -> argparse.Namespace:
+    """The options of a command line that is cut up."""
+    return parser.parse_args([option if value is None else f"{option}={value}" for option, value, _ in tokens])
+
+
 def parse(
     parser: argparse.ArgumentParser, argv: list[str] | None, unnamed: tuple[str, ...]
 ) -> tuple[argparse.Namespace, str, set[str]]:
@@ -68,16 +76,21 @@ def parse(
     The name holds the words as they were typed, in their order, defaults left out (as published), without the options in
     `unnamed`, which say where and how to run, not what.
     """
-    tokens = split_command_line(parser, sys.argv[1:] if argv is None else argv)
-    options = parser.parse_args([option if value is None else f"{option}={value}" for option, value, _ in tokens])
+    tokens = split_command_line(parser, argv)
+    options = parse_tokens(parser, tokens)
     name = "".join(text for option, _, text in tokens if option not in unnamed)
     named = [(option, value) for option, value, _ in tokens if option not in unnamed]
     if name and named != [(option, value) for option, value, _ in split_command_line(parser, [name])]:
         parser.error(f"the run would be called {name!r}, which reads like other options: choose other values")
     given = {option.lstrip("-") for option, _, _ in tokens}
+    check_length(parser, name)
+    return options, name, given
+
+
+def check_length(parser: argparse.ArgumentParser, name: str) -> None:
+    """End with the parser's error if a run's name is too long for a file system."""
     if len(name) > 240:
         parser.error(f"the command line makes a run name of {len(name)} characters; file systems take 255: leave out defaults")
-    return options, name, given
 
 
 def at_least(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -119,3 +132,16 @@ def run_id(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.+-]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a file name: use letters, digits and _ . + -")
     return text
+
+
+def boolean(text: str) -> bool:
+    """An option that is true or false (1 or 0)."""
+    values = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+def shortest(value: float) -> str:
+    """The shortest text that is read as this number: 480, 0.001, 1e-05."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)

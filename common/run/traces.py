@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.csv with a row an epoch, and traces of the loss and of some weights by step."""
+"""What a run leaves to look at: metrics.csv with a row an epoch, and traces of losses and of some weights by step."""
 
 from __future__ import annotations
 
@@ -48,32 +48,33 @@ def read_metrics(path: Path) -> dict[str, list[float]]:
 
 
 class Traces:
-    """Training loss and up to 13 entries of every parameter, by step; thinned out evenly when they become many."""
+    """Numbers of each step (the loss, say) and up to 13 entries of every learned parameter; thinned out evenly when many."""
 
     def __init__(self, model: nn.Module):
         self.every = 1
         self.steps: list[int] = []
-        self.losses: list[Tensor] = []  # 0-dimensional
+        self.numbers: dict[str, list[float]] = {}
         self.weights: list[Tensor] = []  # (number of traced entries)
-        parameters = dict(sorted(model.named_parameters()))
+        parameters = {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
         self.parameters = list(parameters.values())
         # as many as 13 entries, spread evenly over the flattened tensor
         self.picked = [torch.linspace(0, p.numel() - 1, min(N_TRACED, p.numel())).long() for p in self.parameters]
         self.names = list(parameters)
 
-    def record(self, step: int, loss: Tensor) -> None:
-        """Note the loss and the weights at a step, unless it is one of those that are left out."""
+    def record(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Note a step's numbers, always of the same names, and the weights, unless it is one of those that are left out."""
         if step % self.every:
             return
         entries = [p.detach().flatten()[pick.to(p.device)] for p, pick in zip(self.parameters, self.picked, strict=True)]
         self.steps.append(step)
-        self.losses.append(loss.detach().float().cpu())
+        for name, value in numbers.items():
+            self.numbers.setdefault(name, []).append(value)
         self.weights.append(torch.cat(entries).float().cpu())
         if len(self.steps) > N_RECORDS:
             self.every *= 2
             kept = [i for i, s in enumerate(self.steps) if s % self.every == 0]
             self.steps = [self.steps[i] for i in kept]
-            self.losses = [self.losses[i] for i in kept]
+            self.numbers = {name: [values[i] for i in kept] for name, values in self.numbers.items()}
             self.weights = [self.weights[i] for i in kept]
 
     def by_parameter(self) -> dict[str, Tensor]:
@@ -87,10 +88,11 @@ class Traces:
         return {
             "every": self.every,
             "steps": list(self.steps),
-            "losses": torch.stack(self.losses) if self.losses else torch.empty(0),
+            "numbers": {name: list(values) for name, values in self.numbers.items()},
             "weights": torch.stack(self.weights) if self.weights else torch.empty(0),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.every, self.steps = state["every"], list(state["steps"])
-        self.losses, self.weights = list(state["losses"]), list(state["weights"])
+        self.numbers = {name: list(values) for name, values in state["numbers"].items()}
+        self.weights = list(state["weights"])

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from common import plotting
 from common.run import checkpoint
 from common.run.backtracking import Backtracking
 from common.run.checkpoint import CheckpointError
 from common.run.clock import Clock
 from common.run.directory import RunDirectory
-from common.run.traces import Metrics, Traces
+from common.run.traces import Metrics, Traces, read_metrics
 
 SAVE_SECONDS = 60.0  # between two saves of last.pkl within an epoch
 
@@ -113,11 +115,22 @@ class Training:
         """Training loss of this epoch so far."""
         return self.loss_sum / self.n_seen if self.n_seen else math.nan
 
-    def step_done(self, loss: Tensor, value: float, n: int) -> None:
-        """Count an optimiser's step on n samples with the mean loss `value`."""
+    def step_done(self, n: int, loss: float, **numbers: float) -> None:
+        """Count an optimiser's step on n samples with that mean loss; it and other numbers of the step are traced."""
         self.batch, self.step = self.batch + 1, self.step + 1
-        self.loss_sum, self.n_seen = self.loss_sum + n * value, self.n_seen + n
-        self.traces.record(self.step, loss)
+        self.loss_sum, self.n_seen = self.loss_sum + n * loss, self.n_seen + n
+        self.traces.record(self.step, {"loss": loss, **numbers})
+
+    def draw_curves(self, steps_per_epoch: float, references: Mapping[str, Mapping[str, float]], loss_name: str) -> None:
+        """Draw metrics.png and weights.png; `references` are the levels to judge a column of metrics.csv by."""
+        title, traces, folder = self.run.name, self.traces, self.run.path
+        metrics = read_metrics(self.metrics.path)
+        plotting.plot_metrics(
+            folder / "metrics.png", title, metrics, traces.steps, traces.numbers, steps_per_epoch, references, loss_name
+        )
+        weights = {name: values.numpy() for name, values in traces.by_parameter().items()}
+        if weights:
+            plotting.plot_weights(folder / "weights.png", title, traces.steps, weights, steps_per_epoch)
 
     def conclude_epoch(self, val_loss: float, row: dict[str, float | int]) -> str:
         """Enter the row into metrics.csv and judge the epoch: "best" (saved), "back" (to the best, at a lower rate), "keep".
@@ -138,10 +151,10 @@ class Training:
         return verdict
 
 
-def batch_order(n_batches: int, seed: int, epoch: int) -> list[int]:
-    """The order of the batches: a function of seed and epoch alone, so that a resume in mid-epoch is exact."""
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of n batches, or samples: a function of seed and epoch alone, so that a resume in mid-epoch is exact."""
     gen = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    return torch.randperm(n_batches, generator=gen).tolist()
+    return torch.randperm(n, generator=gen)
 
 
 def load_checkpoint(
@@ -157,7 +170,7 @@ def load_checkpoint(
         for name, value in last["args"].items():
             if args.get(name) != value:
                 raise CheckpointError(
-                    f"{run.last} was made with -{name} {value}, not {args.get(name)}: -run ID starts another run"
+                    f"{run.last} was made with -{name} {value}, not {args.get(name)}: {run.another} starts another run"
                 )
         metrics = run.path / "metrics.csv"
         if not metrics.exists() or metrics.stat().st_size < last["metrics_size"]:

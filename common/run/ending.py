@@ -1,0 +1,49 @@
+"""How a run ends: refused before it has begun (exit status 2), stopped early and resumable (75), or with a word to its user."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common.run.checkpoint import CheckpointError
+from common.run.directory import RunDirectory, RunError
+
+EXIT_RESUMABLE = 75  # stopped early, to be resumed: EX_TEMPFAIL of sysexits.h
+
+
+@contextmanager
+def refusing(parser: argparse.ArgumentParser, *expected: type[Exception]) -> Iterator[None]:
+    """What cannot be started as asked ends with one line and exit status 2. `expected` errors are told as they are."""
+    told: tuple[type[Exception], ...] = (RunError, CheckpointError, *expected)
+    try:
+        yield
+    except told as error:
+        parser.error(str(error))
+    except (MemoryError, RuntimeError) as error:
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        parser.error(f"cannot make the model or its data, are they too large? {first}")
+
+
+@contextmanager
+def surviving_full_disks(run: RunDirectory) -> Iterator[None]:
+    """A file that cannot be written stops the run as a signal does; the run's log and lock are let go of in any case."""
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot write {error.filename or run.path}: {error.strerror}"
+        saved = "what was saved before is intact, and" if run.last.exists() else "nothing was saved yet;"
+        print(f"stopped: {what}; {saved} -resume auto goes on from there", file=sys.stderr)
+        sys.exit(EXIT_RESUMABLE)
+    finally:
+        run.close()
+
+
+def say(text: str) -> None:
+    """Print; a reader who has gone (`| head`) is no failure of the run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what is flushed at the end

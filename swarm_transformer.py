@@ -1,0 +1,519 @@
+"""The SWARM image transformer (Vollgraf 2019, arXiv 1906.09400, section 4.2): images, learned and drawn value by value.
+
+The probability of an image is the product of the probabilities of its values, each given those before it in reading order. A
+SWARM layer with causal pooling computes all of them in one pass. The published line for Fashion-MNIST (a GPU, eight hours):
+
+    python -u swarm_transformer.py -data FashionMNIST -n_layers 1 -n_hidden 256 -n_iter 10 -wc 480 -lr 0.001 -bs 50
+
+leaves its run in results/swarm_transformer/: log, metrics.csv, learning curves, weight traces, samples and completions,
+result.json. README.md says what each logged quantity means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import plotting
+from common.datasets import images
+from common.datasets.images import DataError, ImageSet
+from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
+from common.models.sets import NON_LINEARITIES
+from common.run import checkpoint, options
+from common.run.directory import RunDirectory
+from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks
+from common.run.interruption import Interruption
+from common.run.memory import is_out_of_memory, keep_freed_memory
+from common.run.options import at_least, boolean, real, shortest
+from common.run.training import Training, epoch_order, load_checkpoint
+
+DATA = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "BWCIFAR", "SMALL")
+UNNAMED = ("name", "resume", "results_dir", "data_dir", "overwrite", "dry_run", "to_stdout")  # they do not make another run
+# the published name has these fields alone; other options that are not at their defaults follow, as -option.value
+NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+NAME = re.compile(
+    rf"(?P<data>{'|'.join(DATA)})-(?P<n_layers>\d+)-(?P<non_lin>{'|'.join(NON_LINEARITIES)})-(?P<n_hidden>\d+)"
+    rf"-(?P<n_iter>\d+)-wc(?P<wc>{NUMBER})-lr(?P<lr>{NUMBER})-bs(?P<bs>\d+)(?P<more>(?:-.*)?)"
+)
+COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "val_bits", "lr")
+N_VALIDATION = 5000
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The paper's options, then the suite's own."""
+    parser = options.OneLineParser(prog="swarm_transformer.py", description=__doc__)
+    paper = parser.add_argument_group("options of the paper")
+    paper.add_argument("-data", choices=DATA, help="data set; BWCIFAR is CIFAR10 in grey, SMALL its central 16x16 pixels")
+    paper.add_argument("-n_hidden", type=at_least(4, 2**16), default=128, help="hidden units, a multiple of 4 [%(default)s]")
+    paper.add_argument("-n_layers", type=at_least(1, 1000), default=1, help="layers [%(default)s]")
+    paper.add_argument("-n_iter", type=at_least(1, 1000), default=5, help="iterations in each layer [%(default)s]")
+    paper.add_argument("-non_lin", choices=NON_LINEARITIES, default="relu", help="non-linearity between layers [%(default)s]")
+    paper.add_argument("-bs", type=at_least(1), default=50, help="batch size, in images [%(default)s]")
+    paper.add_argument(
+        "-wc", type=real(0, 1e6, above=True), default=60.0, help="wall clock time for training, in minutes [%(default)s]"
+    )
+    paper.add_argument(
+        "-update_interval", type=real(0, 1e6), default=10.0, help="minutes between two updates of the plots [%(default)s]"
+    )
+    paper.add_argument("-lr", type=real(0, 1, above=True), default=0.01, help="learning rate of Adam [%(default)s]")
+    paper.add_argument("-no_cuda", action="store_true", help="don't use CUDA even if it is available")
+    paper.add_argument("-name", help="a model's name, to be parsed into options")
+    paper.add_argument("-dry_run", action="store_true", help="just print the model name and exit")
+    paper.add_argument("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
+    paper.add_argument(
+        "-bt_horizon", type=real(0, 1), default=0.1, help="backtracking horizon, a fraction of the epochs [%(default)s]"
+    )
+    paper.add_argument(
+        "-bt_alpha", type=real(0, 1, above=True), default=0.9, help="learning rate factor of backtracking [%(default)s]"
+    )
+    paper.add_argument("-cond", action="store_true", help="do class conditional modeling")
+    paper.add_argument(
+        "-resume", metavar="FILE|auto", help="start from a best.pkl; auto: go on with this run where it was interrupted"
+    )
+    paper.add_argument(
+        "-learn_loc", type=boolean, default=False, metavar="true|false", help="learn the location features [%(default)s]"
+    )
+    own = parser.add_argument_group("options of this suite")
+    own.add_argument("-seed", type=at_least(0), default=0, help="seed of split, weights and order of images [%(default)s]")
+    own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")
+    own.add_argument("-data_dir", help="where the data set lies [data, to which it is downloaded if it is not there]")
+    own.add_argument("-precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products [%(default)s]")
+    own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the layers")
+    own.add_argument("-max_epochs", type=at_least(1), help="largest number of epochs [no limit]")
+    own.add_argument("-epoch_images", type=at_least(1), help="training images drawn for an epoch [all]")
+    own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
+    own.add_argument(
+        "-n_samples", type=at_least(1, 1000), help="images drawn for samples.png [12; two of each class with -cond]"
+    )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Options of a command line, those of -name among them. Ends with the parser's error if they contradict each other."""
+    tokens = options.split_command_line(parser, argv)
+    names = [value for option, value, _ in tokens if option == "-name"]
+    named = named_options(parser, names[-1]) if names else []
+    args = options.parse_tokens(parser, [*named, *tokens])
+    of_name = options.parse_tokens(parser, named)
+    for option in {option.lstrip("-") for option, *_ in named}:
+        if getattr(args, option) != getattr(of_name, option):
+            parser.error(
+                f"-name says -{option} {getattr(of_name, option)}, the command line {getattr(args, option)}: leave one out"
+            )
+    if args.data is None:
+        parser.error("which images? -data says it, or -name")
+    if args.n_hidden % 4:
+        parser.error(
+            f"-n_hidden {args.n_hidden} is not a multiple of 4: locations are made of sines and cosines in two directions"
+        )
+    if args.resume == "auto" and args.overwrite:
+        parser.error("-resume auto goes on with a run, -overwrite replaces it: choose one")
+    return args
+
+
+def named_options(parser: argparse.ArgumentParser, name: str) -> list[options.Token]:
+    """The options that make up a run's name, also in the original's form, which has one more word at its end."""
+    match = NAME.fullmatch(name)
+    if match is None:
+        parser.error(f"-name {name!r} does not parse: names look like MNIST-1-relu-256-10-wc480-lr0.001-bs50-cond-seed.1")
+    *fields, (_, more) = match.groupdict().items()
+    known = list(vars(parser.parse_args([])))
+    if re.fullmatch(r"-\w+", more) and not more[1:].lower().startswith(tuple(known)):
+        more = ""  # the original's last field, of an option that its scripts do not have
+    further = options.split_command_line(parser, [more] if more else [])
+    for option, _, _ in further:
+        if option.lstrip("-") in (*match.groupdict(), *UNNAMED, "help"):
+            parser.error(f"-name {name!r} does not parse: {option} is no part of the end of a name")
+    return [(f"-{field}", value, "") for field, value in fields] + further
+
+
+def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The published name of a run, and what it leaves out, if it is not at its default."""
+    name = (
+        f"{args.data}-{args.n_layers}-{args.non_lin}-{args.n_hidden}-{args.n_iter}"
+        f"-wc{shortest(args.wc)}-lr{shortest(args.lr)}-bs{args.bs}"
+    )
+    for option, value in vars(args).items():
+        if option in (*UNNAMED, *NAME.groupindex) or value == parser.get_default(option):
+            continue
+        flag = parser.get_default(option) is False and option != "learn_loc"
+        text = shortest(value) if isinstance(value, float) else str(value).lower()
+        name += f"-{option}" if flag else f"-{option}.{text}"
+    options.check_length(parser, name)
+    return name
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three splits, on the device, and the nats per value of models that know little, to judge by."""
+
+    training: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    levels: dict[str, dict[str, float]]  # {"validation": {"chance": ..., "by position": ...}, "test": ...}
+
+
+def shape_of(name: str) -> tuple[int, int, int]:
+    """(C, H, W)"""
+    return {"BWCIFAR": (1, 32, 32), "SMALL": (3, 16, 16)}.get(name) or images.SHAPES[name]
+
+
+def n_classes_of(name: str) -> int:
+    return images.N_CLASSES.get(name, 10)
+
+
+def load_split(name: str, split: str, data_dir: str | None) -> ImageSet:
+    source = "CIFAR10" if name in ("BWCIFAR", "SMALL") else name
+    data = images.load(source, split, data_dir or "data", download=data_dir is None)
+    if name == "BWCIFAR":
+        return images.channel_mean(data)
+    return images.central_crop(data, 16) if name == "SMALL" else data
+
+
+def load_data(name: str, data_dir: str | None, seed: int, device: torch.device) -> Data:
+    """All splits; validation takes 5,000 of the training images (a tenth of fewer), drawn by the seed. Raises DataError."""
+    everything, test = (load_split(name, split, data_dir).to(device) for split in ("train", "test"))
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed)).to(device)
+    n_validation = min(N_VALIDATION, len(everything) // 10)
+    if n_validation < 1:
+        raise DataError(f"{name} has {len(everything)} training images: at least 10 are needed")
+    validation, training = everything[order[:n_validation]], everything[order[n_validation:]]
+    table = log_histograms(training)
+    levels = {
+        split: {"chance": math.log(N_VALUES), "by position": position_cross_entropy(table, of)}
+        for split, of in (("validation", validation), ("test", test))
+    }
+    return Data(training, validation, test, levels)
+
+
+def log_histograms(data: ImageSet) -> Tensor:
+    """Log-probability of each value at each position, from its counts plus one: (256, C H W)."""
+    values = data.images.flatten(1)
+    counts = torch.stack([torch.bincount(column, minlength=N_VALUES) for column in values.T.contiguous()], 1)
+    return ((counts + 1) / (len(values) + N_VALUES)).double().log()
+
+
+def position_cross_entropy(table: Tensor, data: ImageSet) -> float:
+    """Nats per value of independent values, each with the histogram of its position."""
+    total = sum(table.gather(0, part.flatten(1).long()).sum() for part in data.images.split(1000))
+    return -float(total) / data.images.numel()
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+
+def nats(model: ImageTransformer, batch: ImageSet, precision: str) -> Tensor:
+    """Nats per value of each image (N)."""
+    with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(batch.images, batch.labels if model.n_classes else None)
+    return cross_entropy(logits, batch.images)
+
+
+def accumulate_gradients(model: ImageTransformer, batch: ImageSet, size: int, precision: str) -> float:
+    """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else."""
+    model.zero_grad()
+    total = 0.0
+    for start in range(0, len(batch), size):
+        loss = nats(model, batch[start : start + size], precision).sum() / len(batch)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+class MicroBatches:
+    """Cuts batches into as few equal parts as memory allows."""
+
+    def __init__(self, batch_size: int, run: RunDirectory):
+        self.sizes = [batch_size // parts for parts in range(1, batch_size + 1) if batch_size % parts == 0]
+        self.run = run
+
+    @property
+    def size(self) -> int:
+        """Images handled at a time."""
+        return self.sizes[0]
+
+    def gradients(self, model: ImageTransformer, batch: ImageSet, precision: str) -> float:
+        """See `accumulate_gradients`. When memory runs out, in smaller parts, from now on."""
+        while True:
+            try:
+                return accumulate_gradients(model, batch, self.size, precision)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # out here, the error and what it holds of the failed step are gone
+            if len(self.sizes) == 1:
+                sys.exit("even one image at a time does not fit into memory: choose a smaller -n_hidden, -n_iter or -n_layers")
+            self.sizes.pop(0)
+            model.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.run.log(f"out of memory: batches go in parts of {self.size} images from now on, with the same gradient")
+
+
+@torch.no_grad()
+def evaluate(
+    model: ImageTransformer, data: ImageSet, size: int, precision: str, interruption: Interruption | None = None
+) -> Tensor | None:
+    """Nats per value of each image, in float64 (N); None if a signal comes before the end."""
+    parts = []
+    for start in range(0, len(data), size):
+        if interruption is not None and interruption.signal:
+            return None
+        parts.append(nats(model, data[start : start + size], precision).double().cpu())
+    return torch.cat(parts)
+
+
+def gradient_norm(model: ImageTransformer) -> float:
+    """The sum of the absolute gradients, as the original logs it."""
+    return float(sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None))
+
+
+def epoch_size(args: argparse.Namespace, data: Data) -> int:
+    """Training images in an epoch."""
+    return min(args.epoch_images or len(data.training), len(data.training))
+
+
+def train_epoch(
+    args: argparse.Namespace, data: Data, training: Training, micro: MicroBatches, interruption: Interruption, progress: tqdm
+) -> bool:
+    """Train on the batches of an epoch that are left, until the time is up or a signal comes; False if the loss diverged."""
+    order = epoch_order(len(data.training), args.seed, training.epoch)[: epoch_size(args, data)]
+    batches = order.to(data.training.images.device).split(args.bs)
+    for chosen in batches[training.batch :]:
+        loss = micro.gradients(training.model, data.training[chosen], args.precision)
+        norm = gradient_norm(training.model)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return False
+        training.optimizer.step()
+
+        training.step_done(len(chosen), loss, gradient_norm=norm)
+        progress.set_description_str(
+            f"epoch {training.epoch + 1} batch {training.batch}/{len(batches)}  loss {loss:.3f}  best validation "
+            f"{training.backtracking.best:.3f} (by position {data.levels['validation']['by position']:.3f})  "
+            f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
+            refresh=False,
+        )
+        progress.update()
+        if training.clock.is_up() or interruption.signal:
+            break
+        training.save_now_and_then()
+    return True
+
+
+def end_epoch(data: Data, training: Training, losses: Tensor | None) -> None:
+    """Note the figures, and keep the model, save it as the best, or go back to the best. No losses: training diverged."""
+    val_loss = math.nan if losses is None else losses.mean().item()
+    row = {
+        "epoch": training.epoch + 1,
+        "step": training.step,
+        "seconds": training.clock.used(),
+        "train_loss": math.nan if losses is None else training.mean_loss,
+        "val_loss": val_loss,
+        "val_bits": val_loss / math.log(2),
+        "lr": training.learning_rate,
+    }
+    verdict = training.conclude_epoch(val_loss, row)
+    done = {"best": " | best so far, saved", "keep": "", "back": f" | back to the best, lr {training.learning_rate:.4g}"}
+    levels = data.levels["validation"]
+    training.run.log(
+        f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
+        f"validation {val_loss:.4f} (by position {levels['by position']:.4f}, chance {levels['chance']:.4f}) | "
+        f"{row['val_bits']:.4f} bits per dimension | lr {row['lr']:.4g}{done[verdict]}"
+    )
+
+
+def train(args: argparse.Namespace, data: Data, training: Training, micro: MicroBatches, interruption: Interruption) -> bool:
+    """Train until the epochs or the time are used up; False if a signal came first, with all that is needed to go on saved."""
+    clock, plotted_at = training.clock, -math.inf
+    max_epochs = args.max_epochs or math.inf
+    with tqdm(disable=None, bar_format="{desc}") as progress:
+        while training.epoch < max_epochs and (training.step == 0 or not clock.is_up()):
+            finite = train_epoch(args, data, training, micro, interruption, progress)
+            final = clock.is_up()  # then a signal has to wait for the validation, which would never be made up for
+            losses = None
+            if finite:
+                losses = evaluate(training.model, data.validation, micro.size, args.precision, None if final else interruption)
+            if interruption.signal and not final:
+                if finite:
+                    training.save_last()
+                return False
+            end_epoch(data, training, losses)
+            if clock.used() - plotted_at >= 60 * args.update_interval:
+                with clock.paused():
+                    draw(args, data, training)
+                plotted_at = clock.used()
+    return True
+
+
+# ---- report --------------------------------------------------------------------------------------------------------------
+
+
+def draw(args: argparse.Namespace, data: Data, training: Training) -> None:
+    """metrics.png, weights.png, samples.png."""
+    steps_per_epoch = -(-epoch_size(args, data) // args.bs)
+    training.draw_curves(steps_per_epoch, {"val_loss": data.levels["validation"]}, "nats per value")
+    plotting.plot_images(training.run.path / "samples.png", training.run.name, samples(args, data, training.model))
+
+
+def samples(args: argparse.Namespace, data: Data, model: ImageTransformer) -> list[plotting.ImageGrid]:
+    """Images drawn from nothing, and validation images drawn again from their top half; the same noise each time."""
+    shown, n_classes = data.validation, model.n_classes
+    device, (_, H, _) = shown.images.device, model.shape
+    gen = torch.Generator(device).manual_seed(args.seed)
+    n = args.n_samples or (2 * n_classes if n_classes else 12)
+    columns = min(n_classes or 6, 20, n)
+    classes = torch.arange(n, device=device) % n_classes if n_classes else None
+    free = model.sample(n, classes, generator=gen)
+    names = [shown.classes[i] for i in range(columns)] if n_classes and n_classes <= columns else None
+
+    shown = shown[:columns]
+    completed = model.sample(len(shown), shown.labels if n_classes else None, given=shown.images, n_rows=H // 2, generator=gen)
+    pairs = torch.cat([shown.images, completed]).cpu().numpy()
+    labels = [shown.classes[label] for label in shown.labels.tolist()]
+    return [
+        plotting.ImageGrid("samples" + (", by class" if n_classes else ""), free.cpu().numpy(), columns, names),
+        plotting.ImageGrid(
+            "validation images (above), and the model's completions of their top half (below)",
+            pairs,
+            len(shown),
+            labels,
+            H // 2,
+        ),
+    ]
+
+
+def measured(losses: Tensor, levels: dict[str, float]) -> dict[str, Any]:
+    """The figures of a split: nats per value, bits per dimension, and the levels to judge them by."""
+    return {"images": len(losses), "nats": losses.mean().item(), "bits": losses.mean().item() / math.log(2), "levels": levels}
+
+
+def report(args: argparse.Namespace, data: Data, training: Training, micro: MicroBatches) -> dict[str, Any]:
+    """The final figures of the best model: on the validation images, which chose it, and, once, on the test images."""
+    training.load_best()
+    validation, test = (evaluate(training.model, split, micro.size, args.precision) for split in (data.validation, data.test))
+    by_class = {
+        name: {"images": int((chosen := data.test.labels.cpu() == label).sum()), "nats": test[chosen].mean().item()}
+        for label, name in enumerate(data.test.classes)
+    }
+    parameters = list(training.model.parameters())
+    return {
+        "script": "swarm_transformer",
+        "name": training.run.name,
+        "seed": args.seed,
+        "protocol": "the model with the lowest validation loss of all epochs, measured once on the test images",
+        "parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "fixed_location_features": sum(p.numel() for p in parameters if not p.requires_grad),
+        "device": str(data.test.images.device),
+        "epochs": training.epoch,
+        "steps": training.step,
+        "seconds": training.clock.used(),
+        "validation": measured(validation, data.levels["validation"]),
+        "test": measured(test, data.levels["test"]),
+        "test_by_class": by_class,
+    }
+
+
+def report_table(result: dict[str, Any]) -> str:
+    """The final figures as text."""
+    lines = [f"{'':>16} {'images':>7}  {'nats per value':>14} {'(by position, chance)':>22}  {'bits per dimension':>18}"]
+    for split in ("validation", "test"):
+        of = result[split]
+        levels = f"({of['levels']['by position']:.4f}, {of['levels']['chance']:.4f})"
+        lines.append(f"{split:>16} {of['images']:>7}  {of['nats']:>14.4f} {levels:>22}  {of['bits']:>18.4f}")
+    for name, of in result["test_by_class"].items():
+        lines.append(
+            f"{'test, ' + name:>16} {of['images']:>7}  {of['nats']:>14.4f} {'':>22}  {of['nats'] / math.log(2):>18.4f}"
+        )
+    return "\n".join(lines)
+
+
+# ---- one run from start to end -------------------------------------------------------------------------------------------
+
+
+def make_model(args: argparse.Namespace) -> ImageTransformer:
+    """The model of the options, on its device, with weights from the seed."""
+    checkpoint.seed_everything(args.seed)
+    model = ImageTransformer(
+        shape=shape_of(args.data),
+        n_hidden=args.n_hidden,
+        n_layers=args.n_layers,
+        n_iter=args.n_iter,
+        non_lin=args.non_lin,
+        n_classes=n_classes_of(args.data) if args.cond else None,
+        learn_loc=args.learn_loc,
+        fuse=args.compile,
+    )
+    return model.to("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+
+
+def introduce(args: argparse.Namespace, data: Data, training: Training) -> None:
+    """Log what was derived from the options."""
+    log, parameters = training.run.log, list(training.model.parameters())
+    learned = sum(p.numel() for p in parameters if p.requires_grad)
+    log(f"{training.model}\n{learned:,} parameters on {parameters[0].device}, seed {args.seed}")
+    log(
+        f"{len(data.training)} training images, {-(-epoch_size(args, data) // args.bs)} steps an epoch; "
+        f"{len(data.validation)} validation images, chosen by the seed; {len(data.test)} test images"
+    )
+    for split, levels in data.levels.items():
+        log(f"{split}: " + ", ".join(f"{name} {nats:.4f} nats per value" for name, nats in levels.items()))
+    if training.step:
+        log(f"resumed in epoch {training.epoch + 1} after step {training.step}, {training.clock.used() / 60:.2f} minutes used")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = get_parser()
+    args = parse(parser, argv)
+    name = name_of(parser, args)
+    if args.dry_run:
+        print(name)
+        return 0
+    keep_freed_memory()
+    run = RunDirectory(args.results_dir, "swarm_transformer", name, another="-seed N")
+    with Interruption() as interruption:
+        with refusing(parser, DataError):
+            found = run.check(resume=args.resume, overwrite=args.overwrite)
+            if found == "finished":
+                run.finish_interrupted_rename()
+                print(f"the run {run.final} has finished: nothing to do")
+                return 0
+            model = make_model(args)
+            optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+            named = {option: value for option, value in vars(args).items() if option not in UNNAMED}
+            last = load_checkpoint(run, found, args.resume, model, optimizer, named)
+            data = load_data(args.data, args.data_dir, args.seed, next(model.parameters()).device)
+            run.open(vars(args), overwrite=args.overwrite, to_stdout=args.to_stdout)
+        say(f"running in {run.path}")
+        with surviving_full_disks(run):
+            limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
+            training = Training(run, model, optimizer, named, columns=COLUMNS, **limits)
+            training.start(last)
+            introduce(args, data, training)
+            micro = MicroBatches(args.bs, run)
+            if not train(args, data, training, micro, interruption):
+                run.log(f"stopped by {interruption.signal} after step {training.step}: -resume auto goes on from here")
+                return EXIT_RESUMABLE
+            with training.clock.paused():
+                result = report(args, data, training, micro)
+                draw(args, data, training)
+            run.log(report_table(result))
+            run.finish(result)
+    if not args.to_stdout:
+        say(report_table(result))
+    say(f"after {result['seconds'] / 60:.1f} minutes of training:\n{run.where_to_look()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""Image sets: the real ones, the published formats, and files that are not what they should be."""
+
+import gzip
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.datasets import images
+from common.datasets.images import DataError, ImageSet
+from tests.small_images import real, smooth, write_idx, write_mnist
+
+# ---- the real sets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "mean", "counts"),
+    [
+        ("MNIST", [5, 0, 4, 1, 9], 33.3184, [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]),
+        ("FashionMNIST", [9, 0, 0, 3, 0], 72.9404, [6000] * 10),
+    ],
+)
+def test_real_sets(name: str, first: list[int], mean: float, counts: list[int]) -> None:
+    began = time.monotonic()
+    data = real(name, "train")
+    assert time.monotonic() - began < 2
+    assert data.images.shape == (60_000, 1, 28, 28) and data.images.dtype == torch.uint8
+    assert data.labels[:5].tolist() == first and data.labels.bincount().tolist() == counts
+    assert data.images.float().mean().item() == pytest.approx(mean, abs=1e-3)
+    assert len(data.classes) == 10
+    assert real(name, "test").images.shape == (10_000, 1, 28, 28)
+
+
+def test_a_fashionable_ankle_boot() -> None:
+    data = real("FashionMNIST", "train")
+    assert data.classes[data.labels[0]] == "ankle boot"
+
+
+# ---- idx files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    return write_mnist(tmp_path / "data", smooth(20), smooth(10, seed=1))
+
+
+def test_small_sets_are_read_back(mnist: Path) -> None:
+    for split, expected in (("train", smooth(20)), ("test", smooth(10, seed=1))):
+        data = images.load("MNIST", split, mnist)
+        assert torch.equal(data.images, expected.images) and torch.equal(data.labels, expected.labels)
+
+
+@pytest.mark.parametrize("below", ["", "MNIST", "MNIST/raw"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_places(mnist: Path, tmp_path: Path, below: str, packed: bool) -> None:
+    place = tmp_path / "elsewhere" / below
+    place.mkdir(parents=True)
+    for file in mnist.iterdir():
+        content = file.read_bytes()
+        (place / (file.name + packed * ".gz")).write_bytes(gzip.compress(content) if packed else content)
+    assert len(images.load("MNIST", "train", tmp_path / "elsewhere")) == 20
+
+
+def test_missing_files_are_named_and_where_they_were_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        images.load("MNIST", "test", tmp_path)
+    message = str(error.value)
+    assert "t10k-images-idx3-ubyte[.gz] and t10k-labels-idx1-ubyte[.gz]" in message
+    for place in (tmp_path, tmp_path / "MNIST", tmp_path / "MNIST" / "raw"):
+        assert f"{place}" in message
+    with pytest.raises(DataError, match=r"cifar-10-batches-py/ or cifar-10-python.tar.gz in"):
+        images.load("CIFAR10", "train", tmp_path)
+    with pytest.raises(ValueError, match="there is no 'val' split"):
+        images.load("MNIST", "val", tmp_path)
+
+
+def images_file(mnist: Path) -> Path:
+    return mnist / "train-images-idx3-ubyte"
+
+
+def damage_cut(mnist: Path) -> None:
+    images_file(mnist).write_bytes(images_file(mnist).read_bytes()[:-1])
+
+
+def damage_cut_gz(mnist: Path) -> None:
+    packed = gzip.compress(images_file(mnist).read_bytes())
+    images_file(mnist).unlink()
+    (mnist / "train-images-idx3-ubyte.gz").write_bytes(packed[: len(packed) // 2])
+
+
+def damage_no_gz(mnist: Path) -> None:
+    images_file(mnist).rename(mnist / "train-images-idx3-ubyte.gz")
+
+
+def damage_foreign(mnist: Path) -> None:
+    images_file(mnist).write_text("<html>404</html>")
+
+
+def damage_empty(mnist: Path) -> None:
+    images_file(mnist).write_bytes(b"")
+
+
+def damage_labels_for_images(mnist: Path) -> None:
+    images_file(mnist).write_bytes((mnist / "train-labels-idx1-ubyte").read_bytes())
+
+
+def damage_size(mnist: Path) -> None:
+    write_idx(images_file(mnist), torch.zeros(20, 28, 27))
+
+
+def damage_count(mnist: Path) -> None:
+    write_idx(images_file(mnist), torch.zeros(19, 28, 28))
+
+
+def damage_label(mnist: Path) -> None:
+    write_idx(mnist / "train-labels-idx1-ubyte", torch.arange(20) % 11)
+
+
+def damage_none(mnist: Path) -> None:
+    write_idx(images_file(mnist), torch.zeros(0, 28, 28))
+    write_idx(mnist / "train-labels-idx1-ubyte", torch.zeros(0))
+
+
+def damage_huge_header(mnist: Path) -> None:
+    images_file(mnist).write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">3I", *3 * [2**32 - 1]) + b"x")
+
+
+DAMAGES = {
+    damage_cut: "is damaged: it holds 15679 bytes",
+    damage_cut_gz: "is damaged: Compressed file ended",
+    damage_no_gz: "is damaged: Not a gzipped file",
+    damage_foreign: "is no idx file with 3 axes of bytes: it begins with 3c 68 74 6d",
+    damage_empty: "it begins with nothing",
+    damage_labels_for_images: "is no idx file with 3 axes",
+    damage_size: "images of shape (28, 27)",
+    damage_count: "holds 19 images",
+    damage_label: "holds the label 10: there are 10 classes",
+    damage_none: "holds no images",
+    damage_huge_header: "is damaged: it holds 1 bytes",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_and_foreign_files(damage: types.FunctionType, mnist: Path) -> None:
+    damage(mnist)
+    with pytest.raises(DataError) as error:
+        images.load("MNIST", "train", mnist)
+    assert DAMAGES[damage] in str(error.value) and "\n" not in str(error.value) and str(mnist) in str(error.value)
+
+
+# ---- CIFAR ---------------------------------------------------------------------------------------------------------------
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes texts as Python 2 did, which made the published archives."""
+
+    def save_text(self, text: str | bytes) -> None:
+        raw = text if isinstance(text, bytes) else text.encode("latin1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
+        self.memoize(text)
+
+    dispatch = pickle._Pickler.dispatch | {str: save_text, bytes: save_text}
+
+    def save_global(self, obj: object, name: str | None = None) -> None:
+        module, name = obj.__module__.replace("numpy._core", "numpy.core"), obj.__name__
+        self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+        self.memoize(obj)
+
+    dispatch[types.FunctionType] = dispatch[type] = save_global
+
+
+def python2_pickle(content: object) -> bytes:
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(content)
+    return file.getvalue()
+
+
+def cifar_files(name: str, training: ImageSet, test: ImageSet) -> dict[str, bytes]:
+    """The files of an archive; training images spread over all batches."""
+    key, meta_file, meta_key = images.CIFAR_LABELS[name]
+    files = {meta_file: python2_pickle({meta_key: [f"class {i}" for i in range(images.N_CLASSES[name])]})}
+    for split, data in (("train", training), ("test", test)):
+        batches = images.CIFAR_BATCHES[name][split]
+        for batch, part in zip(batches, torch.arange(len(data)).tensor_split(len(batches)), strict=True):
+            pixels = data.images[part].flatten(1).numpy()
+            content = {
+                "batch_label": batch,
+                key: data.labels[part].tolist(),
+                "data": pixels,
+                "filenames": ["a.png"] * len(part),
+            }
+            files[batch] = python2_pickle(content)
+    return files
+
+
+def write_archive(path: Path, folder: str, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for file, content in files.items():
+            member = tarfile.TarInfo(f"{folder}/{file}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def write_cifar(folder: Path, name: str = "CIFAR10", n: int = 23) -> tuple[ImageSet, ImageSet]:
+    folder.mkdir(exist_ok=True)
+    training, test = smooth(n, (3, 32, 32)), smooth(5, (3, 32, 32), seed=1)
+    write_archive(folder / images.CIFAR_ARCHIVES[name], images.CIFAR_FOLDERS[name], cifar_files(name, training, test))
+    return training, test
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_cifar(name: str, unpacked: bool, tmp_path: Path) -> None:
+    training, test = write_cifar(tmp_path, name)
+    if unpacked:
+        archive = tmp_path / images.CIFAR_ARCHIVES[name]
+        with tarfile.open(archive) as opened:
+            opened.extractall(tmp_path, filter="data")
+        archive.unlink()
+    for split, expected in (("train", training), ("test", test)):
+        data = images.load(name, split, tmp_path)
+        assert torch.equal(data.images, expected.images) and torch.equal(data.labels, expected.labels)
+        assert data.classes[3] == "class 3" and len(data.classes) == images.N_CLASSES[name]
+
+
+def test_cifar_runs_no_code(tmp_path: Path) -> None:
+    canary = tmp_path / "executed"
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+
+    for content in (Malicious(), {"data": Malicious()}):
+        files = cifar_files("CIFAR10", smooth(5, (3, 32, 32)), smooth(5, (3, 32, 32)))
+        files["test_batch"] = pickle.dumps(content)
+        write_archive(tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py", files)
+        with pytest.raises(DataError, match=r"test_batch cannot be read: it would call posix.mkdir"):
+            images.load("CIFAR10", "test", tmp_path)
+    assert not canary.exists()
+
+
+def test_damaged_archives(tmp_path: Path) -> None:
+    write_cifar(tmp_path)
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    good = archive.read_bytes()
+    files = cifar_files("CIFAR10", smooth(5, (3, 32, 32)), smooth(5, (3, 32, 32)))
+    for content, message in ((good[: len(good) // 2], "is damaged"), (b"<html>", "is damaged"), (b"", "is ")):
+        archive.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            images.load("CIFAR10", "train", tmp_path)
+    for changed, message in (
+        ({"data_batch_3": None}, "data_batch_3 is missing"),
+        ({"data_batch_3": python2_pickle([1])}, "holds no dictionary"),
+        ({"data_batch_3": python2_pickle({"labels": [1]})}, "is no CIFAR10: 'data'"),
+        ({"data_batch_3": python2_pickle({"labels": [1], "data": np.zeros((1, 5), np.uint8)})}, "is no CIFAR10"),
+        ({"data_batch_3": python2_pickle({"labels": [1], "data": np.zeros((1, 3072))})}, "images of torch.float64"),
+        ({"data_batch_3": python2_pickle({"labels": [], "data": np.zeros((1, 3072), np.uint8)})}, "4 labels"),
+        ({"data_batch_3": python2_pickle({"labels": [10], "data": np.zeros((1, 3072), np.uint8)})}, "the label 10"),
+        ({"batches.meta": python2_pickle({"label_names": ["a"]})}, "1 classes"),
+    ):
+        contents = {file: raw for file, raw in (files | changed).items() if raw is not None}
+        write_archive(archive, "cifar-10-batches-py", contents)
+        with pytest.raises(DataError, match=message) as error:
+            images.load("CIFAR10", "train", tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_grey_and_small() -> None:
+    """The mean of each colour whose mean is a whole number is that number: the original has one less for 9 % of them."""
+    r, g, b = torch.meshgrid(*3 * [torch.arange(0, 256, 3)], indexing="ij")
+    colours = torch.stack([r, g, b]).flatten(1).T.reshape(-1, 3, 1, 1).to(torch.uint8)
+    grey = images.channel_mean(ImageSet(colours, torch.zeros(len(colours), dtype=torch.long), ("a",)))
+    assert grey.images.shape == (len(colours), 1, 1, 1)
+    assert torch.equal(grey.images.flatten().int(), colours.int().sum(1).flatten() // 3)
+    data = smooth(3, (3, 32, 32))
+    small = images.central_crop(data, 16)
+    assert torch.equal(small.images, data.images[:, :, 8:24, 8:24]) and small.images.is_contiguous()
+
+
+# ---- downloads -----------------------------------------------------------------------------------------------------------
+
+
+def test_torchvision_can_be_imported_beside_a_cpu_build() -> None:
+    code = "from common.datasets import images; print(images._torchvision_datasets().MNIST.__name__)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
+    assert out.stdout == "MNIST\n"
+
+
+def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is not fetched; what is not, is; and a network that is not there is told in a line."""
+    calls = []
+
+    def fetch(root: str, train: bool, download: bool) -> None:
+        calls.append(train)
+        write_mnist(Path(root) / "MNIST" / "raw", smooth(20), smooth(10))
+
+    def fail(root: str, train: bool, download: bool) -> None:
+        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+
+    monkeypatch.setattr(images, "_torchvision_datasets", lambda: types.SimpleNamespace(MNIST=fail))
+    with pytest.raises(DataError, match=r"cannot be downloaded: <urlopen error .*; -data_dir names a place"):
+        images.load("MNIST", "train", tmp_path, download=True)
+    monkeypatch.setattr(images, "_torchvision_datasets", lambda: types.SimpleNamespace(MNIST=fetch))
+    for _ in range(2):
+        assert len(images.load("MNIST", "train", tmp_path, download=True)) == 20
+    assert calls == [True, False]
