@@ -150,24 +150,27 @@ class IncrementalSwarm:
         Whh, Whp = (conv.weight.flatten(1) for conv in (layer.cell.Whh, layer.cell.Whp))
         H, new = Whh.shape[1], Whh.new_zeros
         self.layer, self.Whhp = layer, torch.cat([Whh, Whp], 1).T.contiguous()  # (2H, 4H)
-        self.sums, self.count = new(layer.n_iter - 1, n, H), 0
+        self.sums, self.count = [new(n, H) for _ in range(layer.n_iter - 1)], 0
         self.hp, self.hc, self.gates = new(n, 2 * H), new(n, 2 * H), new(n, 4 * H)
+        # views are made once: for a few sequences, making them takes as long as what is done with them
+        self.h, self.p = self.hp.split(H, 1)
+        self.last_h, self.c = self.hc.split(H, 1)
+        self.gate_views = _gate_views(self.gates)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         Wih, ffwd = self.layer.cell.Wih, self.layer.ffwd
-        H, self.count = self.gates.shape[1] // 4, self.count + 1
-        h, p = self.hp.split(H, 1)
-        c = self.hc[:, H:]
+        h, c = self.h, self.c
+        self.count += 1
         x_term = F.linear(x, Wih.weight.flatten(1), Wih.bias)
         self.gates.copy_(x_term)
-        _cell_forward(self.gates, None, c, h)
+        _cell_forward_views(self.gate_views, None, c, h)
         for sums in self.sums:
             sums += h
-            torch.mul(sums, 1 / self.count, out=p)
+            torch.mul(sums, 1 / self.count, out=self.p)
             torch.addmm(x_term, self.hp, self.Whhp, out=self.gates)
-            _cell_forward(self.gates, c, c, h)
-        self.hc[:, :H] = h
+            _cell_forward_views(self.gate_views, c, c, h)
+        self.last_h.copy_(h)
         return F.linear(self.hc, ffwd.weight.flatten(1), ffwd.bias)
 
 
@@ -271,9 +274,19 @@ _POOLINGS: dict[str, type[_Mean] | type[_Causal] | type[_Poma]] = {"MEAN": _Mean
 # ---- the cell ------------------------------------------------------------------------------------------------------------
 
 
+def _gate_views(gates: Tensor) -> tuple[Tensor, ...]:
+    """Parts of the gates (..., 4H): the three sigmoid ones together (..., 3H); then input, forget, output gate, cell input."""
+    H = gates.shape[-1] // 4
+    return (gates[..., : 3 * H], *gates.split(H, -1))
+
+
 def _next_c(gates: Tensor, c_before: Tensor | None, c: Tensor) -> None:
     """c = f c_before + i d, from the gates (..., 4H) to c (..., H), which may be c_before itself; None stands for zero."""
     i, f, _, d = gates.split(c.shape[-1], -1)
+    _mix_c(i, f, d, c_before, c)
+
+
+def _mix_c(i: Tensor, f: Tensor, d: Tensor, c_before: Tensor | None, c: Tensor) -> None:
     if c_before is None:
         torch.mul(i, d, out=c)
     else:
@@ -283,12 +296,16 @@ def _next_c(gates: Tensor, c_before: Tensor | None, c: Tensor) -> None:
 
 def _cell_forward(gates: Tensor, c_before: Tensor | None, c: Tensor, h: Tensor) -> None:
     """Turn what enters the gates, (entities, 4H), into the gates, in place, and fill in c and h (entities, H)."""
-    H = c.shape[-1]
-    gates[..., : 3 * H].sigmoid_()
-    gates[..., 3 * H :].tanh_()
-    _next_c(gates, c_before, c)
+    _cell_forward_views(_gate_views(gates), c_before, c, h)
+
+
+def _cell_forward_views(gates: tuple[Tensor, ...], c_before: Tensor | None, c: Tensor, h: Tensor) -> None:
+    sigmoids, i, f, o, d = gates
+    sigmoids.sigmoid_()
+    d.tanh_()
+    _mix_c(i, f, d, c_before, c)
     torch.tanh(c, out=h)
-    h *= gates[..., 2 * H : 3 * H]
+    h *= o
 
 
 def _cell_backward(
