@@ -4,10 +4,14 @@ BIN = .venv/bin
 # a model that learns to tell clusters apart within three minutes on two CPU cores
 DEMO = -type Swarm -n_hidden 32 -n_iter 10 -tasks 6000 -bs 20 -lr 0.01 -wc 3
 
-.PHONY: demo test lint bench clean
+.PHONY: demo data test lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python -u amortised_clustering.py $(DEMO) -overwrite
+
+# all image sets, with torchvision's checksums, into data/: once, where there is a network
+data: .venv/installed
+	$(BIN)/python -c "from common.datasets import images; [images.load(name, 'train', download=True) for name in images.SHAPES]"
 
 test: lint
 	$(BIN)/python -m pytest
@@ -20,6 +24,7 @@ lint: .venv/installed-dev
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.clustering_data
 	$(BIN)/python -m benchmarks.swarm_layer
+	$(BIN)/python -m benchmarks.swarm_transformer
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -141,12 +141,7 @@ def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
         f"{args.data}-{args.n_layers}-{args.non_lin}-{args.n_hidden}-{args.n_iter}"
         f"-wc{shortest(args.wc)}-lr{shortest(args.lr)}-bs{args.bs}"
     )
-    for option, value in vars(args).items():
-        if option in (*UNNAMED, *NAME.groupindex) or value == parser.get_default(option):
-            continue
-        flag = parser.get_default(option) is False and option != "learn_loc"
-        text = shortest(value) if isinstance(value, float) else str(value).lower()
-        name += f"-{option}" if flag else f"-{option}.{text}"
+    name += "".join(f"-{part}" for part in options.not_defaults(parser, args, (*UNNAMED, *NAME.groupindex)))
     options.check_length(parser, name)
     return name
 
@@ -362,7 +357,8 @@ def train(args: argparse.Namespace, data: Data, training: Training, micro: Micro
 def draw(args: argparse.Namespace, data: Data, training: Training) -> None:
     """metrics.png, weights.png, samples.png."""
     steps_per_epoch = -(-epoch_size(args, data) // args.bs)
-    training.draw_curves(steps_per_epoch, {"val_loss": data.levels["validation"]}, "nats per value")
+    level = {"by position": data.levels["validation"]["by position"]}  # chance is so far away that the curve would look flat
+    training.draw_curves(steps_per_epoch, {"val_loss": level}, "nats per value")
     plotting.plot_images(training.run.path / "samples.png", training.run.name, samples(args, data, training.model))
 
 

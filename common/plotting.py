@@ -156,7 +156,7 @@ def plot_images(path: Path, title: str, grids: Sequence[ImageGrid]) -> None:
     mosaics = [_mosaic(grid, gap) for grid in grids]
     width = max(mosaic.shape[1] for mosaic in mosaics)
     inches = 11 / width  # a pixel's size: the widest grid fills the picture
-    heights = [mosaic.shape[0] * inches + 0.6 for mosaic in mosaics]
+    heights = [mosaic.shape[0] * inches + 0.5 for mosaic in mosaics]
     figure = Figure(figsize=(11.4, sum(heights) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=10, wrap=True)
     panels = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights).flatten()

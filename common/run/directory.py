@@ -32,6 +32,7 @@ class RunDirectory:
         """`another` is the option that makes another run of the same command line, for the hints in errors."""
         parent = Path(results_dir) / script
         self.name, self.another = name, another
+        self.dash = "-" * (len(another) - len(another.lstrip("-")))  # as the script spells its options
         self.final, self.part = parent / name, parent / f"{name}.part"
         self._log: TextIO | None = None
         self._lock: TextIO | None = None
@@ -55,10 +56,10 @@ class RunDirectory:
         `resume` is "auto", a checkpoint to start from, or None. Raises RunError if there is something that neither `resume`
         nor `overwrite` lets it touch, or if `overwrite` would delete the checkpoint.
         """
-        hints = f"-overwrite replaces it, {self.another} starts another beside it"
+        hints = f"{self.dash}overwrite replaces it, {self.another} starts another beside it"
         if overwrite:
             if resume is not None and self.contains(resume):
-                raise RunError(f"-overwrite would delete {resume}: {self.another} starts another run from it")
+                raise RunError(f"{self.dash}overwrite would delete {resume}: {self.another} starts another run from it")
             return "new"
         if self.final.exists():
             if resume == "auto":
@@ -67,7 +68,7 @@ class RunDirectory:
         if not self.part.exists():
             return "new"
         if resume != "auto":
-            raise RunError(f"the run {self.part} was started before: -resume auto goes on with it, {hints}")
+            raise RunError(f"the run {self.part} was started before: {self.dash}resume auto goes on with it, {hints}")
         if (self.part / RESULT).exists():
             return "finished"
         if not self.last.exists() and self.best.exists():
@@ -76,7 +77,8 @@ class RunDirectory:
             source = json.loads((self.part / "args.json").read_text()).get("resume")
             if source not in (None, "auto"):
                 raise RunError(
-                    f"{self.part} was to start from {source} and has not begun: -overwrite -resume {source} starts it"
+                    f"{self.part} was to start from {source} and has not begun: "
+                    f"{self.dash}overwrite {self.dash}resume {source} starts it"
                 )
         return "unfinished" if self.last.exists() else "new"
 

@@ -35,7 +35,7 @@ def surviving_full_disks(run: RunDirectory) -> Iterator[None]:
     except OSError as error:
         what = f"cannot write {error.filename or run.path}: {error.strerror}"
         saved = "what was saved before is intact, and" if run.last.exists() else "nothing was saved yet;"
-        print(f"stopped: {what}; {saved} -resume auto goes on from there", file=sys.stderr)
+        print(f"stopped: {what}; {saved} {run.dash}resume auto goes on from there", file=sys.stderr)
         sys.exit(EXIT_RESUMABLE)
     finally:
         run.close()

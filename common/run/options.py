@@ -10,7 +10,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NoReturn
 
 
@@ -85,6 +85,18 @@ def parse(
     given = {option.lstrip("-") for option, _, _ in tokens}
     check_length(parser, name)
     return options, name, given
+
+
+def not_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace, left_out: Container[str]) -> list[str]:
+    """Options that are not at their defaults, dotted, for the name of a run: ["bs.50", "lr.0.1", "no_cuda"]."""
+    parts = []
+    for action in parser._actions:  # all options, in the order of the help
+        value = getattr(args, action.dest, action.default)
+        if action.dest not in left_out and value != action.default:
+            text = shortest(value) if isinstance(value, float) else str(value).lower()
+            word = action.option_strings[0].lstrip("-")
+            parts.append(word if action.nargs == 0 else f"{word}.{text}")
+    return parts
 
 
 def check_length(parser: argparse.ArgumentParser, name: str) -> None:

@@ -174,7 +174,7 @@ def load_checkpoint(
                 )
         metrics = run.path / "metrics.csv"
         if not metrics.exists() or metrics.stat().st_size < last["metrics_size"]:
-            raise CheckpointError(f"{metrics} is missing or cut off: -overwrite starts the run again")
+            raise CheckpointError(f"{metrics} is missing or cut off: {run.dash}overwrite starts the run again")
         if last["progress"][2] > 0:  # there will be a best model to go back to: see that it is whole
             checkpoint.load_model(model, checkpoint.load(run.best), run.best)
         checkpoint.load_model(model, last, run.last)
