@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import swarm_layer
+from benchmarks import swarm_layer, swarm_transformer
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -56,5 +56,7 @@ def test_benchmark_steps_run() -> None:
     before = torch.get_rng_state()
     for kind in ("plain", "layer", "bf16", "products"):
         assert swarm_layer.seconds(swarm_layer.make_step(kind, batch, "cpu")) > 0
+        if kind != "bf16":
+            assert swarm_layer.seconds(swarm_transformer.make_step(kind, 1, 5, "cpu")) > 0
     torch.set_rng_state(before)
     assert swarm_layer.a_batch(300)[0].shape[0] == swarm_layer.BATCH

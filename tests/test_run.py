@@ -97,6 +97,20 @@ def test_wrong_command_lines(parser: argparse.ArgumentParser, line: str, message
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1 and error.startswith("test.py: error: ")
 
 
+def test_booleans_and_numbers() -> None:
+    assert [options.boolean(text) for text in ("true", "1", "False", "0")] == [True, True, False, False]
+    with pytest.raises(argparse.ArgumentTypeError, match="neither true nor false"):
+        options.boolean("")
+    assert [options.shortest(x) for x in (480.0, 0.001, 1e-05, 0.5, 1e6)] == ["480", "0.001", "1e-05", "0.5", "1e+06"]
+    for x in (0.1 + 0.2, 1 / 3, 1234567.875, 5e-324):
+        assert float(options.shortest(x)) == x
+
+
+def test_not_defaults(parser: argparse.ArgumentParser) -> None:
+    args = parser.parse_args(["-bs=5", "-lr=0.10", "-no_cuda", "-type=x"])
+    assert options.not_defaults(parser, args, ("type",)) == ["bs.5", "lr.0.1", "no_cuda"]
+
+
 def test_ranges() -> None:
     assert options.real(0, 1, above=True)("1") == 1 and options.real(0, 1, below=True)("0") == 0
     for wrong, kind in (("0", options.real(0, above=True)), ("1", options.real(0, 1, below=True)), ("1.1", options.real(0, 1))):

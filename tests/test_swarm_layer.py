@@ -41,16 +41,19 @@ def test_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("pooling", swarm.POOLINGS)
-@pytest.mark.parametrize("cached_rows", [1, 40, 10_000])
-def test_equals_plain_formulation(pooling: str, cached_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In double precision, whatever the blocks that a batch is worked through in; with a mask that is no prefix."""
+@pytest.mark.parametrize(("cached_rows", "n_entities"), [(1, 13), (40, 13), (10_000, 13), (40, 1), (40, 16), (80, 37), (1, 48)])
+def test_equals_plain_formulation(pooling: str, cached_rows: int, n_entities: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In double precision, whatever the blocks that a batch is worked through in; with a mask that is no prefix.
+
+    Causal pooling goes through an entity's predecessors in chunks of 16: one, several, and some left over.
+    """
     monkeypatch.setattr(swarm, "CACHED_ROWS", cached_rows)
     torch.manual_seed(0)
     layer = SwarmLayer(3, 4, 11, 4, pooling=pooling).double()
     plain = PlainSwarmLayer(3, 4, 11, 4, pooling=pooling).double()
     plain.load_state_dict(layer.state_dict())
-    x = torch.randn(7, 13, 3, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(7, 13) < 0.7
+    x = torch.randn(7, n_entities, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(7, n_entities) < 0.7
     for model in (layer, plain):
         model(x, mask)[mask].square().sum().backward()
         model.dx, x.grad = x.grad, None

@@ -18,6 +18,7 @@ from common.run import options
 from common.run.directory import RunDirectory
 from common.run.memory import is_out_of_memory
 from common.run.traces import read_metrics
+from common.run.training import Training
 from tests.small_images import real, smooth, write_mnist
 from tests.test_images import write_cifar
 
@@ -438,8 +439,18 @@ def test_nan_in_the_middle_goes_back_and_on(tmp_path: Path, small: tuple[str, st
                 nats.register_hook(lambda grad: grad * math.inf)
         return nats
 
+    saved = []
+
+    def save(training: Training) -> None:
+        saved.append(all(parameter.isfinite().all() for parameter in training.model.parameters()))
+        honest_save(training)
+
+    honest_save = Training.save_last
+    monkeypatch.setattr(Training, "save_last", save)
+    monkeypatch.setattr("common.run.training.SAVE_SECONDS", -1)  # save after every step
     monkeypatch.setattr(script, "nats", poisoned)
     assert run(SHORT.replace("-max_epochs 3", "-max_epochs 5"), tmp_path, *small) == 0
+    assert len(saved) > 20 and all(saved)
     metrics = read_metrics(directory(tmp_path) / "metrics.csv")
     assert [math.isnan(loss) for loss in metrics["val_loss"]] == [False, True, False, True, False]
     assert metrics["lr"][-1] == pytest.approx(0.01 * 0.9**2)
