@@ -19,7 +19,7 @@ import torch
 from common.run.traces import read_metrics
 from tests.small_images import real, write_mnist
 
-# horizons of 0.6: they backtrack within their 25 epochs
+# horizons, and rates, with which they backtrack within their 25 epochs
 LINES = {
     # two layers and dropout: two generators' worth of state
     "amortised_clustering": (
@@ -28,7 +28,7 @@ LINES = {
     ),
     # 180 of 200 real images train; 77 of them in each epoch, the last batch of which is a small one
     "swarm_transformer": (
-        "-data FashionMNIST -n_hidden 8 -n_iter 2 -bs 9 -epoch_images 77 -max_epochs 25 -lr 0.3 -bt_horizon 0.6 -cond "
+        "-data FashionMNIST -n_hidden 8 -n_iter 2 -bs 9 -epoch_images 77 -max_epochs 25 -lr 1.0 -bt_horizon 0.0 -cond "
         "-n_samples 2 -update_interval 0.1 -resume auto"
     ),
 }
