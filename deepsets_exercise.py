@@ -31,7 +31,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from common.plotting import PALETTE, save_figure
 from common.run import options
 from common.run.directory import RunDirectory
-from common.run.ending import refusing, say, surviving_full_disks
+from common.run.ending import refusing, say
 from common.run.options import at_least, real
 
 N_OBJECTS = 10
@@ -399,9 +399,13 @@ def main(argv: list[str] | None = None) -> int:
         if run.check(resume="auto", overwrite=args.overwrite) == "finished":
             parser.error(f"the run {run.final} has finished: --overwrite replaces it, --seed N starts another beside it")
         run.open(vars(args), overwrite=True, to_stdout=False)  # one that was interrupted starts anew: it is short
-    with surviving_full_disks(run):
+    try:
         result = exercise(args, run)
         run.finish({"script": "deepsets_exercise", "name": run.name, "seed": args.seed, **result})
+    except OSError as error:
+        parser.exit(1, f"cannot write {error.filename or run.path}: {error.strerror}\n")
+    finally:
+        run.close()
     say(f"pictures: {', '.join(str(path) for path in sorted(run.final.glob('*.png')))}")
     if args.show:
         plt.show()

@@ -398,9 +398,10 @@ def report(args: argparse.Namespace, data: Data, training: Training, micro: Micr
     """The final figures of the best model: on the validation images, which chose it, and, once, on the test images."""
     training.load_best()
     validation, test = (evaluate(training.model, split, micro.size, args.precision) for split in (data.validation, data.test))
+    labels = data.test.labels.cpu()
     by_class = {
-        name: {"images": int((chosen := data.test.labels.cpu() == label).sum()), "nats": test[chosen].mean().item()}
-        for label, name in enumerate(data.test.classes)
+        data.test.classes[label]: {"images": int((labels == label).sum()), "nats": test[labels == label].mean().item()}
+        for label in labels.unique().tolist()
     }
     parameters = list(training.model.parameters())
     return {

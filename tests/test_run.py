@@ -372,4 +372,8 @@ def test_traces_stay_bounded_evenly_spaced_and_resumable() -> None:
     assert list(by_parameter) == ["0.bias", "0.weight", "1.bias", "1.weight"]
     assert [v.shape[1] for v in by_parameter.values()] == [13, 13, 1, 13]
     assert by_parameter["0.bias"][:, 0].tolist() == traces.steps
+    old = traces.state_dict()  # runs that were started before numbers other than the loss were traced go on
+    old["losses"] = torch.tensor(old.pop("numbers")["loss"])
+    resumed.load_state_dict(old)
+    assert resumed.numbers == traces.numbers
     assert resumed.steps == traces.steps and torch.equal(resumed.by_parameter()["0.bias"], by_parameter["0.bias"])

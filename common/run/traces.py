@@ -94,5 +94,6 @@ class Traces:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.every, self.steps = state["every"], list(state["steps"])
-        self.numbers = {name: list(values) for name, values in state["numbers"].items()}
+        numbers = state["numbers"] if "numbers" in state else {"loss": state["losses"].tolist()}  # of earlier versions
+        self.numbers = {name: list(values) for name, values in numbers.items()}
         self.weights = list(state["weights"])
