@@ -260,7 +260,7 @@ def draw(args: argparse.Namespace, data: Data, training: Training) -> None:
         column: {name: data.levels[name][measure] for name in ("chance", "oracle")}
         for column, measure in (("val_loss", "cross_entropy"), ("val_accuracy", "accuracy"))
     }
-    training.draw_curves(len(data.training), levels, "cross entropy (nats per point)")
+    plotting.plot_training(training, len(data.training), levels, "cross entropy (nats per point)")
     plotting.plot_clusterings(training.run.path / "samples.png", training.run.name, samples(args, data, training))
 
 

@@ -358,7 +358,7 @@ def draw(args: argparse.Namespace, data: Data, training: Training) -> None:
     """metrics.png, weights.png, samples.png."""
     steps_per_epoch = -(-epoch_size(args, data) // args.bs)
     level = {"by position": data.levels["validation"]["by position"]}  # chance is so far away that the curve would look flat
-    training.draw_curves(steps_per_epoch, {"val_loss": level}, "nats per value")
+    plotting.plot_training(training, steps_per_epoch, {"val_loss": level}, "nats per value")
     plotting.plot_images(training.run.path / "samples.png", training.run.name, samples(args, data, training.model))
 
 

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from common.run.checkpoint import write_in_one_step
+from common.run.traces import read_metrics
+from common.run.training import Training
 
 # Okabe and Ito's palette, told apart by colour-blind people, plus a grey and a brown
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#8C8C8C", "#7B3F00")
@@ -24,6 +26,18 @@ TRAINING, VALIDATION, REFERENCE = PALETTE[1], PALETTE[0], "#666666"
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG in one step. Raises OSError if it cannot be written."""
     write_in_one_step(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def plot_training(
+    training: Training, steps_per_epoch: float, references: Mapping[str, Mapping[str, float]], loss_name: str
+) -> None:
+    """metrics.png and weights.png of a run, as it stands; `references` are the levels to judge a column of metrics.csv by."""
+    title, traces, folder = training.run.name, training.traces, training.run.path
+    metrics = read_metrics(training.metrics.path)
+    plot_metrics(folder / "metrics.png", title, metrics, traces.steps, traces.numbers, steps_per_epoch, references, loss_name)
+    weights = {name: values.numpy() for name, values in traces.by_parameter().items()}
+    if weights:
+        plot_weights(folder / "weights.png", title, traces.steps, weights, steps_per_epoch)
 
 
 def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], **style: object) -> None:

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common import plotting
 from common.run import checkpoint
 from common.run.backtracking import Backtracking
 from common.run.checkpoint import CheckpointError
 from common.run.clock import Clock
 from common.run.directory import RunDirectory
-from common.run.traces import Metrics, Traces, read_metrics
+from common.run.traces import Metrics, Traces
 
 SAVE_SECONDS = 60.0  # between two saves of last.pkl within an epoch
 
@@ -120,17 +118,6 @@ class Training:
         self.batch, self.step = self.batch + 1, self.step + 1
         self.loss_sum, self.n_seen = self.loss_sum + n * loss, self.n_seen + n
         self.traces.record(self.step, {"loss": loss, **numbers})
-
-    def draw_curves(self, steps_per_epoch: float, references: Mapping[str, Mapping[str, float]], loss_name: str) -> None:
-        """Draw metrics.png and weights.png; `references` are the levels to judge a column of metrics.csv by."""
-        title, traces, folder = self.run.name, self.traces, self.run.path
-        metrics = read_metrics(self.metrics.path)
-        plotting.plot_metrics(
-            folder / "metrics.png", title, metrics, traces.steps, traces.numbers, steps_per_epoch, references, loss_name
-        )
-        weights = {name: values.numpy() for name, values in traces.by_parameter().items()}
-        if weights:
-            plotting.plot_weights(folder / "weights.png", title, traces.steps, weights, steps_per_epoch)
 
     def conclude_epoch(self, val_loss: float, row: dict[str, float | int]) -> str:
         """Enter the row into metrics.csv and judge the epoch: "best" (saved), "back" (to the best, at a lower rate), "keep".
