@@ -19,6 +19,7 @@ from PIL import Image
 
 import amortised_clustering as script
 from common.models.sets import MODEL_TYPES
+from common.run import checkpoint
 from common.run.traces import read_metrics
 from common.run.training import Training
 
@@ -363,6 +364,30 @@ def test_nan_in_the_middle_goes_back_and_on(tmp_path: Path, monkeypatch: pytest.
         state = torch.load(directory(tmp_path) / name, weights_only=True)
         assert all(tensor.isfinite().all() for tensor in state["model"].values())
         assert math.isfinite(state["best_val_loss"])
+
+
+def test_infinite_gradients_reach_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of the step is finite, the weights after it are not; every step is followed by a save."""
+    honest_log_probs, honest_save, calls, saved = script.log_probs, checkpoint.save, [0], []
+
+    def poisoned(model: torch.nn.Module, points: torch.Tensor, mask: torch.Tensor, precision: str) -> torch.Tensor:
+        log_p = honest_log_probs(model, points, mask, precision)
+        calls[0] += model.training
+        if model.training and calls[0] == 8:
+            log_p.register_hook(lambda grad: grad * math.inf)
+        return log_p
+
+    def save(state: dict, path: Path) -> None:
+        saved.append(all(tensor.isfinite().all() for tensor in state["model"].values()))
+        honest_save(state, path)
+
+    monkeypatch.setattr("common.run.training.SAVE_SECONDS", -1)
+    monkeypatch.setattr(script, "log_probs", poisoned)
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert run(SHORT, tmp_path) == 0
+    assert len(saved) > 15 and all(saved)
+    losses = read_metrics(directory(tmp_path) / "metrics.csv")["val_loss"]
+    assert [math.isnan(loss) for loss in losses] == [False, True, False]
 
 
 def test_full_disk_is_survived(

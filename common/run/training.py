@@ -68,7 +68,12 @@ class Training:
             self.save_best(math.inf)  # somewhere to go back to, should the first epoch fail
 
     def save_last(self) -> None:
-        """Write last.pkl: everything that is needed to go on exactly here."""
+        """Write last.pkl: everything that is needed to go on exactly here.
+
+        Weights that are not finite (after a gradient that was not) are not written: the run goes on from the last that were.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            return
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
