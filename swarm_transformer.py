@@ -230,7 +230,8 @@ class MicroBatches:
     """Cuts batches into as few equal parts as memory allows."""
 
     def __init__(self, batch_size: int, run: RunDirectory):
-        self.sizes = [batch_size // parts for parts in range(1, batch_size + 1) if batch_size % parts == 0]
+        small = [size for size in range(1, math.isqrt(batch_size) + 1) if batch_size % size == 0]
+        self.sizes = sorted({*small, *(batch_size // size for size in small)}, reverse=True)  # all divisors
         self.run = run
 
     @property

@@ -263,7 +263,7 @@ def test_damaged_archives(tmp_path: Path) -> None:
         ({"data_batch_3": python2_pickle([1])}, "holds no dictionary"),
         ({"data_batch_3": python2_pickle({"labels": [1]})}, "is no CIFAR10: 'data'"),
         ({"data_batch_3": python2_pickle({"labels": [1], "data": np.zeros((1, 5), np.uint8)})}, "is no CIFAR10"),
-        ({"data_batch_3": python2_pickle({"labels": [1], "data": np.zeros((1, 3072))})}, "images of torch.float64"),
+        ({"data_batch_3": python2_pickle({"labels": [1], "data": np.zeros((1, 3072))})}, "numbers of type .f8., not bytes"),
         ({"data_batch_3": python2_pickle({"labels": [], "data": np.zeros((1, 3072), np.uint8)})}, "4 labels"),
         ({"data_batch_3": python2_pickle({"labels": [10], "data": np.zeros((1, 3072), np.uint8)})}, "the label 10"),
         ({"batches.meta": python2_pickle({"label_names": ["a"]})}, "1 classes"),
