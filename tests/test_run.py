@@ -106,6 +106,15 @@ def test_booleans_and_numbers() -> None:
         assert float(options.shortest(x)) == x
 
 
+def test_a_run_that_finishes_between_check_and_open_is_left_alone(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, "s", "n")
+    assert run.check(resume="auto", overwrite=False) == "new"
+    (tmp_path / "s" / "n").mkdir(parents=True)
+    with pytest.raises(RunError, match="finished by another process"):
+        run.open({}, overwrite=False, to_stdout=False)
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["n"]
+
+
 def test_not_defaults(parser: argparse.ArgumentParser) -> None:
     args = parser.parse_args(["-bs=5", "-lr=0.10", "-no_cuda", "-type=x"])
     assert options.not_defaults(parser, args, ("type",)) == ["bs.5", "lr.0.1", "no_cuda"]

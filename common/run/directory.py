@@ -88,6 +88,10 @@ class RunDirectory:
             self.part.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.part / "lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.final.exists() and not overwrite:  # since it was checked
+                (self.part / "lock").unlink()
+                self.part.rmdir()
+                raise RunError(f"the run {self.final} has been finished by another process meanwhile")
             if overwrite:
                 for old in self.part.iterdir():
                     if old.name != "lock":
