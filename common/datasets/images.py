@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 DEBIAN = {"FashionMNIST": Path("/usr/share/datasets/fashion-mnist")}
 SPLITS = ("train", "test")
@@ -280,7 +280,7 @@ def _download(name: str, data_dir: Path) -> None:
         ) from None
 
 
-_declared: list[torch.library.Library] = []
+_declared: list[library.Library] = []
 
 
 def _torchvision_datasets() -> Any:
@@ -292,8 +292,8 @@ def _torchvision_datasets() -> Any:
     try:
         return importlib.import_module("torchvision.datasets")
     except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        _declared.append(library)  # they are gone with it
+        operators = library.Library("torchvision", "DEF")
+        operators.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        operators.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        _declared.append(operators)  # they are gone with it
     return importlib.import_module("torchvision.datasets")
