@@ -11,7 +11,8 @@ demo: .venv/installed
 
 # all image sets, with torchvision's checksums, into data/: once, where there is a network
 data: .venv/installed
-	$(BIN)/python -c "from common.datasets import images; [images.load(name, 'train', download=True) for name in images.SHAPES]"
+	$(BIN)/python -c "from common.datasets import images; \
+	    [images.load(name, split, download=True) for name in images.PUBLISHED for split in images.SPLITS]"
 
 test: lint
 	$(BIN)/python -m pytest

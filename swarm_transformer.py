@@ -16,6 +16,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ from common.run import checkpoint, options
 from common.run.directory import RunDirectory
 from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks
 from common.run.interruption import Interruption
-from common.run.memory import is_out_of_memory, keep_freed_memory
+from common.run.memory import MicroBatches, keep_freed_memory
 from common.run.options import at_least, boolean, real, shortest
 from common.run.training import Training, epoch_order, load_checkpoint
 
-DATA = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "BWCIFAR", "SMALL")
+DATA = tuple(images.SHAPES)
 UNNAMED = ("name", "resume", "results_dir", "data_dir", "overwrite", "dry_run", "to_stdout")  # they do not make another run
 # the published name has these fields alone; other options that are not at their defaults follow, as -option.value
 NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
@@ -159,26 +160,11 @@ class Data:
     levels: dict[str, dict[str, float]]  # {"validation": {"chance": ..., "by position": ...}, "test": ...}
 
 
-def shape_of(name: str) -> tuple[int, int, int]:
-    """(C, H, W)"""
-    return {"BWCIFAR": (1, 32, 32), "SMALL": (3, 16, 16)}.get(name) or images.SHAPES[name]
-
-
-def n_classes_of(name: str) -> int:
-    return images.N_CLASSES.get(name, 10)
-
-
-def load_split(name: str, split: str, data_dir: str | None) -> ImageSet:
-    source = "CIFAR10" if name in ("BWCIFAR", "SMALL") else name
-    data = images.load(source, split, data_dir or "data", download=data_dir is None)
-    if name == "BWCIFAR":
-        return images.channel_mean(data)
-    return images.central_crop(data, 16) if name == "SMALL" else data
-
-
 def load_data(name: str, data_dir: str | None, seed: int, device: torch.device) -> Data:
     """All splits; validation takes 5,000 of the training images (a tenth of fewer), drawn by the seed. Raises DataError."""
-    everything, test = (load_split(name, split, data_dir).to(device) for split in ("train", "test"))
+    everything, test = (
+        images.load(name, split, data_dir or "data", download=data_dir is None).to(device) for split in images.SPLITS
+    )
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed)).to(device)
     n_validation = min(N_VALIDATION, len(everything) // 10)
     if n_validation < 1:
@@ -215,7 +201,7 @@ def nats(model: ImageTransformer, batch: ImageSet, precision: str) -> Tensor:
     return cross_entropy(logits, batch.images)
 
 
-def accumulate_gradients(model: ImageTransformer, batch: ImageSet, size: int, precision: str) -> float:
+def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: str, size: int) -> float:
     """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else."""
     model.zero_grad()
     total = 0.0
@@ -226,42 +212,11 @@ def accumulate_gradients(model: ImageTransformer, batch: ImageSet, size: int, pr
     return total
 
 
-class MicroBatches:
-    """Cuts batches into as few equal parts as memory allows."""
-
-    def __init__(self, batch_size: int, run: RunDirectory):
-        small = [size for size in range(1, math.isqrt(batch_size) + 1) if batch_size % size == 0]
-        self.sizes = sorted({*small, *(batch_size // size for size in small)}, reverse=True)  # all divisors
-        self.run = run
-
-    @property
-    def size(self) -> int:
-        """Images handled at a time."""
-        return self.sizes[0]
-
-    def gradients(self, model: ImageTransformer, batch: ImageSet, precision: str) -> float:
-        """See `accumulate_gradients`. When memory runs out, in smaller parts, from now on."""
-        while True:
-            try:
-                return accumulate_gradients(model, batch, self.size, precision)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # out here, the error and what it holds of the failed step are gone
-            if len(self.sizes) == 1:
-                sys.exit("even one image at a time does not fit into memory: choose a smaller -n_hidden, -n_iter or -n_layers")
-            self.sizes.pop(0)
-            model.zero_grad()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self.run.log(f"out of memory: batches go in parts of {self.size} images from now on, with the same gradient")
-
-
 @torch.no_grad()
 def evaluate(
-    model: ImageTransformer, data: ImageSet, size: int, precision: str, interruption: Interruption | None = None
+    model: ImageTransformer, data: ImageSet, precision: str, size: int, interruption: Interruption | None = None
 ) -> Tensor | None:
-    """Nats per value of each image, in float64 (N); None if a signal comes before the end."""
+    """Nats per value of each image, in float64 (N), `size` images at a time; None if a signal comes before the end."""
     parts = []
     for start in range(0, len(data), size):
         if interruption is not None and interruption.signal:
@@ -287,7 +242,7 @@ def train_epoch(
     order = epoch_order(len(data.training), args.seed, training.epoch)[: epoch_size(args, data)]
     batches = order.to(data.training.images.device).split(args.bs)
     for chosen in batches[training.batch :]:
-        loss = micro.gradients(training.model, data.training[chosen], args.precision)
+        loss = micro.as_fits(partial(accumulate_gradients, training.model, data.training[chosen], args.precision))
         norm = gradient_norm(training.model)
         if not math.isfinite(loss) or not math.isfinite(norm):
             return False
@@ -339,7 +294,10 @@ def train(args: argparse.Namespace, data: Data, training: Training, micro: Micro
             final = clock.is_up()  # then a signal has to wait for the validation, which would never be made up for
             losses = None
             if finite:
-                losses = evaluate(training.model, data.validation, micro.size, args.precision, None if final else interruption)
+                stopping = None if final else interruption
+                losses = micro.as_fits(
+                    partial(evaluate, training.model, data.validation, args.precision, interruption=stopping)
+                )
             if interruption.signal and not final:
                 if finite:
                     training.save_last()
@@ -398,7 +356,9 @@ def measured(losses: Tensor, levels: dict[str, float]) -> dict[str, Any]:
 def report(args: argparse.Namespace, data: Data, training: Training, micro: MicroBatches) -> dict[str, Any]:
     """The final figures of the best model: on the validation images, which chose it, and, once, on the test images."""
     training.load_best()
-    validation, test = (evaluate(training.model, split, micro.size, args.precision) for split in (data.validation, data.test))
+    validation, test = (
+        micro.as_fits(partial(evaluate, training.model, split, args.precision)) for split in (data.validation, data.test)
+    )
     labels = data.test.labels.cpu()
     by_class = {
         data.test.classes[label]: {"images": int((labels == label).sum()), "nats": test[labels == label].mean().item()}
@@ -443,12 +403,12 @@ def make_model(args: argparse.Namespace) -> ImageTransformer:
     """The model of the options, on its device, with weights from the seed."""
     checkpoint.seed_everything(args.seed)
     model = ImageTransformer(
-        shape=shape_of(args.data),
+        shape=images.SHAPES[args.data],
         n_hidden=args.n_hidden,
         n_layers=args.n_layers,
         n_iter=args.n_iter,
         non_lin=args.non_lin,
-        n_classes=n_classes_of(args.data) if args.cond else None,
+        n_classes=images.N_CLASSES[args.data] if args.cond else None,
         learn_loc=args.learn_loc,
         fuse=args.compile,
     )
@@ -498,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
             training = Training(run, model, optimizer, named, columns=COLUMNS, **limits)
             training.start(last)
             introduce(args, data, training)
-            micro = MicroBatches(args.bs, run)
+            micro = MicroBatches(args.bs, run.log)
             if not train(args, data, training, micro, interruption):
                 run.log(f"stopped by {interruption.signal} after step {training.step}: -resume auto goes on from here")
                 return EXIT_RESUMABLE

@@ -98,7 +98,7 @@ def test_training_steps_reference() -> None:
         micro = [ImageSet(v[f"X/{j}"], v[f"Y/{j}"], ()) for j in (first, first + 1)]
         batch = ImageSet(torch.cat([m.images for m in micro]), torch.cat([m.labels for m in micro]), ())
         at = 5 * epoch + first
-        assert accumulate_gradients(model, batch, 3, "fp32") == pytest.approx(sum(losses[at : at + 2]) / 2, rel=1e-4)
+        assert accumulate_gradients(model, batch, "fp32", 3) == pytest.approx(sum(losses[at : at + 2]) / 2, rel=1e-4)
         assert gradient_norm(model) == pytest.approx(norms[at + 1], rel=1e-4)
         optimizer.step()
 

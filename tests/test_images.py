@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +288,17 @@ def test_grey_and_small() -> None:
     assert torch.equal(small.images, data.images[:, :, 8:24, 8:24]) and small.images.is_contiguous()
 
 
+def test_sets_that_are_made_of_cifar(tmp_path: Path) -> None:
+    training, test = write_cifar(tmp_path)
+    for split, source in (("train", training), ("test", test)):
+        grey, small = images.load("BWCIFAR", split, tmp_path), images.load("SMALL", split, tmp_path)
+        assert torch.equal(grey.images, images.channel_mean(source).images)
+        assert torch.equal(small.images, source.images[:, :, 8:24, 8:24])
+        for name, data in (("BWCIFAR", grey), ("SMALL", small)):
+            assert data.images.shape[1:] == images.SHAPES[name] and len(data.classes) == images.N_CLASSES[name]
+            assert torch.equal(data.labels, source.labels)
+
+
 # ---- downloads -----------------------------------------------------------------------------------------------------------
 
 
@@ -316,3 +328,31 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         assert len(images.load("MNIST", "train", tmp_path, download=True)) == 20
     assert calls == [True, False]
+
+
+def test_make_data_fetches_every_published_set_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And looks at both splits of what came."""
+    fetched, seen = [], []
+    honest = images.load
+
+    def mnist(name: str, root: str, train: bool, download: bool) -> None:
+        fetched.append((name, train))
+        write_mnist(Path(root) / name / "raw", smooth(20), smooth(10))
+
+    def cifar(name: str, root: str, train: bool, download: bool) -> None:
+        fetched.append((name, train))
+        write_cifar(Path(root), name)
+
+    def load(name: str, split: str, data_dir: str = "data", *, download: bool = False) -> ImageSet:
+        seen.append((name, split))
+        return honest(name, split, data_dir, download=download)
+
+    sets = {name: partial(cifar if "CIFAR" in name else mnist, name) for name in images.PUBLISHED}
+    monkeypatch.setattr(images, "_torchvision_datasets", lambda: types.SimpleNamespace(**sets))
+    monkeypatch.setattr(images, "DEBIAN", {})
+    monkeypatch.setattr(images, "load", load)
+    monkeypatch.chdir(tmp_path)
+    recipe = (Path(__file__).parent.parent / "Makefile").read_text().partition("\ndata:")[2]
+    exec(recipe.split('"')[1].replace("\\\n\t", ""), {})
+    assert fetched == [(name, train) for name in images.PUBLISHED for train in (True, False)]
+    assert seen == [(name, split) for name in images.PUBLISHED for split in images.SPLITS]

@@ -1,5 +1,7 @@
 """Small image sets as uint8 tensors: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, from the files that are published.
 
+Two more are made of CIFAR-10: BWCIFAR, its channel mean, and SMALL, its central 16x16 pixels.
+
 Files are looked for in a data directory, and one and two levels below it under the names that torchvision uses; Fashion-MNIST
 also where Debian's package `dataset-fashion-mnist` puts it. What is nowhere is downloaded by torchvision, if that is wanted.
 Everything that is read is checked, and no code in a file is run.
@@ -35,8 +37,12 @@ CIFAR_LABELS = {"CIFAR10": ("labels", "batches.meta", "label_names"), "CIFAR100"
 FASHION_CLASSES = (
     "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
-SHAPES = {"MNIST": (1, 28, 28), "FashionMNIST": (1, 28, 28), "CIFAR10": (3, 32, 32), "CIFAR100": (3, 32, 32)}
-N_CLASSES = {"MNIST": 10, "FashionMNIST": 10, "CIFAR10": 10, "CIFAR100": 100}
+PUBLISHED = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
+SHAPES = {  # (C, H, W)
+    "MNIST": (1, 28, 28), "FashionMNIST": (1, 28, 28), "CIFAR10": (3, 32, 32), "CIFAR100": (3, 32, 32),
+    "BWCIFAR": (1, 32, 32), "SMALL": (3, 16, 16),
+}  # fmt: skip
+N_CLASSES = {"MNIST": 10, "FashionMNIST": 10, "CIFAR10": 10, "CIFAR100": 100, "BWCIFAR": 10, "SMALL": 10}
 
 
 class DataError(Exception):
@@ -68,6 +74,10 @@ def load(name: str, split: str, data_dir: str | Path = "data", *, download: bool
     """
     if name not in SHAPES or split not in SPLITS:
         raise ValueError(f"there is no {split!r} split of {name!r}: choose from {', '.join(SPLITS)} and {', '.join(SHAPES)}")
+    if name == "BWCIFAR":
+        return channel_mean(load("CIFAR10", split, data_dir, download=download))
+    if name == "SMALL":
+        return central_crop(load("CIFAR10", split, data_dir, download=download), SHAPES["SMALL"][1])
     data_dir = Path(data_dir)
     read = _find_cifar if name in CIFAR_FOLDERS else _find_mnist
     found = read(name, split, data_dir)

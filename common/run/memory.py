@@ -1,13 +1,19 @@
-"""Memory: keeping it on a CPU, and running out of it."""
+"""Memory: keeping it on a CPU, and getting by with what there is."""
 
 from __future__ import annotations
 
 import ctypes
+import math
+import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 # parameters of mallopt(3)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+T = TypeVar("T")
 
 
 def keep_freed_memory() -> None:
@@ -29,3 +35,37 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # the CPU's allocator has no error class of its own
     return type(error) is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+class MicroBatches:
+    """Cuts batches into as few equal parts as memory allows: `size` samples go through a model at a time."""
+
+    def __init__(self, batch_size: int, log: Callable[[str], None]):
+        """`log` is told when memory runs out."""
+        small = [size for size in range(1, math.isqrt(batch_size) + 1) if batch_size % size == 0]
+        self.sizes = sorted({*small, *(batch_size // size for size in small)}, reverse=True)  # all divisors
+        self.log = log
+
+    @property
+    def size(self) -> int:
+        """Samples handled at a time."""
+        return self.sizes[0]
+
+    def as_fits(self, compute: Callable[[int], T]) -> T:
+        """compute(size). When memory runs out, from the start again with a smaller size, which stays from then on.
+
+        Ends the program with one line, exit status 1, if not even one sample fits.
+        """
+        while True:
+            try:
+                return compute(self.size)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # out here, the error and what it holds of the failed computation are gone
+            if len(self.sizes) == 1:
+                sys.exit("even one sample at a time does not fit into memory: a smaller model would")
+            self.sizes.pop(0)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.log(f"out of memory: batches go in parts of {self.size} from now on, with the same result")
