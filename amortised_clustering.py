@@ -372,8 +372,7 @@ def main(argv: list[str] | None = None) -> int:
         print(name)
         return 0
     keep_freed_memory()
-    run = RunDirectory(args.results_dir, "amortised_clustering", name)
-    with Interruption() as interruption:
+    with Interruption() as interruption, RunDirectory(args.results_dir, "amortised_clustering", name) as run:
         with refusing(parser):
             found = run.check(resume=args.resume, overwrite=args.overwrite)
             if found == "finished":

@@ -394,18 +394,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch-size {args.batch_size} is odd: half of a batch is of each class")
     name = "-".join(options.not_defaults(parser, args, ("results_dir", "show", "overwrite"))) or "default"
     options.check_length(parser, name)
-    run = RunDirectory(args.results_dir, "deepsets_exercise", name, another="--seed N")
-    with refusing(parser):
-        if run.check(resume="auto", overwrite=args.overwrite) == "finished":
-            parser.error(f"the run {run.final} has finished: --overwrite replaces it, --seed N starts another beside it")
-        run.open(vars(args), overwrite=True, to_stdout=False)  # one that was interrupted starts anew: it is short
-    try:
-        result = exercise(args, run)
-        run.finish({"script": "deepsets_exercise", "name": run.name, "seed": args.seed, **result})
-    except OSError as error:
-        parser.exit(1, f"cannot write {error.filename or run.path}: {error.strerror}\n")
-    finally:
-        run.close()
+    with RunDirectory(args.results_dir, "deepsets_exercise", name, another="--seed N") as run:
+        with refusing(parser):
+            # "auto": one that was interrupted has saved nothing to go on from, and starts anew
+            if run.check(resume="auto", overwrite=args.overwrite) == "finished":
+                run.finish_interrupted_rename()
+                parser.error(f"the run {run.final} has finished: --overwrite replaces it, --seed N starts another beside it")
+            run.open(vars(args), overwrite=args.overwrite, to_stdout=False)
+        try:
+            result = exercise(args, run)
+            run.finish({"script": "deepsets_exercise", "name": run.name, "seed": args.seed, **result})
+        except OSError as error:
+            parser.exit(1, f"cannot write {error.filename or run.path}: {error.strerror}\n")
     say(f"pictures: {', '.join(str(path) for path in sorted(run.final.glob('*.png')))}")
     if args.show:
         plt.show()

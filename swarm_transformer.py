@@ -438,8 +438,7 @@ def main(argv: list[str] | None = None) -> int:
         print(name)
         return 0
     keep_freed_memory()
-    run = RunDirectory(args.results_dir, "swarm_transformer", name, another="-seed N")
-    with Interruption() as interruption:
+    with Interruption() as interruption, RunDirectory(args.results_dir, "swarm_transformer", name, another="-seed N") as run:
         with refusing(parser, DataError):
             found = run.check(resume=args.resume, overwrite=args.overwrite)
             if found == "finished":

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import deepsets_exercise as script
+from common.run.directory import RunDirectory
 from deepsets_exercise import DeepSet, all_instances, count_params, evaluate, make_data, make_mlp, train
 
 
@@ -167,6 +168,26 @@ def test_an_interrupted_run_starts_anew(tmp_path: Path, monkeypatch: pytest.Monk
         patched.setattr(script, "train", stop)
         run(SHORT, tmp_path)
     assert run(SHORT, tmp_path) == 0
+    (path,) = (tmp_path / "deepsets_exercise").iterdir()
+    assert (path / "log").read_text().count("1. Data") == 1
+
+
+def test_a_run_that_another_process_has_begun_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It appears after this one has looked."""
+    honest = RunDirectory.check
+
+    def check(run: RunDirectory, **how: object) -> str:
+        found = honest(run, **how)
+        run.part.mkdir(parents=True)
+        (run.part / "args.json").write_text("{}")
+        return found
+
+    monkeypatch.setattr(RunDirectory, "check", check)
+    assert run(SHORT, tmp_path) == 2
+    assert "another process has made" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("*/*/*")] == ["args.json"]
 
 
 BAD = {

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import fcntl
 import json
 import math
 import os
@@ -104,15 +105,6 @@ def test_booleans_and_numbers() -> None:
     assert [options.shortest(x) for x in (480.0, 0.001, 1e-05, 0.5, 1e6)] == ["480", "0.001", "1e-05", "0.5", "1e+06"]
     for x in (0.1 + 0.2, 1 / 3, 1234567.875, 5e-324):
         assert float(options.shortest(x)) == x
-
-
-def test_a_run_that_finishes_between_check_and_open_is_left_alone(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path, "s", "n")
-    assert run.check(resume="auto", overwrite=False) == "new"
-    (tmp_path / "s" / "n").mkdir(parents=True)
-    with pytest.raises(RunError, match="finished by another process"):
-        run.open({}, overwrite=False, to_stdout=False)
-    assert [path.name for path in (tmp_path / "s").iterdir()] == ["n"]
 
 
 def test_not_defaults(parser: argparse.ArgumentParser) -> None:
@@ -309,6 +301,66 @@ def test_life_of_a_directory(tmp_path: Path) -> None:
     run.close()
 
 
+def test_a_run_that_finishes_between_check_and_open_is_left_alone(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, "s", "n")
+    assert run.check(resume="auto", overwrite=False) == "new"
+    (tmp_path / "s" / "n").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"another process has made .*s/n meanwhile"):
+        run.open({}, overwrite=False, to_stdout=False)
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["n"]
+
+
+def test_a_run_that_begins_between_check_and_open_is_left_alone(tmp_path: Path) -> None:
+    """The other one has begun, and has stopped again: its files are there, nobody holds its lock."""
+    run, other = RunDirectory(tmp_path, "s", "n"), RunDirectory(tmp_path, "s", "n")
+    assert run.check(resume="auto", overwrite=False) == "new"
+    other.open({}, overwrite=False, to_stdout=False)
+    other.last.touch()
+    other.close()
+    with pytest.raises(RunError, match=r"another process has made .*s/n.part meanwhile"):
+        run.open({}, overwrite=False, to_stdout=False)
+    assert other.check(resume="auto", overwrite=False) == "unfinished"  # what was refused holds no lock
+
+
+def test_who_has_looked_at_a_run_has_it_to_itself(tmp_path: Path) -> None:
+    """From before last.pkl is read to the end: else two processes could go on from the same one, or from one that is old."""
+    with RunDirectory(tmp_path, "s", "n") as first:
+        first.open({}, overwrite=False, to_stdout=False)
+        first.last.touch()
+    assert not (first.part / "lock").exists()
+    first, second = (RunDirectory(tmp_path, "s", "n") for _ in range(2))
+    with first:
+        assert first.check(resume="auto", overwrite=False) == "unfinished"
+        for resume, overwrite in (("auto", False), (None, False), (None, True)):
+            with pytest.raises(RunError, match="in use by another process"):
+                second.check(resume=resume, overwrite=overwrite)
+        first.open({}, overwrite=False, to_stdout=False)
+    with second, pytest.raises(RunError, match="was started before"):
+        second.check(resume=None, overwrite=False)
+    with first:
+        assert first.check(resume="auto", overwrite=False) == "unfinished"
+        first.finish({})
+    with second:
+        assert second.check(resume="auto", overwrite=False) == "finished"
+        second.finish_interrupted_rename()
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["n"] and not (second.final / "lock").exists()
+
+
+def test_a_lock_that_was_let_go_of_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file was opened before another process finished: to lock it then says nothing about the directory."""
+    run, other = RunDirectory(tmp_path, "s", "n"), RunDirectory(tmp_path, "s", "n")
+    other.open({}, overwrite=False, to_stdout=False)
+    honest = fcntl.flock
+
+    def late(file: object, how: int) -> None:
+        other.close()
+        honest(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(RunError, match="in use by another process"):
+        run.check(resume="auto", overwrite=False)
+
+
 def test_killed_before_the_rename(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, "script", "a")
     run.open({}, overwrite=False, to_stdout=True)
@@ -316,7 +368,11 @@ def test_killed_before_the_rename(tmp_path: Path) -> None:
     run.close()
     assert run.check(resume="auto", overwrite=False) == "finished"
     run.finish_interrupted_rename()
-    assert run.final.exists() and not run.part.exists()
+    assert run.final.exists() and not run.part.exists() and not (run.final / "lock").exists()
+    (run.final / "lock").touch()  # killed right after the rename
+    assert run.check(resume="auto", overwrite=False) == "finished"
+    run.finish_interrupted_rename()
+    assert not (run.final / "lock").exists()
 
 
 def test_best_without_last_is_not_thrown_away(tmp_path: Path) -> None:

@@ -1,24 +1,28 @@
 """A run's directory: `<results>/<script>/<name>.part` while it trains, renamed to `<name>` when it has finished.
 
-A run that was started or has finished is never overwritten silently, and never by two processes at once.
+A run that was started or has finished is never overwritten silently, and never by two processes at once: who looks at what is
+in `<name>.part`, or writes there, holds the lock of the file `lock` in it, from the first look to the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 import torch
 
 from common.run.checkpoint import BEST, LAST, sync_directory, write_in_one_step
 
-RESULT = "result.json"  # its presence means finished
+ARGS, RESULT, LOCK = "args.json", "result.json", "lock"  # the presence of a result means finished
 
 
 class RunError(Exception):
@@ -26,7 +30,7 @@ class RunError(Exception):
 
 
 class RunDirectory:
-    """Files of one run. Nothing is created before `open`."""
+    """Files of one run. Nothing is created before `open`. `with RunDirectory(...) as run:` lets go of it in any case."""
 
     def __init__(self, results_dir: str | Path, script: str, name: str, *, another: str = "-run ID"):
         """`another` is the option that makes another run of the same command line, for the hints in errors."""
@@ -36,6 +40,12 @@ class RunDirectory:
         self.final, self.part = parent / name, parent / f"{name}.part"
         self._log: TextIO | None = None
         self._lock: TextIO | None = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     @property
     def path(self) -> Path:
@@ -53,10 +63,13 @@ class RunDirectory:
     def check(self, *, resume: str | None, overwrite: bool) -> str:
         """Say what a start would find: "new", "unfinished" (there is a last.pkl to go on from), or "finished".
 
-        `resume` is "auto", a checkpoint to start from, or None. Raises RunError if there is something that neither `resume`
-        nor `overwrite` lets it touch, or if `overwrite` would delete the checkpoint.
+        `resume` is "auto", a checkpoint to start from, or None. A directory that is there stays locked for this process until
+        `close`: what is found in it, last.pkl above all, does not change any more. Raises RunError if there is something that
+        neither `resume` nor `overwrite` lets it touch, another process has it, or `overwrite` would delete the checkpoint.
         """
         hints = f"{self.dash}overwrite replaces it, {self.another} starts another beside it"
+        if self.part.exists():
+            self._take_lock()
         if overwrite:
             if resume is not None and self.contains(resume):
                 raise RunError(f"{self.dash}overwrite would delete {resume}: {self.another} starts another run from it")
@@ -65,7 +78,7 @@ class RunDirectory:
             if resume == "auto":
                 return "finished"
             raise RunError(f"the run {self.final} has finished: {hints}")
-        if not self.part.exists():
+        if self._lock is None:
             return "new"
         if resume != "auto":
             raise RunError(f"the run {self.part} was started before: {self.dash}resume auto goes on with it, {hints}")
@@ -73,8 +86,8 @@ class RunDirectory:
             return "finished"
         if not self.last.exists() and self.best.exists():
             raise RunError(f"{self.part} has a {BEST} but no {LAST} to go on from: {hints}")
-        if not self.last.exists() and (self.part / "args.json").exists():
-            source = json.loads((self.part / "args.json").read_text()).get("resume")
+        if not self.last.exists() and (self.part / ARGS).exists():
+            source = json.loads((self.part / ARGS).read_text()).get("resume")
             if source not in (None, "auto"):
                 raise RunError(
                     f"{self.part} was to start from {source} and has not begun: "
@@ -85,36 +98,57 @@ class RunDirectory:
     def open(self, args: dict[str, Any], *, overwrite: bool, to_stdout: bool) -> None:
         """Make the directory, lock it for this process, note the options, start the log. Raises RunError if it cannot."""
         try:
-            self.part.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.part / "lock", "w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self.final.exists() and not overwrite:  # since it was checked
-                (self.part / "lock").unlink()
-                self.part.rmdir()
-                raise RunError(f"the run {self.final} has been finished by another process meanwhile")
+            if self._lock is None:
+                self.part.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+                if not overwrite:
+                    self._refuse_what_came_meanwhile()
             if overwrite:
                 for old in self.part.iterdir():
-                    if old.name != "lock":
+                    if old.name != LOCK:
                         shutil.rmtree(old) if old.is_dir() else old.unlink()
                 if self.final.exists():
                     shutil.rmtree(self.final)
-            if not (self.part / "args.json").exists():
-                self._write_json("args.json", args | environment())
-            self._log = None if to_stdout else open(self.part / "log", "a")
-        except BlockingIOError:
-            raise RunError(
-                f"{self.part} is in use by another process: wait for it, or {self.another} starts another run"
-            ) from None
+            begun = (self.part / LAST).exists()  # if not, what an earlier start has left behind says nothing about this run
+            if not begun or not (self.part / ARGS).exists():
+                self._write_json(ARGS, args | environment())
+            self._log = None if to_stdout else open(self.part / "log", "a" if begun else "w")
         except OSError as error:
             raise RunError(
                 f"cannot write to {error.filename or self.part}: {error.strerror}; -results_dir names a place"
             ) from None
 
+    def _take_lock(self) -> None:
+        """Lock the directory, which is there, for this process. Raises RunError if another process has it, OSError."""
+        if self._lock is not None:
+            return
+        path = self.part / LOCK
+        try:
+            lock = open(path, "w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # whoever had it may have removed or renamed it after it was opened here
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise FileNotFoundError
+        except (BlockingIOError, FileNotFoundError):
+            raise RunError(
+                f"{self.part} is in use by another process: wait for it, or {self.another} starts another run"
+            ) from None
+        self._lock = lock
+
+    def _refuse_what_came_meanwhile(self) -> None:
+        """Raises RunError if another process has begun, or finished, the run since `check` found nothing."""
+        if self.final.exists() or (self.part / LAST).exists() or (self.part / ARGS).exists():
+            self.close()
+            with contextlib.suppress(OSError):  # it is empty if the other process has finished
+                self.part.rmdir()
+            raise RunError(f"another process has made {self.path} meanwhile: start again to see how it stands")
+
     def finish_interrupted_rename(self) -> None:
-        """A run that was killed after its result was written, before it was renamed, only needs the new name."""
+        """Let go of a finished run; one that was killed after its result was written, before it was renamed, gets its name."""
         if self.part.exists() and not self.final.exists():
-            (self.part / "lock").unlink(missing_ok=True)
             self.part.rename(self.final)
+        (self.final / LOCK).unlink(missing_ok=True)
+        self._release(self.final)
 
     def contains(self, path: str) -> bool:
         """Whether a file lies in this run's directory."""
@@ -136,17 +170,25 @@ class RunDirectory:
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, last of all, and give the directory its name."""
         self._write_json(RESULT, result)
+        self.part.rename(self.final)  # still locked: nobody else can take it for a run that is to be gone on with
+        self._release(self.final)
         self.close()
-        (self.part / "lock").unlink(missing_ok=True)
-        self.part.rename(self.final)
         sync_directory(self.final.parent)
 
     def close(self) -> None:
         """Let go of the log and the lock (which also end with the process)."""
-        for file in (self._log, self._lock):
-            if file is not None:
-                file.close()
-        self._log = self._lock = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        self._release(self.part)
+
+    def _release(self, place: Path) -> None:
+        """Let go of the lock, which lies in `place` now, if this process has it."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                (place / LOCK).unlink()
+            self._lock.close()
+            self._lock = None
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2) + "\n"

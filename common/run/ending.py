@@ -29,7 +29,7 @@ def refusing(parser: argparse.ArgumentParser, *expected: type[Exception]) -> Ite
 
 @contextmanager
 def surviving_full_disks(run: RunDirectory) -> Iterator[None]:
-    """A file that cannot be written stops the run as a signal does; the run's log and lock are let go of in any case."""
+    """A file that cannot be written stops the run as a signal does."""
     try:
         yield
     except OSError as error:
@@ -37,8 +37,6 @@ def surviving_full_disks(run: RunDirectory) -> Iterator[None]:
         saved = "what was saved before is intact, and" if run.last.exists() else "nothing was saved yet;"
         print(f"stopped: {what}; {saved} {run.dash}resume auto goes on from there", file=sys.stderr)
         sys.exit(EXIT_RESUMABLE)
-    finally:
-        run.close()
 
 
 def say(text: str) -> None:
