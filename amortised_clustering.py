@@ -223,13 +223,12 @@ def end_epoch(args: argparse.Namespace, data: Data, training: Training, finite: 
         "lr": training.learning_rate,
     }
     verdict = training.conclude_epoch(row["val_loss"], row)
-    done = {"best": " | best so far, saved", "keep": "", "back": f" | back to the best, lr {training.learning_rate:.4g}"}
     chance, oracle = data.levels["chance"], data.levels["oracle"]
     training.run.log(
         f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
         f"validation {row['val_loss']:.4f} (oracle {oracle['cross_entropy']:.4f}, chance {chance['cross_entropy']:.4f}) | "
         f"accuracy {row['val_accuracy']:.3f} (oracle {oracle['accuracy']:.3f}, chance {chance['accuracy']:.3f}) | "
-        f"lr {row['lr']:.4g}{done[verdict]}"
+        f"lr {row['lr']:.4g}{training.in_words(verdict)}"
     )
 
 
@@ -237,7 +236,7 @@ def train(args: argparse.Namespace, data: Data, training: Training, interruption
     """Train until the epochs or the time are used up; False if a signal came first, with all that is needed to go on saved."""
     clock, plotted_at = training.clock, -math.inf
     with tqdm(disable=None, bar_format="{desc}") as progress:
-        while training.epoch < args.max_epochs and (training.step == 0 or not clock.is_up()):
+        while training.goes_on(args.max_epochs):
             finite = train_epoch(args, data, training, interruption, progress)
             if interruption.signal and not clock.is_up():
                 if finite:
@@ -360,8 +359,6 @@ def introduce(args: argparse.Namespace, data: Data, training: Training, given: s
     everyones = set().union(*OWN_OPTIONS.values())
     for name in sorted(given & (everyones - OWN_OPTIONS[args.type])):
         log(f"note: -type {args.type} has no use for -{name}")
-    if training.step:
-        log(f"resumed in epoch {training.epoch + 1} after step {training.step}, {training.clock.used() / 60:.2f} minutes used")
 
 
 def main(argv: list[str] | None = None) -> int:

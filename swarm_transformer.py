@@ -275,21 +275,19 @@ def end_epoch(data: Data, training: Training, losses: Tensor | None) -> None:
         "lr": training.learning_rate,
     }
     verdict = training.conclude_epoch(val_loss, row)
-    done = {"best": " | best so far, saved", "keep": "", "back": f" | back to the best, lr {training.learning_rate:.4g}"}
     levels = data.levels["validation"]
     training.run.log(
         f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
         f"validation {val_loss:.4f} (by position {levels['by position']:.4f}, chance {levels['chance']:.4f}) | "
-        f"{row['val_bits']:.4f} bits per dimension | lr {row['lr']:.4g}{done[verdict]}"
+        f"{row['val_bits']:.4f} bits per dimension | lr {row['lr']:.4g}{training.in_words(verdict)}"
     )
 
 
 def train(args: argparse.Namespace, data: Data, training: Training, micro: MicroBatches, interruption: Interruption) -> bool:
     """Train until the epochs or the time are used up; False if a signal came first, with all that is needed to go on saved."""
     clock, plotted_at = training.clock, -math.inf
-    max_epochs = args.max_epochs or math.inf
     with tqdm(disable=None, bar_format="{desc}") as progress:
-        while training.epoch < max_epochs and (training.step == 0 or not clock.is_up()):
+        while training.goes_on(args.max_epochs or math.inf):
             finite = train_epoch(args, data, training, micro, interruption, progress)
             final = clock.is_up()  # then a signal has to wait for the validation, which would never be made up for
             losses = None
@@ -426,8 +424,6 @@ def introduce(args: argparse.Namespace, data: Data, training: Training) -> None:
     )
     for split, levels in data.levels.items():
         log(f"{split}: " + ", ".join(f"{name} {nats:.4f} nats per value" for name, nats in levels.items()))
-    if training.step:
-        log(f"resumed in epoch {training.epoch + 1} after step {training.step}, {training.clock.used() / 60:.2f} minutes used")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,17 +22,14 @@ from common.models.sets import MODEL_TYPES
 from common.run import checkpoint
 from common.run.traces import read_metrics
 from common.run.training import Training
+from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
 
 PUBLISHED = "-type Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0 -bs.50 -wc 60"
 SHORT = "-type Swarm -n_hidden 8 -n_iter 3 -tasks 40 -bs 6 -max_epochs 3 -lr 0.01"
 
 
 def run(line: str, results: Path, *more: str) -> int:
-    """Run in this process; the exit status, also where argparse ends it."""
-    try:
-        return script.main([*line.split(), *more, "-results_dir", str(results)])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
+    return exit_status(script.main, [*line.split(), *more, "-results_dir", str(results)])
 
 
 def directory(results: Path) -> Path:
@@ -55,17 +52,8 @@ def test_options_and_defaults_are_the_published_ones() -> None:
     assert args.keys() - published.keys() == own
 
 
-def test_help_shows_the_papers_options_first(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        script.main(["-h"])
-    text = capsys.readouterr().out.partition("  -h, --help")[2]
-    assert stopped.value.code == 0
-    assert (
-        text.index("options of the paper")
-        < text.index("-n_ind_points ")
-        < text.index("options of this suite")
-        < text.index("-seed")
-    )
+def test_help(capsys: pytest.CaptureFixture) -> None:
+    assert_help_shows_the_papers_options_first(script.main, "-n_ind_points ", capsys)
 
 
 def test_dry_run_prints_the_name_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -116,10 +104,7 @@ BAD = {
 
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(line: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(line, tmp_path / "results") == 2
-    error = capsys.readouterr().err
-    assert BAD[line] in error and error.count("\n") == 1
-    assert not (tmp_path / "results").exists()
+    assert_one_line_and_nothing_made(run(line, tmp_path / "results"), BAD[line], tmp_path / "results", capsys)
 
 
 def test_results_directory_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -13,13 +13,11 @@ from PIL import Image
 import deepsets_exercise as script
 from common.run.directory import RunDirectory
 from deepsets_exercise import DeepSet, all_instances, count_params, evaluate, make_data, make_mlp, train
+from tests.command_lines import assert_one_line_and_nothing_made, exit_status
 
 
 def run(line: str, results: Path) -> int:
-    try:
-        return script.main([*line.split(), "--results-dir", str(results)])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
+    return exit_status(script.main, [*line.split(), "--results-dir", str(results)])
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------------
@@ -207,10 +205,7 @@ BAD = {
 
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(line: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(line, tmp_path / "results") == 2
-    error = capsys.readouterr().err
-    assert BAD[line] in error and error.count("\n") == 1
-    assert not (tmp_path / "results").exists()
+    assert_one_line_and_nothing_made(run(line, tmp_path / "results"), BAD[line], tmp_path / "results", capsys)
 
 
 def test_loss_is_binary_cross_entropy() -> None:

@@ -18,6 +18,7 @@ from common.run import options
 from common.run.memory import MicroBatches, is_out_of_memory
 from common.run.traces import read_metrics
 from common.run.training import Training
+from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
 from tests.small_images import real, smooth, write_mnist
 from tests.test_images import write_cifar
 
@@ -32,11 +33,7 @@ SHORT = "-data MNIST -n_hidden 8 -n_iter 2 -bs 7 -max_epochs 3 -lr 0.01 -n_sampl
 
 
 def run(line: str, results: Path, *more: str) -> int:
-    """Run in this process; the exit status, also where argparse, or memory, ends it."""
-    try:
-        return script.main([*line.split(), *more, "-results_dir", str(results)])
-    except SystemExit as stopped:
-        return int(stopped.code or 0) if not isinstance(stopped.code, str) else 1
+    return exit_status(script.main, [*line.split(), *more, "-results_dir", str(results)])
 
 
 def directory(results: Path) -> Path:
@@ -69,17 +66,8 @@ def test_options_and_defaults() -> None:
     assert args.keys() - published.keys() == own
 
 
-def test_help_shows_the_papers_options_first(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        script.main(["-h"])
-    text = capsys.readouterr().out.partition("  -h, --help")[2]
-    assert stopped.value.code == 0
-    assert (
-        text.index("options of the paper")
-        < text.index("-learn_loc ")
-        < text.index("options of this suite")
-        < text.index("-seed")
-    )
+def test_help(capsys: pytest.CaptureFixture) -> None:
+    assert_help_shows_the_papers_options_first(script.main, "-learn_loc ", capsys)
 
 
 @pytest.mark.parametrize("line", PUBLISHED)
@@ -186,10 +174,7 @@ BAD = {
 
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(line: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(line, tmp_path / "results") == 2
-    error = capsys.readouterr().err
-    assert BAD[line] in error and error.count("\n") == 1
-    assert not (tmp_path / "results").exists()
+    assert_one_line_and_nothing_made(run(line, tmp_path / "results"), BAD[line], tmp_path / "results", capsys)
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------------------------------

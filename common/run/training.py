@@ -64,8 +64,13 @@ class Training:
             self.clock = Clock(self.budget, last["seconds"])
             self.saved_at = time.monotonic()
             checkpoint.set_rng_state(last["rng"])
+            self.run.log(f"resumed in epoch {self.epoch + 1} after step {self.step}, {self.clock.used() / 60:.2f} minutes used")
         if self.step == 0:
             self.save_best(math.inf)  # somewhere to go back to, should the first epoch fail
+
+    def goes_on(self, max_epochs: float) -> bool:
+        """Whether epochs and time are left for another epoch. However short the time, one step is taken."""
+        return self.epoch < max_epochs and (self.step == 0 or not self.clock.is_up())
 
     def save_last(self) -> None:
         """Write last.pkl: everything that is needed to go on exactly here.
@@ -141,6 +146,14 @@ class Training:
         if math.isfinite(val_loss) or verdict == "back":
             self.save_last()
         return verdict
+
+    def in_words(self, verdict: str) -> str:
+        """What `conclude_epoch` has done, for the end of the epoch's line in the log."""
+        return {
+            "best": " | best so far, saved",
+            "keep": "",
+            "back": f" | back to the best, lr {self.learning_rate:.4g}",
+        }[verdict]
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:

@@ -1,0 +1,30 @@
+"""What every script does with its command line, right or wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Main = Callable[[list[str]], int]
+
+
+def exit_status(main: Main, argv: list[str]) -> int:
+    """Run a script in this process; its exit status, also where argparse, or memory, ends it."""
+    try:
+        return main(argv)
+    except SystemExit as stopped:
+        return 1 if isinstance(stopped.code, str) else int(stopped.code or 0)
+
+
+def assert_one_line_and_nothing_made(status: int, message: str, results: Path, capsys: pytest.CaptureFixture) -> None:
+    """How a script that was to leave its run in `results` refuses: exit status 2, and one line with this message in it."""
+    error = capsys.readouterr().err
+    assert status == 2 and message in error and error.count("\n") == 1
+    assert not results.exists()
+
+
+def assert_help_shows_the_papers_options_first(main: Main, last_of_the_paper: str, capsys: pytest.CaptureFixture) -> None:
+    assert exit_status(main, ["-h"]) == 0
+    text = capsys.readouterr().out.partition("  -h, --help")[2]
+    places = [text.index(part) for part in ("options of the paper", last_of_the_paper, "options of this suite", "-seed")]
+    assert places == sorted(places)
