@@ -72,6 +72,16 @@ def test_places(mnist: Path, tmp_path: Path, below: str, packed: bool) -> None:
     assert len(images.load("MNIST", "train", tmp_path / "elsewhere")) == 20
 
 
+def test_flat_files_are_taken_last(mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MNIST's and Fashion-MNIST's have the same names: where a place has a set's own name, or is Debian's, that one counts."""
+    monkeypatch.setattr(images, "DEBIAN", {"FashionMNIST": tmp_path / "debian"})
+    assert len(images.load("FashionMNIST", "train", mnist)) == 20
+    for n, place in ((21, tmp_path / "debian"), (22, mnist / "FashionMNIST"), (23, mnist / "FashionMNIST" / "raw")):
+        write_mnist(place, smooth(n), smooth(10))
+        assert len(images.load("FashionMNIST", "train", mnist)) == n
+        assert len(images.load("MNIST", "train", mnist)) == 20
+
+
 def test_missing_files_are_named_and_where_they_were_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         images.load("MNIST", "test", tmp_path)
@@ -136,6 +146,15 @@ def damage_huge_header(mnist: Path) -> None:
     images_file(mnist).write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">3I", *3 * [2**32 - 1]) + b"x")
 
 
+def damage_overflowing_header(mnist: Path) -> None:
+    images_file(mnist).write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">3I", 0, 2**32 - 1, 2**32 - 1))
+
+
+def damage_tiny_gz(mnist: Path) -> None:
+    images_file(mnist).unlink()
+    (mnist / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b\x08")
+
+
 DAMAGES = {
     damage_cut: "is damaged: it holds 15679 bytes",
     damage_cut_gz: "is damaged: Compressed file ended",
@@ -148,6 +167,8 @@ DAMAGES = {
     damage_label: "holds the label 10: there are 10 classes",
     damage_none: "holds no images",
     damage_huge_header: "is damaged: it holds 1 bytes",
+    damage_overflowing_header: "is damaged: its header speaks of (0, 4294967295, 4294967295)",
+    damage_tiny_gz: "is damaged: Compressed file ended",
 }
 
 
@@ -254,8 +275,14 @@ def test_damaged_archives(tmp_path: Path) -> None:
     write_cifar(tmp_path)
     archive = tmp_path / "cifar-10-python.tar.gz"
     good = archive.read_bytes()
-    files = cifar_files("CIFAR10", smooth(5, (3, 32, 32)), smooth(5, (3, 32, 32)))
-    for content, message in ((good[: len(good) // 2], "is damaged"), (b"<html>", "is damaged"), (b"", "is ")):
+    batches = images.CIFAR_BATCHES["CIFAR10"]["train"]
+    files, row = cifar_files("CIFAR10", smooth(5, (3, 32, 32)), smooth(5, (3, 32, 32))), np.zeros((1, 3072), np.uint8)
+    for content, message in (
+        (good[: len(good) // 2], "is damaged"),
+        (good[:3], "is damaged"),
+        (b"<html>", "is damaged"),
+        (b"", "is "),
+    ):
         archive.write_bytes(content)
         with pytest.raises(DataError, match=message):
             images.load("CIFAR10", "train", tmp_path)
@@ -267,6 +294,14 @@ def test_damaged_archives(tmp_path: Path) -> None:
         ({"data_batch_3": python2_pickle({"labels": [1], "data": np.zeros((1, 3072))})}, "numbers of type .f8., not bytes"),
         ({"data_batch_3": python2_pickle({"labels": [], "data": np.zeros((1, 3072), np.uint8)})}, "4 labels"),
         ({"data_batch_3": python2_pickle({"labels": [10], "data": np.zeros((1, 3072), np.uint8)})}, "the label 10"),
+        ({"data_batch_3": python2_pickle({"labels": [1.5], "data": row})}, "labels of shape .5,. and torch.float32"),
+        ({batch: python2_pickle({"labels": [True], "data": row}) for batch in batches}, "and torch.bool"),
+        ({"data_batch_3": python2_pickle({"labels": ["1"], "data": row})}, "is no CIFAR10"),
+        ({batch: python2_pickle({"labels": [[1]], "data": row}) for batch in batches}, "of shape .5, 1. and"),
+        (
+            {batch: python2_pickle({"labels": [1], "data": row.reshape(3, 1024)}) for batch in batches},
+            r"data of shape .15, 1024., labels",
+        ),
         ({"batches.meta": python2_pickle({"label_names": ["a"]})}, "1 classes"),
     ):
         contents = {file: raw for file, raw in (files | changed).items() if raw is not None}

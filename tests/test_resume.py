@@ -69,7 +69,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     line = LINES[request.param].split()
     if request.param == "swarm_transformer":
         folder = tmp_path_factory.mktemp("images")
-        write_mnist(folder, real("FashionMNIST", "train")[:200], real("FashionMNIST", "test")[:20])
+        write_mnist(folder / "FashionMNIST", real("FashionMNIST", "train")[:200], real("FashionMNIST", "test")[:20])
         line += ["-data_dir", str(folder)]
     return Case(request.param, line)
 

@@ -162,7 +162,7 @@ BAD = {
     "-data MNIST -cond yes": "unknown option 'yes'",
     "-data MNIST -resume nowhere/best.pkl": "there is no checkpoint nowhere/best.pkl",
     "-data MNIST -resume auto -overwrite": "choose one",
-    "-data MNIST -data_dir nowhere": "looked for train-images-idx3-ubyte[.gz] and train-labels-idx1-ubyte[.gz] in nowhere, ",
+    "-data MNIST -data_dir nowhere": "train-labels-idx1-ubyte[.gz] in nowhere/MNIST/raw, nowhere/MNIST, nowhere",
     "-data SMALL -data_dir nowhere": "CIFAR10 is not there: looked for cifar-10-batches-py/ or cifar-10-python.tar.gz in n",
     "-data MNIST -n_hidden 65540": "65540 is too large: at most 65536",
     "-data MNIST -n_hidden 65536 -n_layers 100": "too large",
@@ -275,7 +275,7 @@ def test_compile_runs(tmp_path: Path, small: tuple[str, str]) -> None:
 def test_it_learns_real_images(tmp_path: Path) -> None:
     """Chance is 5.55 nats; 60 steps on Fashion-MNIST go well below 4."""
     training, test = (real("FashionMNIST", split)[:300] for split in ("train", "test"))
-    write_mnist(tmp_path / "data", training, test)
+    write_mnist(tmp_path / "data" / "FashionMNIST", training, test)
     line = "-data FashionMNIST -n_hidden 16 -n_iter 3 -bs 9 -max_epochs 2 -lr 0.02 -n_samples 2"
     assert run(line, tmp_path / "results", "-data_dir", str(tmp_path / "data")) == 0
     assert json.loads((directory(tmp_path / "results") / "result.json").read_text())["test"]["nats"] < 3.7

@@ -2,8 +2,9 @@
 
 Two more are made of CIFAR-10: BWCIFAR, its channel mean, and SMALL, its central 16x16 pixels.
 
-Files are looked for in a data directory, and one and two levels below it under the names that torchvision uses; Fashion-MNIST
-also where Debian's package `dataset-fashion-mnist` puts it. What is nowhere is downloaded by torchvision, if that is wanted.
+Files are looked for one and two levels below a data directory, under the names that torchvision uses, and then in it; for
+Fashion-MNIST, before the last, also where Debian's package `dataset-fashion-mnist` puts it. What is nowhere is downloaded by
+torchvision, if that is wanted.
 Everything that is read is checked, and no code in a file is run.
 """
 
@@ -12,10 +13,10 @@ from __future__ import annotations
 import gzip
 import importlib
 import io
+import math
 import pickle
 import struct
 import tarfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,13 @@ def central_crop(data: ImageSet, size: int) -> ImageSet:
 
 
 def _places(name: str, data_dir: Path) -> list[Path]:
-    """Where files may lie, in the order in which they are looked for."""
-    places = [data_dir, data_dir / name]
+    """Where files may lie, in the order in which they are looked for.
+
+    The directory itself comes last: files of MNIST and Fashion-MNIST have the same names, so there they may be the other's.
+    """
     if name in CIFAR_FOLDERS:
-        return places
-    return [*places, data_dir / name / "raw", *([DEBIAN[name]] if name in DEBIAN else [])]
+        return [data_dir / name, data_dir]
+    return [data_dir / name / "raw", data_dir / name, *([DEBIAN[name]] if name in DEBIAN else []), data_dir]
 
 
 # ---- MNIST and Fashion-MNIST: idx files (http://yann.lecun.com/exdb/mnist), compressed or not ----------------------------
@@ -139,7 +142,7 @@ def read_idx(path: Path, n_dim: int) -> Tensor:
     if path.suffix == ".gz":
         try:
             raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
+        except Exception as error:  # damaged bytes fail in many ways
             raise DataError(f"{path} is damaged: {_one_line(error)}; fetch it again") from None
     header = 4 + 4 * n_dim
     if len(raw) < header or raw[:4] != bytes([0, 0, 8, n_dim]):
@@ -147,7 +150,10 @@ def read_idx(path: Path, n_dim: int) -> Tensor:
     shape = struct.unpack(f">{n_dim}I", raw[4:header])
     if len(raw) - header != np.prod(shape, dtype=object):
         raise DataError(f"{path} is damaged: it holds {len(raw) - header} bytes, its header speaks of {shape}; fetch it again")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
+    try:
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
+    except ValueError:  # no bytes, of sizes whose product overflows all the same
+        raise DataError(f"{path} is damaged: its header speaks of {shape}; fetch it again") from None
 
 
 # ---- CIFAR: pickled dictionaries of numpy arrays, in an archive or unpacked (https://www.cs.toronto.edu/~kriz/cifar.html) -
@@ -171,11 +177,15 @@ def _find_cifar(name: str, split: str, data_dir: Path) -> ImageSet | None:
             images = torch.from_numpy(np.concatenate([batch["data"].array for batch in batches]))
             labels = torch.tensor([label for batch in batches for label in batch[key]])
             classes = tuple(str(label) for label in meta[meta_key])
-            images = images.view(-1, *SHAPES[name])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise DataError(f"{source} is no {name}: {_one_line(error)}") from None
-        if images.dtype != torch.uint8 or len(classes) != N_CLASSES[name]:
-            raise DataError(f"{source} is no {name}: images of {images.dtype}, {len(classes)} classes")
+        # bytes, a row an image, by the reader of pickles; true, 3.5 and [3] are no labels
+        if images.shape[1:] != (math.prod(SHAPES[name]),) or labels.dtype != torch.int64 or labels.ndim != 1:
+            shapes = f"data of shape {tuple(images.shape)}, labels of shape {tuple(labels.shape)} and {labels.dtype}"
+            raise DataError(f"{source} is no {name}: {shapes}")
+        if len(classes) != N_CLASSES[name]:
+            raise DataError(f"{source} is no {name}: {len(classes)} classes")
+        images = images.view(-1, *SHAPES[name])
         return _checked(images, labels, classes, source, source)
     return None
 
@@ -195,7 +205,7 @@ def _read_archive(path: Path, folder: str, wanted: list[str]) -> dict[str, bytes
                 file = member.name.removeprefix("./").removeprefix(f"{folder}/")
                 if file in wanted and member.isfile():
                     contents[file] = archive.extractfile(member).read()  # type: ignore[union-attr]
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except Exception as error:  # damaged bytes fail in many ways
         raise DataError(f"{path} is damaged: {_one_line(error)}; fetch it again") from None
     missing = [file for file in wanted if file not in contents]
     if missing:
