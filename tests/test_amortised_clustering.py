@@ -98,6 +98,7 @@ BAD = {
     "-type Swarm -run x-seed.3": "reads like other options",
     "-type Swarm -wc 1e308": "1e308 is out of range",
     "-type Swarm -n_hidden 2147483647": "too large",
+    f"-type Swarm -resume {300 * 'x'}": "cannot use xxx",
     "-type Swarm -n_hid 3": "unknown option '-n_hid'",
 }
 
@@ -112,6 +113,9 @@ def test_results_directory_that_cannot_be_made(tmp_path: Path, capsys: pytest.Ca
     assert run(SHORT, tmp_path / "file") == 2
     error = capsys.readouterr().err
     assert f"cannot write to {tmp_path / 'file'}" in error and error.count("\n") == 1
+    assert run(SHORT, tmp_path / (300 * "x")) == 2
+    error = capsys.readouterr().err
+    assert "cannot use " in error and "File name too long" in error and error.count("\n") == 1
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------------------------------

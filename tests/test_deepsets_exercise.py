@@ -208,6 +208,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(line: str, tmp_path: Path, cap
     assert_one_line_and_nothing_made(run(line, tmp_path / "results"), BAD[line], tmp_path / "results", capsys)
 
 
+def test_results_directory_with_too_long_a_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert_one_line_and_nothing_made(run(SHORT, tmp_path / (300 * "x")), "File name too long", tmp_path / "results", capsys)
+
+
 def test_loss_is_binary_cross_entropy() -> None:
     torch.manual_seed(0)
     model = make_mlp()

@@ -19,6 +19,7 @@ from common.run.backtracking import Backtracking
 from common.run.checkpoint import CheckpointError
 from common.run.clock import Clock
 from common.run.directory import RunDirectory, RunError
+from common.run.ending import refusing
 from common.run.interruption import Interruption
 from common.run.traces import N_RECORDS, Metrics, Traces, read_metrics
 from tests.reference import DATA
@@ -387,6 +388,34 @@ def test_results_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot write to"):
         RunDirectory(tmp_path / "file", "script", "a").open({}, overwrite=False, to_stdout=False)
+
+
+# ---- endings -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RunError("there is a run"), "there is a run"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), "cannot use x: File name too long"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "cannot use x: Permission denied"),
+        (MemoryError(), "too large? MemoryError"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[2147483647, 2147483647]"), "too large? Storage"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "too large? Default"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTry this"), "too large? CUDA out of memory."),
+    ],
+)
+def test_refusals(error: Exception, message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped, refusing(options.OneLineParser(prog="test.py")):
+        raise error
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.count("\n") == 1 and message in told
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("x"), RecursionError()])
+def test_errors_that_are_no_refusals_are_shown_as_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)), refusing(options.OneLineParser(prog="test.py")):
+        raise error
 
 
 # ---- signals -------------------------------------------------------------------------------------------------------------

@@ -10,19 +10,27 @@ from contextlib import contextmanager
 
 from common.run.checkpoint import CheckpointError
 from common.run.directory import RunDirectory, RunError
+from common.run.memory import is_out_of_memory
 
 EXIT_RESUMABLE = 75  # stopped early, to be resumed: EX_TEMPFAIL of sysexits.h
 
 
 @contextmanager
 def refusing(parser: argparse.ArgumentParser, *expected: type[Exception]) -> Iterator[None]:
-    """What cannot be started as asked ends with one line and exit status 2. `expected` errors are told as they are."""
+    """What cannot be started as asked ends with one line and exit status 2. `expected` errors are told as they are.
+
+    So do places that the system refuses, and what is too large for memory; any other error is shown as it is.
+    """
     told: tuple[type[Exception], ...] = (RunError, CheckpointError, *expected)
     try:
         yield
     except told as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"cannot use {error.filename or 'a file'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
+        if not (is_out_of_memory(error) or "overflow" in str(error)):  # of a size in bytes
+            raise
         first, *_ = str(error).splitlines() or [type(error).__name__]
         parser.error(f"cannot make the model or its data, are they too large? {first}")
 
