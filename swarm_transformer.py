@@ -34,7 +34,7 @@ from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disk
 from common.run.interruption import Interruption
 from common.run.memory import MicroBatches, keep_freed_memory
 from common.run.options import at_least, boolean, real, shortest
-from common.run.training import Training, epoch_order, load_checkpoint
+from common.run.training import Training, check_data, epoch_order, load_checkpoint
 
 DATA = tuple(images.SHAPES)
 UNNAMED = ("name", "resume", "results_dir", "data_dir", "overwrite", "dry_run", "to_stdout")  # they do not make another run
@@ -158,6 +158,7 @@ class Data:
     validation: ImageSet
     test: ImageSet
     levels: dict[str, dict[str, float]]  # {"validation": {"chance": ..., "by position": ...}, "test": ...}
+    fingerprint: str  # of the training images before validation took its part
 
 
 def load_data(name: str, data_dir: str | None, seed: int, device: torch.device) -> Data:
@@ -175,7 +176,7 @@ def load_data(name: str, data_dir: str | None, seed: int, device: torch.device) 
         split: {"chance": math.log(N_VALUES), "by position": position_cross_entropy(table, of)}
         for split, of in (("validation", validation), ("test", test))
     }
-    return Data(training, validation, test, levels)
+    return Data(training, validation, test, levels, everything.fingerprint())
 
 
 def log_histograms(data: ImageSet) -> Tensor:
@@ -446,11 +447,12 @@ def main(argv: list[str] | None = None) -> int:
             named = {option: value for option, value in vars(args).items() if option not in UNNAMED}
             last = load_checkpoint(run, found, args.resume, model, optimizer, named)
             data = load_data(args.data, args.data_dir, args.seed, next(model.parameters()).device)
+            check_data(run, last, data.fingerprint)
             run.open(vars(args), overwrite=args.overwrite, to_stdout=args.to_stdout)
         say(f"running in {run.path}")
         with surviving_full_disks(run):
             limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
-            training = Training(run, model, optimizer, named, columns=COLUMNS, **limits)
+            training = Training(run, model, optimizer, named, columns=COLUMNS, fingerprint=data.fingerprint, **limits)
             training.start(last)
             introduce(args, data, training)
             micro = MicroBatches(args.bs, run.log)

@@ -61,6 +61,17 @@ def test_small_sets_are_read_back(mnist: Path) -> None:
         assert torch.equal(data.images, expected.images) and torch.equal(data.labels, expected.labels)
 
 
+def test_fingerprints_tell_sets_apart() -> None:
+    data = smooth(20)
+    image, label = data.images.clone(), data.labels.clone()
+    image[3, 0, 5, 5] += 1
+    label[3] = 9
+    others = ImageSet(image, data.labels, data.classes), ImageSet(data.images, label, data.classes), data[:19], data[1:]
+    prints = [part.fingerprint() for part in (data, *others, data[torch.arange(19, -1, -1)])]
+    assert len(set(prints)) == 6 and all(len(text) == 16 for text in prints)
+    assert ImageSet(data.images.mT.contiguous().mT, data.labels, data.classes).fingerprint() == prints[0]
+
+
 @pytest.mark.parametrize("below", ["", "MNIST", "MNIST/raw"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_places(mnist: Path, tmp_path: Path, below: str, packed: bool) -> None:

@@ -164,6 +164,7 @@ BAD = {
     "-data MNIST -resume auto -overwrite": "choose one",
     "-data MNIST -data_dir nowhere": "train-labels-idx1-ubyte[.gz] in nowhere/MNIST/raw, nowhere/MNIST, nowhere",
     "-data SMALL -data_dir nowhere": "CIFAR10 is not there: looked for cifar-10-batches-py/ or cifar-10-python.tar.gz in n",
+    f"-data MNIST -data_dir {300 * 'x'}": "File name too long",
     "-data MNIST -n_hidden 65540": "65540 is too large: at most 65536",
     "-data MNIST -n_hidden 65536 -n_layers 100": "too large",
     "-data BWCIFAR -lr 0.41865911867268657 -wc 51155.49783052558 -bt_horizon 0.123456789012345 -bt_alpha 0.123456789012345 "
@@ -304,6 +305,31 @@ def test_second_start(finished: Path, small: tuple[str, str], capsys: pytest.Cap
     assert "has finished: -overwrite replaces it, -seed N starts another" in error and error.count("\n") == 1
     assert run(SHORT, finished, *small, "-resume", "auto") == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_going_on_with_other_images(
+    finished: Path, tmp_path: Path, small: tuple[str, str], capsys: pytest.CaptureFixture
+) -> None:
+    """Told in one line, with nothing changed; runs of earlier versions, which noted no fingerprint, go on."""
+    part = tmp_path / "swarm_transformer" / f"{directory(finished).name}.part"
+    shutil.copytree(directory(finished), part)
+    (part / "result.json").unlink()
+    other = write_mnist(tmp_path / "other", smooth(50), smooth(12, seed=1))
+    labels = other / "train-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\0")  # one label
+    before = {p.name: p.read_bytes() for p in part.iterdir()}
+    assert run(SHORT, tmp_path, "-data_dir", str(other), "-resume", "auto") == 2
+    error = capsys.readouterr().err
+    assert "last.pkl was made with other data" in error and error.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in part.iterdir()} == before
+    assert run(SHORT, tmp_path, *small, "-resume", "auto") == 0
+
+    shutil.move(directory(tmp_path), part)
+    (part / "result.json").unlink()
+    last = torch.load(part / "last.pkl", weights_only=True)
+    assert len(last.pop("data")) == 16
+    torch.save(last, part / "last.pkl")
+    assert run(SHORT, tmp_path, "-data_dir", str(other), "-resume", "auto") == 0
 
 
 def test_budget_and_plots(tmp_path: Path, small: tuple[str, str]) -> None:

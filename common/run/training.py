@@ -27,7 +27,8 @@ SAVE_SECONDS = 60.0  # between two saves of last.pkl within an epoch
 class Training:
     """Where a run stands: `batch` batches of epoch `epoch` are done, with a mean loss of loss_sum / n_seen.
 
-    `args` are the options that make the run what it is: it goes on with the same ones alone. `budget` is in seconds.
+    `args` are the options that make the run what it is: it goes on with the same ones alone; and with the same data, where
+    their `fingerprint` is given, see `check_data`. `budget` is in seconds.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Training:
         horizon: float,
         alpha: float,
         columns: tuple[str, ...],
+        fingerprint: str | None = None,
     ):
-        self.run, self.model, self.optimizer, self.args = run, model, optimizer, args
+        self.run, self.model, self.optimizer, self.args, self.fingerprint = run, model, optimizer, args, fingerprint
         self.budget, self.alpha, self.columns = budget, alpha, columns
         self.backtracking = Backtracking(horizon)
         self.traces = Traces(model)
@@ -85,6 +87,7 @@ class Training:
             "name": self.run.name,
             "best_val_loss": self.backtracking.best,
             "args": self.args,
+            "data": self.fingerprint,
             "progress": (self.epoch, self.batch, self.step, self.n_seen, self.loss_sum),
             "seconds": self.clock.used(),
             "backtracking": self.backtracking.state_dict(),
@@ -201,3 +204,13 @@ def load_checkpoint(
             if any(moment.shape != parameter.shape for moment in moments.values() if moment.ndim):
                 raise CheckpointError(f"{path} has an optimizer of another model")
     return None
+
+
+def check_data(run: RunDirectory, last: dict[str, Any] | None, fingerprint: str) -> None:
+    """Raises CheckpointError if a run that goes on from `last` was begun with other data. Old ones do not tell."""
+    noted = None if last is None else last.get("data")
+    if noted not in (None, fingerprint):
+        raise CheckpointError(
+            f"{run.last} was made with other data (fingerprint {noted}, now {fingerprint}): name the place where those are, "
+            f"or {run.dash}overwrite starts the run again, {run.another} another one"
+        )
