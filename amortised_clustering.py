@@ -33,7 +33,7 @@ from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real, run_id
 from common.run.training import Training, epoch_order, load_checkpoint
 
-UNNAMED = ("-resume", "-results_dir", "-overwrite", "-dry_run")  # options that do not make another run
+UNNAMED = ("resume", "results_dir", "overwrite", "dry_run")  # options that do not make another run
 OWN_OPTIONS = {  # what only some types of model have a use for
     "Swarm": {"n_iter", "pooling", "non_lin"},
     "SetLinear": {"non_lin"},
@@ -378,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             model = make_model(args)
             optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-            named = {option: value for option, value in vars(args).items() if f"-{option}" not in UNNAMED}
+            named = {option: value for option, value in vars(args).items() if option not in UNNAMED}
             last = load_checkpoint(run, found, args.resume, model, optimizer, named)
             data = make_data(args.tasks, args.bs, args.seed, next(model.parameters()).device)
             run.open(vars(args), overwrite=args.overwrite, to_stdout=args.to_stdout)

@@ -37,6 +37,7 @@ from common.run.options import at_least, real
 N_OBJECTS = 10
 SUBSET = (3, 5)  # class 0 has 3 objects at 1/3, class 1 has 5 at 1/5
 MLP_HIDDEN = 20
+UNNAMED = ("results_dir", "show", "overwrite")  # options that do not make another run
 SWEEP_WIDTHS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 
@@ -389,10 +390,10 @@ def exercise(args: argparse.Namespace, run: RunDirectory) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
-    args = options.parse_tokens(parser, options.split_command_line(parser, argv))
+    args = options.parse_tokens(parser, options.split_command_line(parser, argv, UNNAMED))
     if args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size} is odd: half of a batch is of each class")
-    name = "-".join(options.not_defaults(parser, args, ("results_dir", "show", "overwrite"))) or "default"
+    name = "-".join(options.not_defaults(parser, args, UNNAMED)) or "default"
     options.check_length(parser, name)
     with RunDirectory(args.results_dir, "deepsets_exercise", name, another="--seed N") as run:
         with refusing(parser):

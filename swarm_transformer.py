@@ -12,6 +12,7 @@ result.json. README.md says what each logged quantity means.
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import re
 import sys
@@ -99,7 +100,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Options of a command line, those of -name among them. Ends with the parser's error if they contradict each other."""
-    tokens = options.split_command_line(parser, argv)
+    tokens = options.split_command_line(parser, argv, UNNAMED)
     names = [value for option, value, _ in tokens if option == "-name"]
     named = named_options(parser, names[-1]) if names else []
     args = options.parse_tokens(parser, [*named, *tokens])
@@ -126,12 +127,15 @@ def named_options(parser: argparse.ArgumentParser, name: str) -> list[options.To
     if match is None:
         parser.error(f"-name {name!r} does not parse: names look like MNIST-1-relu-256-10-wc480-lr0.001-bs50-cond-seed.1")
     *fields, (_, more) = match.groupdict().items()
-    known = list(vars(parser.parse_args([])))
-    if re.fullmatch(r"-\w+", more) and not more[1:].lower().startswith(tuple(known)):
+    known, word = [*vars(parser.parse_args([])), "help"], more[1:]
+    if re.fullmatch(r"\w+", word) and word != "h" and not word.lower().startswith(tuple(known)):
+        for meant in difflib.get_close_matches(word.lower(), known, n=1):
+            parser.error(f"-name {name!r} does not parse: there is no option -{word}; did you mean -{meant}?")
+        print(f"note: the last field of -name, {word}, is left out: no option is called so", file=sys.stderr)
         more = ""  # the original's last field, of an option that its scripts do not have
-    further = options.split_command_line(parser, [more] if more else [])
+    further = options.split_command_line(parser, [more] if more else [], UNNAMED)
     for option, _, _ in further:
-        if option.lstrip("-") in (*match.groupdict(), *UNNAMED, "help"):
+        if option.lstrip("-") in (*match.groupdict(), *UNNAMED, "h", "help"):
             parser.error(f"-name {name!r} does not parse: {option} is no part of the end of a name")
     return [(f"-{field}", value, "") for field, value in fields] + further
 

@@ -158,6 +158,12 @@ def test_without_the_sweep(tmp_path: Path) -> None:
     assert path.name == "steps.5-batch-size.4-hidden.3-seed.1-no-sweep" and not (path / "sweep.png").exists()
 
 
+def test_the_results_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(script.main, ["--results-dir=my--seed.3", "--steps=2", "--batch-size=4", "--no-sweep"]) == 0
+    assert [str(path) for path in Path().glob("*/*/*")] == ["my--seed.3/deepsets_exercise/steps.2-batch-size.4-no-sweep"]
+
+
 def test_an_interrupted_run_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -55,9 +55,9 @@ NAMES = {  # the original's examples
 
 @pytest.mark.parametrize("line", NAMES)
 def test_names(parser: argparse.ArgumentParser, line: str) -> None:
-    args, name, _ = options.parse(parser, line.split(), ("-resume",))
+    args, name, _ = options.parse(parser, line.split(), ("resume",))
     assert name == NAMES[line]
-    pasted, again, _ = options.parse(parser, [name], ("-resume",))  # a name is a command line
+    pasted, again, _ = options.parse(parser, [name], ("resume",))  # a name is a command line
     assert again == name
     assert {**vars(pasted), "resume": None} == {**vars(args), "resume": None}
 
@@ -66,10 +66,28 @@ def test_spellings(parser: argparse.ArgumentParser) -> None:
     for spelling in ("-bs 50 -lr 1e-3", "-bs.50 -lr.1e-3", "-bs=50 -lr=1e-3", "-bs.50-lr.1e-3"):
         args, _, given = options.parse(parser, spelling.split(), ())
         assert (args.bs, args.lr, given) == (50, 1e-3, {"bs", "lr"})
-    args, _, _ = options.parse(parser, ["-resume=r/-bs.3-lr.1/best.pkl", "-run.x"], ("-resume",))
+    args, _, _ = options.parse(parser, ["-resume=r/-bs.3-lr.1/best.pkl", "-run.x"], ("resume",))
     assert (args.resume, args.run, args.bs) == ("r/-bs.3-lr.1/best.pkl", "x", None)
     args, _, _ = options.parse(parser, ["-n", "3", "-run", "a-b.c", "-no_cuda"], ())
     assert (args.n, args.run, args.no_cuda, args.n_hidden) == (3, "a-b.c", True, None)
+
+
+@pytest.mark.parametrize(
+    ("word", "resume", "bs"),
+    [
+        ("-resume=my-bs", "my-bs", None),
+        ("-resume=my-bs.3", "my-bs.3", None),
+        ("-resume.my-bs.3", "my-bs.3", None),
+        ("-resume=-lr.3=4-run", "-lr.3=4-run", None),
+        ("-bs.7-resume=my-no_cuda", "my-no_cuda", 7),
+    ],
+)
+def test_values_that_are_in_no_name_are_not_cut_up(
+    parser: argparse.ArgumentParser, word: str, resume: str, bs: int | None
+) -> None:
+    args, name, given = options.parse(parser, [word], ("resume",))
+    assert (args.resume, args.bs) == (resume, bs)
+    assert name == ("-bs.7" if bs else "") and given == ({"resume", "bs"} if bs else {"resume"})
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,22 @@ def test_the_originals_names(name: str) -> None:
     assert args.cond and f"-lr{options.shortest(args.lr)}-" in name and f"-wc{options.shortest(args.wc)}-" in name
 
 
+def test_a_last_field_that_is_left_out_is_told(capsys: pytest.CaptureFixture) -> None:
+    assert name_of("-name", "MNIST-1-relu-256-10-wc480-lr0.001-bs50-x").endswith("-bs50")
+    assert "the last field of -name, x, is left out" in capsys.readouterr().err
+    assert name_of("-name", "MNIST-1-relu-256-10-wc480-lr0.001-bs50-cond").endswith("-bs50-cond")
+    assert name_of("-name", "MNIST-1-relu-256-10-wc480-lr0.001-bs50").endswith("-bs50")
+    assert not capsys.readouterr().err
+
+
+def test_places_are_no_names() -> None:
+    """Whatever they are called."""
+    for where in ("my-data", "r-cond", "x-bs.3", "-seed.3", "a/b-cond"):
+        for spelled in (["-data_dir", where], [f"-data_dir={where}"], [f"-data_dir.{where}"]):
+            args = script.parse(script.get_parser(), ["-data", "MNIST", *spelled])
+            assert (args.data_dir, args.data, args.cond, args.bs, args.seed) == (where, "MNIST", False, 50, 0)
+
+
 def random_options(rng: random.Random) -> list[str]:
     """A command line out of everything that makes up a run."""
     number = rng.choice([rng.random(), 10 ** rng.uniform(-9, 0), 0.001, 1])  # with all digits, too
@@ -143,6 +159,12 @@ BAD = {
     f"{NAME}-seed3": "unknown option '-seed3'",
     f"{NAME}-Cond": "unknown option '-Cond'",
     f"{NAME}x": "does not parse",
+    f"{NAME}-cnd -dry_run": "there is no option -cnd; did you mean -cond?",
+    f"{NAME}-Compil -dry_run": "there is no option -Compil; did you mean -compile?",
+    f"{NAME}-h": "-h is no part of the end of a name",
+    f"{NAME}-cond-h": "-h is no part of the end of a name",
+    f"{NAME}-help": "unknown option '-help'",
+    f"{NAME}--help": "--help is no part of the end of a name",
     f"{NAME} -bs 20": "-name says -bs 50, the command line 20: leave one out",
     "-name MNIST-0-relu-256-10-wc480-lr0.001-bs50": "0 is too small",
     "-data MNIST -n_hidden 6": "-n_hidden 6 is not a multiple of 4",

@@ -27,11 +27,12 @@ class OneLineParser(argparse.ArgumentParser):
 Token = tuple[str, str | None, str]  # option, value or None, and what its part of the name is
 
 
-def split_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[Token]:
+def split_command_line(parser: argparse.ArgumentParser, argv: list[str] | None, unnamed: Container[str]) -> list[Token]:
     """Cut a command line (sys.argv if None) into its options, whatever way they are spelled.
 
-    `-bs 50`, `-bs=50` and `-bs.50` are the same option; `-bs.50-lr.0.1` is two. Values may begin with a dash. Ends with the
-    parser's error for words that are no option.
+    `-bs 50`, `-bs=50` and `-bs.50` are the same option; `-bs.50-lr.0.1` is two. Values may begin with a dash. Options in
+    `unnamed` (results_dir, say) are in no run's name, so their values go on to the end of the word: `-results_dir=my-lr.0.1`.
+    Ends with the parser's error for words that are no option.
     """
     actions = parser._option_string_actions  # the one place where argparse keeps what options there are
     joined = "|".join(re.escape(option) for option in sorted(actions, key=len, reverse=True))
@@ -40,10 +41,10 @@ def split_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) 
     words = list(sys.argv[1:] if argv is None else argv)
     while words:
         word = words.pop(0)
-        if re.match(rf"({joined})[.=-]", word) and word not in actions and "/" not in word:  # a path is no name of a run
-            first, *rest = [part for part in option_starts.split(word) if part]
-            word = first
-            words[:0] = rest
+        start = re.match(rf"({joined})([.=-])", word)
+        if start is not None and word not in actions and not (actions[start[1]].dest in unnamed and start[2] in ".="):
+            word, *rest = [part for part in option_starts.split(word) if part]
+            words[:0] = ["".join(rest)] if rest else []
         option, equals, value = word.partition("=") if "=" in word else (word, "", "")
         if option not in actions:
             option, equals, value = word.partition(".")
@@ -69,18 +70,19 @@ def parse_tokens(parser: argparse.ArgumentParser, tokens: list[Token]) -> argpar
 
 
 def parse(
-    parser: argparse.ArgumentParser, argv: list[str] | None, unnamed: tuple[str, ...]
+    parser: argparse.ArgumentParser, argv: list[str] | None, unnamed: Container[str]
 ) -> tuple[argparse.Namespace, str, set[str]]:
     """Parse a command line (sys.argv if None) into options, the run's name, and the options that were given.
 
     The name holds the words as they were typed, in their order, defaults left out (as published), without the options in
     `unnamed`, which say where and how to run, not what.
     """
-    tokens = split_command_line(parser, argv)
+    tokens = split_command_line(parser, argv, unnamed)
     options = parse_tokens(parser, tokens)
-    name = "".join(text for option, _, text in tokens if option not in unnamed)
-    named = [(option, value) for option, value, _ in tokens if option not in unnamed]
-    if name and named != [(option, value) for option, value, _ in split_command_line(parser, [name])]:
+    named = [token for token in tokens if parser._option_string_actions[token[0]].dest not in unnamed]
+    name = "".join(text for _, _, text in named)
+    again = split_command_line(parser, [name], unnamed) if name else []
+    if [token[:2] for token in named] != [token[:2] for token in again]:
         parser.error(f"the run would be called {name!r}, which reads like other options: choose other values")
     given = {option.lstrip("-") for option, _, _ in tokens}
     check_length(parser, name)
