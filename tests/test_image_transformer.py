@@ -220,6 +220,31 @@ def test_completion_keeps_what_is_given_and_goes_on_from_it() -> None:
     assert not torch.equal(complete(other)[:, :, 3:], completed[:, :, 3:])
 
 
+def test_sampling_is_in_float32_whatever_is_around_it() -> None:
+    model = make(1, 1, None)
+    expected = model.sample(2, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.sample(2, generator=torch.Generator().manual_seed(0)), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_rows", "message"),
+    [
+        (None, 3, "n_rows 3: images have 7 rows, and `given` has to"),
+        ((2, 1, 7, 6), 8, "n_rows 8: images have 7 rows"),
+        ((2, 1, 7, 6), -1, "n_rows -1"),
+        ((3, 1, 7, 6), 3, r"given has shape \(3, 1, 7, 6\): 2 images of \(1, 7, 6\) are drawn"),
+        ((1, 1, 7, 6), 3, "given has shape"),
+        ((2, 3, 7, 6), 3, "given has shape"),
+        ((2, 1, 3, 6), 3, "given has shape"),
+    ],
+)
+def test_completions_of_what_does_not_fit(shape: tuple[int, ...] | None, n_rows: int, message: str) -> None:
+    given = None if shape is None else torch.zeros(shape, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        make(1, 1, None).sample(2, given=given, n_rows=n_rows)
+
+
 # ---- details -------------------------------------------------------------------------------------------------------------
 
 

@@ -103,21 +103,26 @@ class ImageTransformer(nn.Module):
     ) -> Tensor:
         """Draw n images, (n, C, H, W) uint8, value by value; the first `n_rows` rows are those of `given` (n, C, H, W).
 
-        The cost is that of one forward pass of n images.
+        The cost is that of one forward pass of n images. Raises ValueError if rows are to be given that are not.
         """
         C, H, W = self.shape
+        if not 0 <= n_rows <= H or (n_rows and given is None):
+            raise ValueError(f"n_rows {n_rows}: images have {H} rows, and `given` has to hold those that are given")
+        if given is not None and given.shape != (n, C, H, W):
+            raise ValueError(f"given has shape {tuple(given.shape)}: {n} images of {self.shape} are drawn")
         device = self.input_embedding.weight.device
         values = torch.zeros(n, H * W * C, dtype=torch.uint8, device=device)
         n_given = n_rows * W * C
         if given is not None:
             values[:, :n_given] = given[:, :, :n_rows].permute(0, 2, 3, 1).flatten(1)
-        steps = IncrementalImages(self, n, classes)
-        for e in range(H * W * C):
-            logits = steps.logits(values[:, e - 1].int() if e else None)
-            if e >= n_given:
-                # the largest of logits plus Gumbel noise is a draw from their softmax
-                uniform = torch.rand(logits.shape, generator=generator, device=device)
-                values[:, e] = (logits - (-uniform.clamp(min=1e-20).log()).log()).argmax(1)
+        with torch.autocast(device.type, enabled=False):  # it would cast the weights again for every value
+            steps = IncrementalImages(self, n, classes)
+            for e in range(H * W * C):
+                logits = steps.logits(values[:, e - 1].int() if e else None)
+                if e >= n_given:
+                    # the largest of logits plus Gumbel noise is a draw from their softmax
+                    uniform = torch.rand(logits.shape, generator=generator, device=device)
+                    values[:, e] = (logits - (-uniform.clamp(min=1e-20).log()).log()).argmax(1)
         return values.view(n, H, W, C).permute(0, 3, 1, 2)
 
 
