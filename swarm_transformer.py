@@ -387,15 +387,15 @@ def report(args: argparse.Namespace, data: Data, training: Training, micro: Micr
 
 def report_table(result: dict[str, Any]) -> str:
     """The final figures as text."""
-    lines = [f"{'':>16} {'images':>7}  {'nats per value':>14} {'(by position, chance)':>22}  {'bits per dimension':>18}"]
+    by_class = {f"test, {name}": of for name, of in result["test_by_class"].items()}
+    width = max(map(len, ("validation", *by_class)))
+    lines = [f"{'':>{width}} {'images':>7}  {'nats per value':>14} {'(by position, chance)':>22}  {'bits per dimension':>18}"]
     for split in ("validation", "test"):
         of = result[split]
         levels = f"({of['levels']['by position']:.4f}, {of['levels']['chance']:.4f})"
-        lines.append(f"{split:>16} {of['images']:>7}  {of['nats']:>14.4f} {levels:>22}  {of['bits']:>18.4f}")
-    for name, of in result["test_by_class"].items():
-        lines.append(
-            f"{'test, ' + name:>16} {of['images']:>7}  {of['nats']:>14.4f} {'':>22}  {of['nats'] / math.log(2):>18.4f}"
-        )
+        lines.append(f"{split:>{width}} {of['images']:>7}  {of['nats']:>14.4f} {levels:>22}  {of['bits']:>18.4f}")
+    for label, of in by_class.items():
+        lines.append(f"{label:>{width}} {of['images']:>7}  {of['nats']:>14.4f} {'':>22}  {of['nats'] / math.log(2):>18.4f}")
     return "\n".join(lines)
 
 

@@ -244,6 +244,14 @@ def test_report(finished: Path, small: tuple[str, str]) -> None:
     assert log.endswith(script.report_table(result) + "\n") and "by position" in log and "bits per dimension" in log
 
 
+def test_columns_of_the_report_stand_below_each_other(finished: Path) -> None:
+    result = json.loads((directory(finished) / "result.json").read_text())
+    for name in ("0", "T-shirt/top", "a class with quite a long name"):
+        result["test_by_class"] = {name: {"images": 1000, "nats": 2.5}, "bag": {"images": 1, "nats": 2.5}}
+        lines = script.report_table(result).splitlines()
+        assert {len(line) for line in lines} == {len(lines[0])} and lines[0].endswith("bits per dimension")
+
+
 def test_by_position_is_what_its_name_says() -> None:
     """The slow way: each position's histogram, with one more of every value, from the training images alone."""
     training, other = smooth(30, (3, 2, 2)), smooth(7, (3, 2, 2), seed=1)
