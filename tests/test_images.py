@@ -368,7 +368,7 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("<urlopen error [Errno -2] Name or service not known>")
 
     monkeypatch.setattr(images, "_torchvision_datasets", lambda: types.SimpleNamespace(MNIST=fail))
-    with pytest.raises(DataError, match=r"cannot be downloaded: <urlopen error .*; -data_dir names a place"):
+    with pytest.raises(DataError, match=r"cannot be downloaded: <urlopen error .*; name a directory that has it"):
         images.load("MNIST", "train", tmp_path, download=True)
     monkeypatch.setattr(images, "_torchvision_datasets", lambda: types.SimpleNamespace(MNIST=fetch))
     for _ in range(2):

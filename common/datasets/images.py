@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, library
+from torch.nn.functional import interpolate
 
 DEBIAN = {"FashionMNIST": Path("/usr/share/datasets/fashion-mnist")}
 SPLITS = ("train", "test")
@@ -110,6 +111,17 @@ def central_crop(data: ImageSet, size: int) -> ImageSet:
     """The central `size` rows and columns."""
     top, left = ((length - size) // 2 for length in data.images.shape[2:])
     return ImageSet(data.images[:, :, top : top + size, left : left + size].contiguous(), data.labels, data.classes)
+
+
+def resize(data: ImageSet, side: int) -> ImageSet:
+    """All images with `side` rows and columns, bilinear and smoothed where they shrink, as Pillow and torchvision do."""
+    if data.images.shape[2:] == (side, side):
+        return data
+    parts = [
+        interpolate(part, (side, side), mode="bilinear", antialias=True)  # keeps uint8
+        for part in data.images.split(1000)
+    ]
+    return ImageSet(torch.cat(parts), data.labels, data.classes)
 
 
 def _places(name: str, data_dir: Path) -> list[Path]:
@@ -304,7 +316,7 @@ def _download(name: str, data_dir: Path) -> None:
     except (OSError, RuntimeError) as error:
         where = ", ".join(str(place) for place in _places(name, data_dir))
         raise DataError(
-            f"{name} is in none of {where}, and cannot be downloaded: {_one_line(error)}; -data_dir names a place that has it"
+            f"{name} is in none of {where}, and cannot be downloaded: {_one_line(error)}; name a directory that has it"
         ) from None
 
 

@@ -1,0 +1,159 @@
+"""What a trained encoder is worth: linear probe, nearest neighbours, and whether its representation tells a transformation.
+
+Encoders take images around 0; all functions here take uint8 images (N, C, H, H) and look at their central `size` pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.ssl.models import group_marginal
+from common.ssl.targets import circular_mean
+from common.ssl.transformations import rotate
+from common.ssl.views import clean_view, sweep
+
+BATCH = 500
+NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 200, 0.1  # Wu et al. 2018
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """uint8 images as numbers in [0, 1]."""
+    return images.float() / 255
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module, views: Iterable[Tensor]) -> Tensor:
+    """Representations (N, F) of batches of views, in evaluation mode; the encoder's own mode is left as it was."""
+    was_training = encoder.training
+    encoder.eval()
+    representations = torch.cat([encoder(view).float() for view in views])
+    encoder.train(was_training)
+    return representations
+
+
+def represent(encoder: nn.Module, images: Tensor, size: int) -> Tensor:
+    """Representations (N, F) of images, not transformed."""
+    return encode(encoder, (clean_view(as_floats(part), size) for part in images.split(BATCH)))
+
+
+# ---- classes -------------------------------------------------------------------------------------------------------------
+
+
+def fit_linear(z: Tensor, labels: Tensor, n_classes: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weights (classes, F) and bias of multinomial logistic regression, with an L2 penalty, by L-BFGS."""
+    weight = torch.zeros(n_classes, z.shape[1], device=z.device, requires_grad=True)
+    bias = torch.zeros(n_classes, device=z.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe", tolerance_change=1e-7)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(z, weight, bias), labels) + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type, unused-ignore]
+    return weight.detach(), bias.detach()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Percent of rows that are right."""
+    return 100 * (logits.argmax(1) == labels).float().mean().item()
+
+
+def linear_probe(z: Tensor, labels: Tensor, z_test: Tensor, labels_test: Tensor, n_classes: int, seed: int) -> dict[str, float]:
+    """Top-1 accuracy (percent) on the test images of a linear classifier of representations, each feature standardised.
+
+    A tenth of the training images, chosen by the seed, picks the penalty; then all of them train. Test images are used once.
+    """
+    mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
+    z, z_test = (z - mean) / std, (z_test - mean) / std
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
+    held_out, rest = order[: len(z) // 10], order[len(z) // 10 :]
+    validation = {}
+    for penalty in PENALTIES:
+        weight, bias = fit_linear(z[rest], labels[rest], n_classes, penalty)
+        validation[penalty] = accuracy(F.linear(z[held_out], weight, bias), labels[held_out])
+    best = max(PENALTIES, key=lambda penalty: validation[penalty])
+    weight, bias = fit_linear(z, labels, n_classes, best)
+    return {
+        "top_1": accuracy(F.linear(z_test, weight, bias), labels_test),
+        "validation_top_1": validation[best],
+        "penalty": best,
+    }
+
+
+def nearest_neighbours(z: Tensor, labels: Tensor, z_test: Tensor, labels_test: Tensor, n_classes: int) -> dict[str, float]:
+    """Top-1 accuracy (percent) of the weighted vote of the 200 training images that are nearest by cosine (Wu et al. 2018)."""
+    z, z_test = F.normalize(z, dim=1), F.normalize(z_test, dim=1)
+    k = min(NEIGHBOURS, len(z))
+    right = 0
+    for part, wanted in zip(z_test.split(BATCH), labels_test.split(BATCH), strict=True):
+        similarity, nearest = (part @ z.T).topk(k, dim=1)
+        votes = torch.zeros(len(part), n_classes, device=z.device)
+        votes.scatter_add_(1, labels[nearest], (similarity / NEIGHBOUR_TEMPERATURE).exp())
+        right += int((votes.argmax(1) == wanted).sum())
+    return {"top_1": 100 * right / len(z_test), "neighbours": k}
+
+
+# ---- transformations -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def marginals_by_parameter(
+    encoder: nn.Module, images: Tensor, size: int, code: str, bins: int, n: int = 49
+) -> tuple[list[float], Tensor]:
+    """The group marginal, mean over images, as a transformation goes through its range: parameters (n), marginals (n, bins)."""
+    swept = sweep(code, as_floats(images), size, n)
+    marginals = [group_marginal(encode(encoder, [view]), bins).mean(0) for _, view in swept]
+    return [parameter for parameter, _ in swept], torch.stack(marginals)
+
+
+def angle_error(predicted: Tensor, true: Tensor) -> dict[str, float]:
+    """Mean and median distance between angles in degrees, the short way round; 90 is chance."""
+    distance = ((predicted - true + 180) % 360 - 180).abs()
+    return {"mean": distance.mean().item(), "median": distance.median().item()}
+
+
+def rotated(images: Tensor, size: int, seed: int) -> tuple[Iterable[Tensor], Tensor]:
+    """Views of images, each turned by an angle of its own, and the angles (N) in degrees from -180 to 180."""
+    gen = torch.Generator().manual_seed(seed)
+    degrees = (360 * torch.rand(len(images), generator=gen) - 180).to(images.device)
+    parts = zip(images.split(BATCH), degrees.split(BATCH), strict=True)
+    return (clean_view(rotate(as_floats(part), angle), size) for part, angle in parts), degrees
+
+
+def rotation_errors(
+    encoder: nn.Module, images: Tensor, test_images: Tensor, size: int, bins: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """Degrees by which rotations of test images are missed: "marginal" reads the mean of the group marginal, as DUET shapes it;
+    "regression" is linear, from the whole representation to the angle's cosine and sine, and fitted on training images.
+    """
+    views, degrees = rotated(images, size, seed)
+    z = encode(encoder, views)
+    test_views, test_degrees = rotated(test_images, size, seed + 1)
+    z_test = encode(encoder, test_views)
+    errors = {}
+    if bins:
+        errors["marginal"] = angle_error(360 * circular_mean(group_marginal(z_test, bins)) - 180, test_degrees)
+    mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
+    angle = torch.deg2rad(degrees)
+    fit = ridge((z - mean) / std, torch.stack([angle.cos(), angle.sin()], 1))
+    cos, sin = (with_one((z_test - mean) / std) @ fit).unbind(1)
+    return errors | {"regression": angle_error(torch.atan2(sin, cos) * 180 / math.pi, test_degrees)}
+
+
+def with_one(z: Tensor) -> Tensor:
+    return torch.cat([z, torch.ones_like(z[:, :1])], 1)
+
+
+def ridge(z: Tensor, y: Tensor, penalty: float = 1e-3) -> Tensor:
+    """Linear regression with an intercept: features (N, F), values (N, k) -> coefficients (F + 1, k)."""
+    x = with_one(z).double()
+    gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    return torch.linalg.solve(gram, x.T @ y.double() / len(x)).to(z.dtype)
