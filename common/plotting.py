@@ -5,6 +5,7 @@ All are drawn from plain numbers and written in one step, without a display.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ TRAINING, VALIDATION, REFERENCE = PALETTE[1], PALETTE[0], "#666666"
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG in one step. Raises OSError if it cannot be written."""
     write_in_one_step(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def _headline(figure: Figure, title: str) -> None:
+    """A run's name above a figure, broken at its dashes: it may be longer than the figure is wide."""
+    figure.suptitle(textwrap.fill(title, width=int(12 * figure.get_figwidth())), fontsize=10)
 
 
 def plot_training(
@@ -71,7 +77,7 @@ def plot_metrics(
     n_panels = 3 + len(measures) + len(traced)
     rows = (n_panels + 1) // 2
     figure = Figure(figsize=(12, 4 * rows), layout="constrained")
-    figure.suptitle(title, fontsize=10, wrap=True)
+    _headline(figure, title)
     panels = figure.subplots(rows, 2).flatten()
     epochs = [step / steps_per_epoch for step in metrics["step"]]
     step_epochs = [step / steps_per_epoch for step in steps]
@@ -112,7 +118,7 @@ def plot_weights(
     height = 2.8 * rows + 0.6
     figure = Figure(figsize=(4 * columns, height))  # a constrained layout of 70 panels would take 15 seconds
     figure.subplots_adjust(0.9 / (4 * columns), 0.5 / height, 0.99, 1 - 0.8 / height, wspace=0.3, hspace=0.45)
-    figure.suptitle(title, fontsize=10, wrap=True)
+    _headline(figure, title)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     epochs = [step / steps_per_epoch for step in steps]
     for panel, (name, values) in zip(panels, weights.items(), strict=False):
@@ -136,7 +142,7 @@ def plot_clusterings(
     that they are matched with. Far outliers are left outside the frame.
     """
     figure = Figure(figsize=(4.2 * len(tasks), 8.6), layout="constrained")
-    figure.suptitle(title, fontsize=10, wrap=True)
+    _headline(figure, title)
     panels = figure.subplots(2, len(tasks), squeeze=False)
     colours = np.array(PALETTE)
     for column, (points, predicted, true, caption) in enumerate(tasks):
@@ -172,7 +178,7 @@ def plot_images(path: Path, title: str, grids: Sequence[ImageGrid]) -> None:
     inches = 11 / width  # a pixel's size: the widest grid fills the picture
     heights = [mosaic.shape[0] * inches + 0.5 for mosaic in mosaics]
     figure = Figure(figsize=(11.4, sum(heights) + 0.6), layout="constrained")
-    figure.suptitle(title, fontsize=10, wrap=True)
+    _headline(figure, title)
     panels = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights).flatten()
     for panel, grid, mosaic in zip(panels, grids, mosaics, strict=True):
         panel.imshow(mosaic, interpolation="nearest", aspect="equal")
@@ -198,3 +204,69 @@ def _mosaic(grid: ImageGrid, gap: int) -> NDArray[np.uint8]:
         top, left = gap + i // grid.columns * (H + gap), gap + i % grid.columns * (W + gap)
         mosaic[top : top + H, left : left + W] = image.transpose(1, 2, 0)  # one channel becomes three
     return mosaic
+
+
+def plot_epochs(
+    path: Path,
+    title: str,
+    metrics: Mapping[str, Sequence[float]],
+    measures: Sequence[str],
+    references: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Curves by epoch, a panel a measure: the columns train_<measure> and test_<measure> of metrics.csv, and the rate `lr`.
+
+    `references` are the levels to judge a measure by, as {"track_head_top_1_mean": {"chance": 10.0}}.
+    """
+    columns = 3
+    rows = -(-(len(measures) + 1) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
+    _headline(figure, title)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel, measure in zip(panels, measures, strict=False):
+        for split, colour in (("train", TRAINING), ("test", VALIDATION)):
+            points = [
+                (epoch, value)
+                for epoch, value in zip(metrics["epoch"], metrics[f"{split}_{measure}"], strict=True)
+                if np.isfinite(value)
+            ]
+            _curve(panel, [epoch for epoch, _ in points], [value for _, value in points], color=colour, label=split)
+        _references(panel, references.get(measure, {}))
+        panel.set(title=measure.replace("_", " "), xlabel="epoch")
+        panel.legend(fontsize=8)
+    _curve(panels[len(measures)], metrics["epoch"], metrics["lr"], color=PALETTE[2])
+    panels[len(measures)].set(title="learning rate", xlabel="epoch")
+    for panel in panels[: len(measures) + 1]:
+        panel.title.set_fontsize(9)
+        panel.grid(alpha=0.25)
+    for panel in panels[len(measures) + 1 :]:
+        panel.set_axis_off()
+    save_figure(figure, path)
+
+
+def plot_marginals(
+    path: Path, title: str, code: str, parameters: Sequence[float], learned: NDArray[np.floating], target: NDArray[np.floating]
+) -> None:
+    """Heat maps of distributions over bins (n, G), a column for each of n parameters: learned, and wanted."""
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    _headline(figure, title)
+    panels = figure.subplots(1, 2, sharey=True)
+    bins, top = learned.shape[1], max(learned.max(), target.max())
+    middles = (np.arange(bins) + 0.5) / bins
+    for panel, distribution, name in (
+        (panels[0], learned, "group marginal, mean of test images"),
+        (panels[1], target, "target"),
+    ):
+        x = _edges(np.asarray(parameters))
+        drawn = panel.pcolormesh(x, np.linspace(0, 1, bins + 1), distribution.T, cmap="viridis", vmin=0, vmax=top)
+        panel.plot([middles[0], middles[-1]], [middles[0], middles[-1]], color="white", linestyle=":", linewidth=1)
+        panel.set(title=name, xlabel=f"parameter of {code} that was applied", xlim=(x[0], x[-1]))
+        panel.title.set_fontsize(9)
+    panels[0].set_ylabel("bin of the structure axis")
+    figure.colorbar(drawn, ax=panels, label="probability")
+    save_figure(figure, path)
+
+
+def _edges(centres: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Borders of cells around increasing or decreasing centres."""
+    between = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([[2 * centres[0] - between[0]], between, [2 * centres[-1] - between[-1]]])

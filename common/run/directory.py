@@ -115,7 +115,7 @@ class RunDirectory:
             self._log = None if to_stdout else open(self.part / "log", "a" if begun else "w")
         except OSError as error:
             raise RunError(
-                f"cannot write to {error.filename or self.part}: {error.strerror}; -results_dir names a place"
+                f"cannot write to {error.filename or self.part}: {error.strerror}; name another place for results"
             ) from None
 
     def _take_lock(self) -> None:
