@@ -1,0 +1,374 @@
+"""train_ssl.py as its users run it: published lines, bad input, what a run leaves, trackers, processes, saved encoders."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_ssl as script
+from common.run import epochs
+from common.run.traces import read_metrics
+from common.ssl.method import Method
+from common.ssl.models import load_encoder, read_saved
+from tests.small_images import smooth, write_mnist
+from tests.test_images import write_cifar
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = (
+    "--model duet --encoder cifar10_resnet32 --dataset cifar10 --batch-size 1024 --test-every 10 --warmup-epochs 10 "
+    "--epochs 800 --center-crop --tx sca rot --equi-tx rot --duet-target vm --duet-lambda 1000 --save-dir some_dir"
+)
+SHORT = (
+    "--dataset mnist --encoder cifar10_resnet20 --encoder-width 1 --image-size 8 --batch-size 16 --epochs 3 --warmup-epochs 1 "
+    "--test-every 2"
+)
+DUET = f"{SHORT} --tx sca rot --equi-tx rot --duet-target vm"
+
+
+def run(line: str, folder: Path, *more: str) -> int:
+    """Run in this process; the exit status, also where argparse ends it."""
+    try:
+        return script.main([*line.split(), *more, "--results-dir", str(folder / "results")])
+    except SystemExit as stopped:
+        return int(stopped.code or 0) if not isinstance(stopped.code, str) else 1
+
+
+def directory(folder: Path) -> Path:
+    (found,) = (folder / "results" / "train_ssl").iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """50 training and 20 test images of one channel, as the options that name their place."""
+    folder = tmp_path_factory.mktemp("grey")
+    write_mnist(folder, smooth(50), smooth(20, seed=1))
+    return "--dataset-root", str(folder)
+
+
+@pytest.fixture(scope="module")
+def colour(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("colour")
+    write_cifar(folder, "CIFAR10")
+    return "--dataset-root", str(folder)
+
+
+# ---- command line --------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_line_and_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(PUBLISHED, tmp_path, "--dry-run") == 0
+    name = "cifar10-duet-tx.sca.rot-equi-tx.rot-center-crop-duet-lambda.1000-duet-target.vm"
+    assert capsys.readouterr().out.strip() == name
+    args = script.parse(script.get_parser(), ["--tx", "sca", "rot", "--equi-tx", "rot"])
+    expected = {
+        "device": None, "dataset": "cifar10", "batch_size": 1024, "image_size": 32, "center_crop": False, "save_dir": None,
+        "wandb_project": None, "model": "duet", "encoder": "cifar10_resnet32", "num_classes": 10, "epochs": 800,
+        "warmup_epochs": 10, "test_every": 10, "lr": 0.0004, "duet_lambda": 10.0, "duet_bins": 8, "duet_target": "ga",
+        "essl_lambda": 0.4, "debug_steps": None,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_help_lists_every_published_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["-h"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for option in (
+        "--device --dataset --dataset-root --batch-size --image-size --center-crop --save-dir --wandb-project --model "
+        "--encoder --num-classes --epochs --warmup-epochs --test-every --lr --tx --equi-tx --duet-lambda --duet-bins "
+        "--duet-target --essl-lambda --debug-steps --seed --encoder-width --precision --compile --resume --tensorboard "
+        "--linear-probe --knn"
+    ).split():
+        assert option in text
+
+
+BAD = {
+    "--equi-tx rot": "--tx is missing",
+    "--tx sca rot": "--equi-tx is missing",
+    "--tx sca rot --equi-tx fli": "--equi-tx fli is not one of --tx sca rot",
+    "--tx sca jit --equi-tx jit": "--equi-tx jit has no parameter",
+    "--tx sca res --equi-tx res": "--equi-tx res has no parameter",
+    "--tx sca rot --equi-tx rot --duet-bins 7": "--duet-bins 7 does not divide the encoder's 512 features",
+    "--tx sca rot --equi-tx rot --encoder-width 3 --duet-bins 16": "does not divide the encoder's 24 features",
+    "--tx sca rot --equi-tx rot --encoder lifted_cifar10_resnet20": "54 input channels",
+    "--tx sca rot --equi-tx rot --encoder Cifar10_ResNet": "choose cifar10_resnet20",
+    "--tx sca rot --equi-tx rot --encoder resnet50": "invalid choice",
+    "--tx sca turn --equi-tx rot": "invalid choice: 'turn'",
+    "--tx sca jit --equi-tx sca --dataset mnist": "jit changes colours",
+    "--model essl --tx sca --equi-tx gra --dataset fashionmnist": "gra changes colours",
+    "--model essl --tx rot --equi-tx sca": "--equi-tx sca is nothing that essl can predict",
+    "--model essl --tx rot --equi-tx blu": "--equi-tx blu is nothing that essl can predict",
+    "--model essl --tx sca": "--equi-tx is missing",
+    "--tx sca --equi-tx sca --test-every 0": "too small: at least 1",
+    "--tx sca --equi-tx sca --batch-size 1": "too small: at least 2",
+    "--tx sca --equi-tx sca --lr 0": "out of range",
+    "--tx sca --equi-tx sca --duet-lambda nan": "out of range",
+    "--tx sca --equi-tx sca --dataset cifar100 --num-classes 10": "--num-classes 10 is too small: cifar100 has 100",
+    "--tx sca --equi-tx sca --resume --overwrite": "choose one",
+    "--tx sca --equi-tx sca --epoch 3": "unrecognized arguments",
+    "--knn nowhere.pt": "there is no file nowhere.pt",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line, tmp_path, "--dataset-root", str(tmp_path / "no data")) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("train_ssl.py: error: ") and BAD[line] in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(PUBLISHED, tmp_path, "--device", "cuda") == 2
+    assert "finds no GPU" in capsys.readouterr().err
+
+
+def test_essl_takes_its_transformation_out_of_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    args = script.parse(script.get_parser(), "--model essl --tx rot sca ron fli sca --equi-tx ron".split())
+    assert args.tx == ["rot", "sca", "fli", "sca"]
+    assert "[ESSL] Transformation ron removed from tx" in capsys.readouterr().out
+    script.parse(script.get_parser(), "--model essl --tx sca --equi-tx ron".split())
+    assert capsys.readouterr().out == ""
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------------------------------
+
+LINES = {
+    "duet": (f"{DUET} --center-crop", "encoder_mnist_duet_rot_eq-rot_target-vm", "model_group_0_loss_mean"),
+    "simclr": (f"{SHORT} --model simclr --tx sca fli", "encoder_mnist_simclr", "model_ntxent_total_top5_mean"),
+    "no bins": (f"{SHORT} --duet-bins 0 --tx sca", "encoder_mnist_duet_eq-None_target-ga", "model_ntxent_ABAA_top1_mean"),
+    "essl classes": (
+        f"{SHORT} --model essl --tx sca ron --equi-tx ron",
+        "encoder_mnist_essl_ron_eq-ron",
+        "model_essl_top_1_mean",
+    ),
+    "essl value": (f"{SHORT} --model essl --tx ccr --equi-tx rot", "encoder_mnist_essl_rot_eq-rot", "model_essl_loss_mean"),
+    "bf16, joint": (f"{DUET} --precision bf16 --joint-pass", "encoder_mnist_duet_rot_eq-rot_target-vm", "total_loss"),
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_what_a_run_leaves(kind: str, grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line, stem, figure = LINES[kind]
+    saved = tmp_path / "saved"
+    assert run(line, tmp_path, *grey, "--save-dir", str(saved)) == 0
+    path = directory(tmp_path)
+    assert sorted(p.name for p in saved.iterdir()) == [f"{stem}_final.pt"]
+    result = json.loads((path / "result.json").read_text())
+    assert result["epochs"] == 3 and result["steps"] == 12  # 3 batches of 16, one of 2
+    assert result["test"] and all(math.isfinite(value) for value in result["test"].values())
+    assert 0 <= result["linear_probe"]["top_1"] <= 100 and 0 <= result["knn"]["top_1"] <= 100
+    metrics = read_metrics(path / "metrics.csv")
+    assert metrics["epoch"] == [0, 1, 2]
+    assert metrics["lr"] == pytest.approx([0.0004 * m for m in (0.001, 1, 0.5)])
+    assert [math.isnan(value) for value in metrics[f"test_{figure}"]] == [False, True, False]
+    assert not any(math.isnan(value) for value in metrics[f"train_{figure}"])
+    pictures = {p.name for p in path.glob("*.png")}
+    assert pictures >= {"metrics.png", "weights.png", "samples.png"}
+    assert ("marginals.png" in pictures) == (kind != "no bins")
+    out, log = capsys.readouterr().out, (path / "log").read_text()
+    for text in ("Training starts!", "[Train epoch 0 in ", "[Test  epoch 2 in ", f"{figure}: ", "(chance 10)", "lr: 0.0004"):
+        assert text in out and text in log
+    # a second start
+    assert run(line, tmp_path, *grey, "--save-dir", str(saved)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(line, tmp_path, *grey, "--save-dir", str(saved), "--resume") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options", ["--tx sca bri rot hue --equi-tx hue", "--model essl --tx jit gra --equi-tx gra", "--tx jit"]
+)
+def test_colours(options: str, colour: tuple[str, str], tmp_path: Path) -> None:
+    more = "" if "equi" in options else " --model simclr"
+    assert run(f"{SHORT} --dataset cifar10 --epochs 1 {options}{more}", tmp_path, *colour) == 0
+
+
+def test_debug_steps_are_as_many_as_asked_for(grey: tuple[str, str], tmp_path: Path) -> None:
+    assert run(f"{DUET} --epochs 2 --debug-steps 2", tmp_path, *grey) == 0
+    result = json.loads((directory(tmp_path) / "result.json").read_text())
+    assert result["steps"] == 4 and result["training_images"] == 32
+
+
+def test_no_epochs_save_the_untrained_model(grey: tuple[str, str], tmp_path: Path) -> None:
+    assert run(f"{DUET} --epochs 0 --warmup-epochs 0", tmp_path, *grey) == 0
+    assert [p.name for p in directory(tmp_path).glob("*.pt")] == ["encoder_mnist_duet_rot_eq-rot_target-vm_final.pt"]
+
+
+def test_all_models_are_kept_on_request(grey: tuple[str, str], tmp_path: Path) -> None:
+    assert run(f"{DUET} --keep-all", tmp_path, *grey) == 0
+    names = sorted(p.stem.rsplit("_", 1)[1] for p in directory(tmp_path).glob("*.pt"))
+    assert names == ["0000", "0002", "final"]
+
+
+def test_models_of_another_run_are_not_replaced(
+    grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = "--save-dir", str(tmp_path / "saved")
+    assert run(f"{DUET} --epochs 1", tmp_path, *grey, *saved) == 0
+    (file,) = (tmp_path / "saved").iterdir()
+    before = file.read_bytes()
+    assert run(f"{DUET} --epochs 1 --seed 1", tmp_path, *grey, *saved) == 2
+    assert f"{file} is there, of another run" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert run(f"{DUET} --epochs 1 --seed 1 --overwrite", tmp_path, *grey, *saved) == 0
+    assert file.read_bytes() != before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(grey: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a sentence; and never reaches a checkpoint: a second start goes on from before."""
+    loss_of, calls = Method.loss, []
+
+    def loss(self: Method, *args: object, training: bool) -> object:
+        calls.append(training)
+        total, figures = loss_of(self, *args, training=training)
+        return (total * math.nan, figures | {"total_loss": total * math.nan}) if sum(calls) == 6 else (total, figures)
+
+    monkeypatch.setattr(epochs, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(Method, "loss", loss)
+    with pytest.raises(SystemExit, match="the loss of epoch 1 is not finite"):
+        script.main([*DUET.split(), *grey, "--results-dir", str(tmp_path / "results")])
+    last = torch.load(directory(tmp_path) / "last.pkl", weights_only=True)
+    assert last["progress"] == (1, 1, 5)
+    assert all(value.isfinite().all() for value in last["model"].values())
+    assert run(f"{DUET} --resume", tmp_path, *grey) == 0
+
+
+def test_exchanged_data_are_noticed(grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mnist(tmp_path / "other", smooth(50, seed=2), smooth(20, seed=3))
+    assert run(DUET, tmp_path, *grey) == 0
+    path = directory(tmp_path)
+    (path / "result.json").unlink()
+    path.rename(path.with_name(path.name + ".part"))
+    assert run(DUET, tmp_path, "--resume", "--dataset-root", str(tmp_path / "other")) == 2
+    assert "other data" in capsys.readouterr().err
+
+
+# ---- saved encoders ------------------------------------------------------------------------------------------------------
+
+
+def test_saved_encoders(grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "saved"
+    assert run(DUET, tmp_path, *grey, "--save-dir", str(saved)) == 0
+    (file,) = saved.iterdir()
+    assert read_saved(file)["options"]["duet_target"] == "vm"
+    encoder = load_encoder(file)
+    assert not encoder.training
+    view = torch.rand(5, 1, 8, 8) - 0.5
+    z = encoder(view)
+    assert z.shape == (5, 8) and torch.equal(z[:2], encoder(view[:2]))  # no statistics of a batch
+
+    result = json.loads((directory(tmp_path) / "result.json").read_text())
+    capsys.readouterr()
+    assert run("--linear-probe", tmp_path, str(file), "--knn", str(file), *grey) == 0
+    out = capsys.readouterr().out
+    for which in ("linear_probe", "knn"):
+        written = json.loads((saved / f"{file.stem}_{which}_mnist.json").read_text())
+        assert written["top_1"] == pytest.approx(result[which]["top_1"], abs=5.1)  # one image of 20
+        assert f"{which.replace('_', ' ')} top-1 {written['top_1']:.2f} %" in out
+    assert run("--knn", tmp_path, str(file), *grey) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("--knn", tmp_path, str(file), "--dataset", "cifar10", *grey) == 2
+    assert "takes 1 channels, images of cifar10 have 3" in capsys.readouterr().err
+    file.write_bytes(file.read_bytes()[:1000])
+    assert run("--knn", tmp_path, str(file), *grey) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+# ---- trackers ------------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard(grey: tuple[str, str], tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(f"{DUET} --tensorboard", tmp_path, *grey) == 0
+    path = directory(tmp_path)
+    board = accumulators.EventAccumulator(str(path / "tensorboard"))
+    board.Reload()
+    events = board.Scalars("train_total_loss")
+    assert [event.step for event in events] == [0, 1, 2]
+    assert [event.value for event in events] == pytest.approx(read_metrics(path / "metrics.csv")["train_total_loss"], rel=1e-5)
+    assert [event.step for event in board.Scalars("test_track_head_top_1_mean")] == [0, 2]
+
+
+def test_weights_and_biases_offline(grey: tuple[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    line = [*DUET.split(), *grey, "--wandb-project", "duet", "--results-dir", "results"]
+    subprocess.run([sys.executable, ROOT / "train_ssl.py", *line], cwd=tmp_path, env=environment, check=True, timeout=120)
+    (file,) = tmp_path.glob("results/train_ssl/*/wandb/offline-run-*/*.wandb")
+    # records of a key and a number as text
+    logged = [float(value) for value in re.findall(rb"train_total_loss\W{1,4}(\d+\.\d+)", file.read_bytes())]
+    (path,) = (tmp_path / "results" / "train_ssl").iterdir()
+    metrics = read_metrics(path / "metrics.csv")
+    assert list(dict.fromkeys(logged)) == pytest.approx(metrics["train_total_loss"], rel=1e-6)  # twice: history, summary
+
+
+def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("wandb")
+    from common.run import trackers
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert run(f"{DUET} --wandb-project duet", tmp_path) == 2
+    assert ".wandb.yaml" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    Path(".wandb.yaml").write_text("WANDB_BASE_URL: https://example.org\n")
+    assert run(f"{DUET} --wandb-project duet", tmp_path) == 2
+    assert "no line WANDB_API_KEY" in capsys.readouterr().err
+    Path(".wandb.yaml").write_text("WANDB_API_KEY: secret\nWANDB_BASE_URL: https://example.org\nPATH: /nowhere\n")
+    path = os.environ["PATH"]
+    trackers.check(tensorboard=False, wandb_project="duet")
+    assert (os.environ.pop("WANDB_API_KEY"), os.environ.pop("WANDB_BASE_URL")) == ("secret", "https://example.org")
+    assert os.environ["PATH"] == path
+
+
+# ---- several processes ---------------------------------------------------------------------------------------------------
+
+
+def torchrun(n: int, line: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", *line]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path: Path) -> None:
+    """NT-Xent with everybody's negatives, batch norm over all rows: also in a batch that does not halve."""
+    done = torchrun(2, [str(ROOT / "tests" / "parallel_step.py"), str(tmp_path)], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "parallel_step.py", tmp_path], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
+    )
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    assert one.keys() == two.keys() and len(one) > 4
+    for key, alone in one.items():
+        both = two[key]
+        assert set(alone) == set(both)
+        for name, value in alone.items():
+            error = (value - both[name]).abs().max() / alone["scale"] if name != "scale" else torch.zeros(())
+            assert error < 1e-5, (key, name, float(error))
+
+
+def test_a_run_of_two_processes_is_that_of_one(grey: tuple[str, str], tmp_path: Path) -> None:
+    line = [*f"{DUET} --lr 0.0001 --epochs 2".split(), *grey]
+    done = torchrun(2, [str(ROOT / "train_ssl.py"), *line, "--results-dir", str(tmp_path / "two")], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run(f"{DUET} --lr 0.0001 --epochs 2", tmp_path, *grey) == 0
+    (two,) = (tmp_path / "two" / "train_ssl").iterdir()
+    one = directory(tmp_path)
+    assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+    metrics, expected = read_metrics(two / "metrics.csv"), read_metrics(one / "metrics.csv")
+    for name in ("train_total_loss", "train_model_group_0_loss_mean", "train_track_head_top_1_mean"):
+        assert metrics[name] == pytest.approx(expected[name], rel=2e-3), name  # rounding, amplified by steps
+    assert metrics["step"] == expected["step"]
+    # a second start of both is refused by one line
+    done = torchrun(2, [str(ROOT / "train_ssl.py"), *line, "--results-dir", str(tmp_path / "two")], tmp_path)
+    assert done.returncode != 0 and done.stderr.count("has finished: --overwrite replaces it") == 1
