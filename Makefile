@@ -26,6 +26,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.clustering_data
 	$(BIN)/python -m benchmarks.swarm_layer
 	$(BIN)/python -m benchmarks.swarm_transformer
+	$(BIN)/python -m benchmarks.train_ssl
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

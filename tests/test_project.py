@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import swarm_layer, swarm_transformer
+from benchmarks import swarm_layer, swarm_transformer, train_ssl
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -60,3 +60,10 @@ def test_benchmark_steps_run() -> None:
             assert swarm_layer.seconds(swarm_transformer.make_step(kind, 1, 5, "cpu")) > 0
     torch.set_rng_state(before)
     assert swarm_layer.a_batch(300)[0].shape[0] == swarm_layer.BATCH
+
+
+def test_benchmark_of_the_ssl_step_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_ssl.main(["--batch-size", "4", "--encoder-width", "1", "--repeats", "1"]) == 0
+    out = capsys.readouterr().out
+    for part in (*train_ssl.PARTS, "images per second", "times as fast as plain"):
+        assert part in out
