@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,16 +43,16 @@ from common.run.traces import read_metrics
 from common.ssl import evaluation, losses, parallel
 from common.ssl.evaluation import as_floats
 from common.ssl.method import Batch, Method
-from common.ssl.models import ESSL_CODES, Outputs, SelfSupervised, load_encoder, read_saved
+from common.ssl.models import CLASSES, ESSL_CODES, Outputs, SelfSupervised, encoder_of, read_saved
 from common.ssl.targets import TARGETS
-from common.ssl.views import CIRCULAR, CODES, NEEDS_RGB, PARAMETRISED, Stack, clean_view
+from common.ssl.views import CIRCULAR, CODES, COLOURS, NEEDS_RGB, PARAMETRISED, Stack, clean_view
 
 DATASETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
 ENCODERS = ("Cifar10_ResNet", *(f"{lifted}cifar10_{name}" for lifted in ("", "lifted_") for name in BLOCKS))
 # options that do not make another run
 UNNAMED = (
     "device", "dataset_root", "save_dir", "wandb_project", "tensorboard", "resume", "results_dir", "overwrite", "dry_run",
-    "keep_all", "linear_probe", "knn",
+    "linear_probe", "knn",
 )  # fmt: skip
 SPLITS = ("train", "test")
 PICTURES = {
@@ -150,7 +151,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         parser.error(f"--num-classes {args.num_classes} is too small: {args.dataset} has {classes}")
     if args.model == "essl" and args.equi_tx in args.tx:
         args.tx = [code for code in args.tx if code != args.equi_tx]  # in their order
-        if parallel.is_main():
+        if parallel.is_main() and not args.dry_run:
             say(f"[ESSL] Transformation {args.equi_tx} removed from tx, only using {args.tx}")
     return args
 
@@ -174,14 +175,16 @@ def check_transformations(parser: argparse.ArgumentParser, args: argparse.Namesp
     if structured:
         if args.equi_tx not in PARAMETRISED:
             parser.error(f"--equi-tx {args.equi_tx} has no parameter to structure by: choose from {' '.join(PARAMETRISED)}")
-        if args.equi_tx not in args.tx and not (args.equi_tx == "sca" and "ccr" in args.tx):
+        made_by = {"sca": "ccr"} | dict.fromkeys(COLOURS, "jit")  # what else has the parameter
+        if args.equi_tx not in args.tx and made_by.get(args.equi_tx) not in args.tx:
             parser.error(
                 f"--equi-tx {args.equi_tx} is not one of --tx {' '.join(args.tx)}: duet can only learn what is applied"
             )
     if args.model == "essl" and args.equi_tx not in ESSL_CODES:
         parser.error(f"--equi-tx {args.equi_tx} is nothing that essl can predict: choose from {' '.join(ESSL_CODES)}")
     if args.dataset in ("mnist", "fashionmnist"):
-        coloured = [code for code in (*args.tx, args.equi_tx) if code in NEEDS_RGB]
+        used = args.tx if args.model == "simclr" else (*args.tx, args.equi_tx)
+        coloured = [code for code in used if code in NEEDS_RGB]
         if coloured:
             parser.error(f"{coloured[0]} changes colours: the images of {args.dataset} have one channel")
 
@@ -224,8 +227,10 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     """The data set, at a side of --image-size, or 8/7 of it with --center-crop (as published: 36 for 32). Raises DataError."""
     side = args.image_size * 256 // 224 if args.center_crop else args.image_size
     training, test = fetch_data(args)
-    fingerprint = training.fingerprint()
+    fingerprint = training.fingerprint() + test.fingerprint()
     if args.subset:
+        if args.subset > len(training):
+            raise DataError(f"--subset {args.subset} is more than the {len(training)} training images of {args.dataset}")
         training = training[torch.randperm(len(training), generator=torch.Generator().manual_seed(args.seed))[: args.subset]]
     if min(len(training), len(test), args.batch_size) < max(2, parallel.world_size()):
         raise DataError(
@@ -278,16 +283,16 @@ def forward(args: argparse.Namespace, model: SelfSupervised, batch: Batch) -> Ou
     return out.float()
 
 
-def batches_of(args: argparse.Namespace, order: Tensor) -> list[Tensor]:
-    """Batches of an order of images. The last may be smaller, but batch norm needs two images, and each process one."""
-    batches = [batch for batch in order.split(args.batch_size) if len(batch) >= max(2, parallel.world_size())]
+def batches_of(args: argparse.Namespace, order: Tensor, smallest: int) -> list[Tensor]:
+    """Batches of an order of images; the last may be smaller, but needs `smallest` images, and one for each process."""
+    batches = [batch for batch in order.split(args.batch_size) if len(batch) >= max(smallest, parallel.world_size())]
     return batches[: args.debug_steps]
 
 
 def training_batches(args: argparse.Namespace, data: ImageSet, epoch: int) -> list[Tensor]:
     """The batches of an epoch: a function of seed and epoch alone."""
     order = torch.randperm(len(data), generator=generator_of(args.seed, 0, epoch))
-    return batches_of(args, order.to(data.images.device))
+    return batches_of(args, order.to(data.images.device), smallest=2)  # for batch norm
 
 
 def train_epoch(
@@ -327,7 +332,7 @@ def test_epoch(
     """Mean figures of the test images, always with the same views; None if a signal comes."""
     method, sums = method_of(args), Sums()
     model.eval()
-    for i, chosen in enumerate(batches_of(args, torch.arange(len(data), device=data.images.device))):
+    for i, chosen in enumerate(batches_of(args, torch.arange(len(data), device=data.images.device), smallest=1)):
         if parallel.any_process(interruption.signal is not None):
             return None
         batch = method.make_batch(data.images, data.labels, chosen, generator_of(args.seed, 2, i), training=False)
@@ -354,8 +359,9 @@ def train(
             means = training.sums.means()
             if not math.isfinite(means["total_loss"]):
                 raise SystemExit(f"the loss of epoch {training.epoch} is not finite: a smaller --lr or --duet-lambda may help")
-            row = tell_epoch(args, training, means, tested, trained_at)
-            sinks.log({name: value for name, value in row.items() if name != "epoch" and not math.isnan(value)}, training.epoch)
+            row = tell_epoch(args, training, len(data.training), means, tested, trained_at)
+            figures = {{"lr": "train_lr"}.get(name, name): value for name, value in row.items() if not math.isnan(value)}
+            sinks.log(figures, training.epoch)
             if tested is not None:
                 training.tested = tested
                 if training.writes:
@@ -372,6 +378,7 @@ def train(
 def tell_epoch(
     args: argparse.Namespace,
     training: EpochTraining,
+    n_training: int,
     train_means: dict[str, float],
     test_means: dict[str, float] | None,
     trained_at: float,
@@ -387,15 +394,23 @@ def tell_epoch(
         }
         if means is not None and training.writes:
             rate = f", lr: {lr:g}" if split == "train" else ""
-            figures = ", ".join(f"{name}: {value:.3f}{reference(args, name)}" for name, value in means.items())
+            levels = chance_levels(args, min(args.batch_size, n_training))
+            told = {name: f" (chance {levels[name]:.3g})" if name in levels else "" for name in means}
+            figures = ", ".join(f"{name}: {value:.3f}{told[name]}" for name, value in means.items())
             tell(training.run, f"[{split.capitalize():<5} epoch {epoch} in {seconds[split]:.2f}s]  {figures}{rate}")
     return row
 
 
-def reference(args: argparse.Namespace, name: str) -> str:
-    """What a figure would be by chance, for the log."""
-    level = {"track_head_top_1_mean": 100 / args.num_classes, "model_nce_loss_mean": 2 * math.log(2 * args.batch_size - 1)}
-    return f" (chance {level[name]:.3g})" if name in level else ""
+def chance_levels(args: argparse.Namespace, n: int) -> dict[str, float]:
+    """What figures would be by chance, in batches of n images: to judge those in the log by."""
+    method = method_of(args)
+    nce = "model_loss_mean" if method.structure is None and method.predicts is None else "model_nce_loss_mean"
+    levels = {nce: 2 * math.log(2 * n - 1)}
+    for k in (1, 5):
+        levels[f"track_head_top_{k}_mean"] = 100 * min(1, k / args.num_classes)
+        levels |= {f"model_ntxent_{rows}_top{k}_mean": 100 * min(1, k / (2 * n - 1)) for rows in ("ABAA", "BABB", "total")}
+        levels[f"model_essl_top_{k}_mean"] = 100 * min(1, k / CLASSES.get(method.predicts or "", 1))
+    return levels
 
 
 def tell(run: RunDirectory, text: str) -> None:
@@ -418,7 +433,6 @@ def save_model(args: argparse.Namespace, training: EpochTraining, when: str) -> 
     model, stem = training.model, file_stem(args)
     assert isinstance(model, SelfSupervised)
     folder = Path(args.save_dir) if args.save_dir else training.run.path
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}_{when}.pt"
     state = {
         "model": {name: value.cpu() for name, value in model.state_dict().items()},
@@ -426,12 +440,41 @@ def save_model(args: argparse.Namespace, training: EpochTraining, when: str) -> 
         "options": vars(args),
         "steps": training.step,
     }
-    write_in_one_step(path, lambda file: torch.save(state, file))
+    checkpoint.save(state, path)
     if not args.keep_all:
-        for old in folder.glob(f"{stem}_[0-9][0-9][0-9][0-9].pt"):
+        for old in saved_models(folder, stem):
             if old != path:
                 old.unlink()
-    tell(training.run, f"Model saved as {path}")
+    named_at_the_end = path if args.save_dir or when != "final" else training.run.final / path.name
+    tell(training.run, f"Model saved as {named_at_the_end}")
+
+
+def saved_models(folder: Path, stem: str) -> list[Path]:
+    """The models of a run in a folder."""
+    return sorted(path for path in folder.glob(f"{stem}_*.pt") if re.fullmatch(r"\d{4,}|final", path.stem[len(stem) + 1 :]))
+
+
+def claim_save_dir(args: argparse.Namespace, name: str, found: str) -> None:
+    """See that --save-dir can be written to, and that its models, whose published names say little, are of this run alone.
+
+    A file <stem>.run there says whose they are. Raises RunError if another run's, or OSError.
+    """
+    if args.save_dir is None:
+        return
+    folder, stem = Path(args.save_dir), file_stem(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    owner, models = folder / f"{stem}.run", saved_models(folder, stem)
+    if args.overwrite:
+        for old in (owner, *models):
+            old.unlink(missing_ok=True)
+    elif models and (found != "unfinished" or not owner.exists()):
+        raise RunError(f"{models[0]} is there, of another run: --overwrite replaces it, another --save-dir keeps it")
+    try:
+        with open(owner, "x") as file:  # of two that start at once, one alone can
+            file.write(name)
+    except FileExistsError:
+        if owner.read_text() != name:
+            raise RunError(f"{owner} says that the run {owner.read_text()!r} saves there: choose another --save-dir") from None
 
 
 def draw_curves(args: argparse.Namespace, training: EpochTraining) -> None:
@@ -553,39 +596,66 @@ def report_table(result: dict[str, Any]) -> str:
 # ---- saved encoders ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A saved encoder that is to be measured, and where the figures go."""
+
+    which: str  # linear_probe or knn
+    path: Path
+    encoder: CifarResNet
+    options: argparse.Namespace  # that it was trained with, but for data, subset and seed
+    out: Path
+
+
+def make_probe(args: argparse.Namespace, which: str) -> Probe:
+    """Read an encoder. Raises ValueError if it is none, does not fit the data, or figures are there already."""
+    path = Path(getattr(args, which))
+    saved = read_saved(path)
+    encoder, of = encoder_of(saved, path), saved["options"]
+    if of.get("dataset") not in DATASETS or not {"image_size", "center_crop", "batch_size"} <= of.keys():
+        raise ValueError(f"{path} has no options of a training")
+    own = {
+        "dataset_root": args.dataset_root,
+        "dataset": args.dataset or of["dataset"],
+        "subset": args.subset,
+        "seed": args.seed,
+    }
+    trained_with = argparse.Namespace(**{**of, **own})
+    channels = images.SHAPES[DATASETS[trained_with.dataset]][0]
+    if channels != encoder.conv1.in_channels:
+        raise ValueError(f"{path} takes {encoder.conv1.in_channels} channels, images of {trained_with.dataset} have {channels}")
+    out = path.with_name(f"{path.stem}_{which}_{trained_with.dataset}.json")
+    if out.exists() and not args.overwrite:
+        raise ValueError(f"{out} is there: --overwrite replaces it")
+    return Probe(which, path, encoder, trained_with, out)
+
+
 def evaluate_saved(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """--linear-probe and --knn: print the accuracy of a saved encoder, and write it beside the file."""
-    for which in ("linear_probe", "knn"):
-        path = getattr(args, which)
-        if path is None:
+    if parallel.launched():
+        parser.error("--linear-probe and --knn are for one process: leave torchrun out")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with refusing(parser, ValueError):
+        probes = [make_probe(args, which) for which in ("linear_probe", "knn") if getattr(args, which) is not None]
+    for probe in probes:
+        if args.dry_run:
+            print(probe.out)
             continue
         with refusing(parser, DataError, ValueError):
-            saved, encoder = read_saved(path), load_encoder(path)
-            trained_with = argparse.Namespace(**saved["options"])
-            trained_with.dataset_root = args.dataset_root
-            trained_with.dataset = args.dataset or trained_with.dataset
-            trained_with.subset, trained_with.seed = args.subset, args.seed
-            channels = images.SHAPES[DATASETS[trained_with.dataset]][0]
-            if channels != encoder.conv1.in_channels:
-                parser.error(
-                    f"{path} takes {encoder.conv1.in_channels} channels, images of {trained_with.dataset} have {channels}"
-                )
-            out = Path(path).with_name(f"{Path(path).stem}_{which}_{trained_with.dataset}.json")
-            if out.exists() and not args.overwrite:
-                parser.error(f"{out} is there: --overwrite replaces it")
-            device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            data = load_data(trained_with, device)
-        n_classes = images.N_CLASSES[DATASETS[trained_with.dataset]]
-        known = split_representations(encoder.to(device), data.training, data.test, trained_with.image_size)
-        if which == "linear_probe":
+            data = load_data(probe.options, device)
+        n_classes = images.N_CLASSES[DATASETS[probe.options.dataset]]
+        known = split_representations(probe.encoder.to(device), data.training, data.test, probe.options.image_size)
+        if probe.which == "linear_probe":
             found = evaluation.linear_probe(*known, n_classes, args.seed)
         else:
             found = evaluation.nearest_neighbours(*known, n_classes)
-        result = {"file": str(path), "dataset": trained_with.dataset, "training_images": len(data.training), "seed": args.seed}
-        result |= {"test_images": len(data.test), "chance_top_1": 100 / n_classes, **found}
+        say(f"{probe.path}: {probe.which.replace('_', ' ')} top-1 {found['top_1']:.2f} % (chance {100 / n_classes:.3g})")
+        result = {"file": str(probe.path), "dataset": probe.options.dataset, "seed": args.seed, "chance_top_1": 100 / n_classes}
+        result |= {"training_images": len(data.training), "test_images": len(data.test), **found}
         text = json.dumps(result, indent=2)
-        write_in_one_step(out, lambda file, text=text: file.write(text.encode()))
-        say(f"{path}: {which.replace('_', ' ')} top-1 {found['top_1']:.2f} % (chance {100 / n_classes:.3g}), written to {out}")
+        with refusing(parser):
+            write_in_one_step(probe.out, lambda file, text=text: file.write(text.encode()))
+        say(f"written to {probe.out}")
     return 0
 
 
@@ -623,12 +693,13 @@ def main(argv: list[str] | None = None) -> int:
 def start(args: argparse.Namespace, run: RunDirectory) -> str:
     """What a start finds: see RunDirectory.check. Raises RunError or TrackerError if it cannot go on as asked."""
     trackers.check(tensorboard=args.tensorboard, wandb_project=args.wandb_project)
-    found = run.check(resume=args.resume, overwrite=args.overwrite)
-    if args.save_dir is not None and found == "new" and not args.overwrite:
-        there = sorted(Path(args.save_dir).glob(f"{file_stem(args)}_*.pt"))
-        if there:
-            raise RunError(f"{there[0]} is there, of another run: --overwrite replaces it, another --save-dir keeps it")
-    return found
+    return run.check(resume=args.resume, overwrite=args.overwrite)
+
+
+def open_run(args: argparse.Namespace, run: RunDirectory, found: str) -> None:
+    """Make, or go on with, the run's directory, and its place for models. Raises RunError, OSError."""
+    claim_save_dir(args, run.name, found)
+    run.open(vars(args), overwrite=args.overwrite, to_stdout=False)
 
 
 def run_training(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, device: torch.device) -> int:
@@ -647,7 +718,7 @@ def run_training(parser: argparse.ArgumentParser, args: argparse.Namespace, name
             optimizer = make_optimizer(model, args.lr)
             named = {option: value for option, value in vars(args).items() if option not in UNNAMED}
             last = load_last(run, model, optimizer, named, data.fingerprint) if found == "unfinished" else None
-            parallel.main_says(lambda: run.open(vars(args), overwrite=args.overwrite, to_stdout=False), RunError, OSError)
+            parallel.main_says(lambda: open_run(args, run, found), RunError, OSError)
         with surviving_full_disks(run):
             columns = (
                 "epoch",
@@ -659,15 +730,18 @@ def run_training(parser: argparse.ArgumentParser, args: argparse.Namespace, name
             training = EpochTraining(
                 run, model, optimizer, named, fingerprint=data.fingerprint, columns=columns, last=last, writes=is_main
             )
-            return run_epochs(args, data, training, interruption)
+            return run_epochs(parser, args, data, training, interruption)
 
 
-def run_epochs(args: argparse.Namespace, data: Data, training: EpochTraining, interruption: Interruption) -> int:
+def run_epochs(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, data: Data, training: EpochTraining, interruption: Interruption
+) -> int:
     """Train, report, and give the run its name."""
     run, model = training.run, training.model
     assert isinstance(model, SelfSupervised)
     tracked = {"tensorboard": args.tensorboard, "wandb_project": args.wandb_project} if training.writes else {}
-    sinks = trackers.Trackers(run.path, run.name, vars(args), **tracked)
+    with refusing(parser, trackers.TrackerError):
+        sinks = trackers.Trackers(run.path, run.name, vars(args), epoch=training.epoch, **tracked)
     try:
         if training.writes:
             introduce(args, data, training)
@@ -675,6 +749,7 @@ def run_epochs(args: argparse.Namespace, data: Data, training: EpochTraining, in
             if training.writes:
                 by = interruption.signal or "a signal to another process"
                 tell(run, f"stopped by {by} after step {training.step}: --resume goes on from here")
+            parallel.wait_for_all()  # torchrun kills the others when the first has gone
             return EXIT_RESUMABLE
         if not training.tested:  # --epochs 0
             training.tested = test_epoch(args, data.test, model, Interruption()) or {}

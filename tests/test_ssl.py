@@ -106,10 +106,31 @@ def test_sweeps_go_through_the_range(code: str) -> None:
     assert parameters == sorted(parameters) and len(swept) == {"ron": 4, "fli": 2, "flv": 2, "blu": 2, "gra": 2}.get(code, 9)
     assert all(view.shape == (3, 3, 16, 16) for _, view in swept)
     assert not torch.equal(swept[0][1], swept[-1][1]) or code == "rot"  # -180 and 180 degrees are one
-    # the parameter is the one that a stack records of the same transformation
-    if code == "rot":
-        turned = tf.centre_crop(tf.rotate(torch.ones(3, 3, 18, 18), torch.full((3,), -90.0)), 16)
-        assert turned.shape == (3, 3, 16, 16) and parameters[2] == pytest.approx(0.25)
+
+
+def test_a_sweep_turns_as_a_stack_does() -> None:
+    pixels = torch.rand(3, 3, 18, 18)
+    parameter, view = views.sweep("rot", pixels, 16, 9)[2]
+    assert parameter == pytest.approx(0.25) == float(views.normalised("rot", torch.tensor([-90.0]), 16))
+    torch.testing.assert_close(view, views.clean_view(tf.rotate(pixels, torch.full((3,), -90.0)), 16))
+    parameter, view = views.sweep("sca", pixels, 16, 9)[0]  # the whole
+    torch.testing.assert_close(view, tf.resize(pixels, 16) - 0.5)
+
+
+@pytest.mark.parametrize("options", [{"bins": 4, "structure": "rot"}, {"predicts": "rot", "weight": 1.0}])
+def test_tests_have_one_clean_view(options: dict[str, object]) -> None:
+    method = Method(("sca", "rot"), 16, **options)
+    data = smooth(6).images
+    arguments = data, torch.zeros(6).long(), torch.arange(6), generator()
+    batch = method.make_batch(*arguments, training=False)
+    clean = views.clean_view(data.float() / 255, 16)
+    assert torch.equal(batch.view1, clean) and not torch.allclose(batch.view2, clean, atol=0.1)
+    if batch.task is not None:  # the centre, turned by an angle alone
+        inner = views.clean_view(data.float() / 255, 8)
+        turned = tf.rotate(inner + 0.5, 180 * batch.task_labels[:, 0]) - 0.5
+        torch.testing.assert_close(batch.task, turned, rtol=0, atol=1e-5)
+    batch = method.make_batch(*arguments[:3], generator(), training=True)
+    assert not torch.allclose(batch.view1, clean, atol=0.1)
 
 
 # ---- targets and losses --------------------------------------------------------------------------------------------------

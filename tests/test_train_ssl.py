@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train_ssl as script
+from common.models.resnet import CifarResNet
 from common.run import epochs
 from common.run.traces import read_metrics
 from common.ssl.method import Method
@@ -88,6 +89,23 @@ def test_help_lists_every_published_option(capsys: pytest.CaptureFixture[str]) -
         "--linear-probe --knn"
     ).split():
         assert option in text
+    assert "--tx" in text and all(encoder in text for encoder in script.ENCODERS) and len(script.ENCODERS) == 13
+
+
+def test_the_optimiser_is_the_published_one() -> None:
+    group = script.make_optimizer(Method(("sca",), 8).make_model(CifarResNet((1, 1, 1), width=1), 3), 0.1).param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.1, (0.9, 0.95), 1e-4, 1e-8)
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    args = script.parse(script.get_parser(), ["--tx", "sca", "--equi-tx", "sca", "--batch-size", "16"])
+    epochs = [torch.cat(script.training_batches(args, smooth(50), epoch)).tolist() for epoch in (0, 1, 0)]
+    assert epochs[0] == epochs[2] != epochs[1] and sorted(epochs[1]) == list(range(50))
+
+
+def test_jitter_has_the_parameters_of_colours() -> None:
+    args = script.parse(script.get_parser(), ["--tx", "jit", "--equi-tx", "hue"])
+    assert script.method_of(args).structure == "hue"
 
 
 BAD = {
@@ -162,7 +180,7 @@ def test_what_a_run_leaves(kind: str, grey: tuple[str, str], tmp_path: Path, cap
     saved = tmp_path / "saved"
     assert run(line, tmp_path, *grey, "--save-dir", str(saved)) == 0
     path = directory(tmp_path)
-    assert sorted(p.name for p in saved.iterdir()) == [f"{stem}_final.pt"]
+    assert sorted(p.name for p in saved.iterdir()) == [f"{stem}.run", f"{stem}_final.pt"]
     result = json.loads((path / "result.json").read_text())
     assert result["epochs"] == 3 and result["steps"] == 12  # 3 batches of 16, one of 2
     assert result["test"] and all(math.isfinite(value) for value in result["test"].values())
@@ -215,13 +233,31 @@ def test_models_of_another_run_are_not_replaced(
 ) -> None:
     saved = "--save-dir", str(tmp_path / "saved")
     assert run(f"{DUET} --epochs 1", tmp_path, *grey, *saved) == 0
-    (file,) = (tmp_path / "saved").iterdir()
+    (file,) = (tmp_path / "saved").glob("*.pt")
     before = file.read_bytes()
     assert run(f"{DUET} --epochs 1 --seed 1", tmp_path, *grey, *saved) == 2
     assert f"{file} is there, of another run" in capsys.readouterr().err
     assert file.read_bytes() == before
     assert run(f"{DUET} --epochs 1 --seed 1 --overwrite", tmp_path, *grey, *saved) == 0
     assert file.read_bytes() != before
+    # nor by one that has begun at the same time, and saved nothing yet
+    file.unlink()
+    assert run(f"{DUET} --epochs 1 --seed 2", tmp_path, *grey, *saved) == 2
+    assert "saves there" in capsys.readouterr().err
+    # names that begin alike are others' business
+    for equi, status in (("--equi-tx rot", 0), ("", 0)):
+        assert run(f"{SHORT} --epochs 0 --model simclr --tx rot {equi}", tmp_path, *grey, *saved) == status
+
+
+def test_a_place_that_models_cannot_be_saved_in(
+    grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", Path("/proc/nowhere")):
+        assert run(DUET, tmp_path, *grey, "--save-dir", str(place)) == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert str(place) in error
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(grey: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +295,7 @@ def test_exchanged_data_are_noticed(grey: tuple[str, str], tmp_path: Path, capsy
 def test_saved_encoders(grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = tmp_path / "saved"
     assert run(DUET, tmp_path, *grey, "--save-dir", str(saved)) == 0
-    (file,) = saved.iterdir()
+    (file,) = saved.glob("*.pt")
     assert read_saved(file)["options"]["duet_target"] == "vm"
     encoder = load_encoder(file)
     assert not encoder.training
@@ -275,13 +311,20 @@ def test_saved_encoders(grey: tuple[str, str], tmp_path: Path, capsys: pytest.Ca
         written = json.loads((saved / f"{file.stem}_{which}_mnist.json").read_text())
         assert written["top_1"] == pytest.approx(result[which]["top_1"], abs=5.1)  # one image of 20
         assert f"{which.replace('_', ' ')} top-1 {written['top_1']:.2f} %" in out
+    assert (
+        run("--knn", tmp_path, str(file), "--linear-probe", "nowhere.pt", "--overwrite", *grey) == 2
+    )  # before anything is computed
+    assert "no file nowhere.pt" in capsys.readouterr().err
+    assert run("--knn", tmp_path, str(file), "--overwrite", "--dry-run", *grey) == 0
+    assert capsys.readouterr().out.strip() == str(saved / f"{file.stem}_knn_mnist.json")
     assert run("--knn", tmp_path, str(file), *grey) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run("--knn", tmp_path, str(file), "--dataset", "cifar10", *grey) == 2
     assert "takes 1 channels, images of cifar10 have 3" in capsys.readouterr().err
-    file.write_bytes(file.read_bytes()[:1000])
-    assert run("--knn", tmp_path, str(file), *grey) == 2
-    assert "damaged" in capsys.readouterr().err
+    for content in (file.read_bytes()[:1000], b"", b"text"):
+        file.write_bytes(content)
+        assert run("--knn", tmp_path, str(file), *grey) == 2
+        assert "damaged" in capsys.readouterr().err
 
 
 # ---- trackers ------------------------------------------------------------------------------------------------------------

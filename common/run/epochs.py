@@ -21,6 +21,7 @@ from common.run.directory import RunDirectory
 from common.run.traces import Metrics, Traces
 from common.run.training import check_data
 
+NEEDED = ("model", "optimizer", "args", "data", "progress", "sums", "tested", "seconds", "traces", "metrics_size")
 SAVE_SECONDS = 120.0  # between two saves of last.pkl
 
 
@@ -130,7 +131,7 @@ def load_last(
 
     Raises CheckpointError if that is damaged, or was made with other options, another model or other data. Creates nothing.
     """
-    last = checkpoint.load(run.last, needed=("model", "optimizer", "args", "data", "progress", "sums", "tested"))
+    last = checkpoint.load(run.last, needed=NEEDED)
     for name, value in last["args"].items():
         if args.get(name) != value:
             option = f"{run.dash}{name.replace('_', '-')}"

@@ -50,21 +50,41 @@ class Trackers:
     """Those that are asked for; none, and every call does nothing."""
 
     def __init__(
-        self, folder: Path, name: str, args: Mapping[str, Any], *, tensorboard: bool = False, wandb_project: str | None = None
+        self,
+        folder: Path,
+        name: str,
+        args: Mapping[str, Any],
+        *,
+        epoch: int = 0,
+        tensorboard: bool = False,
+        wandb_project: str | None = None,
     ):
-        """Files go into `folder`; a run that is resumed there goes on as the same one."""
+        """Files go into `folder`; a run that is resumed there, in `epoch`, goes on as the same one. Raises TrackerError."""
         self._board: Any = None
         self._wandb: Any = None
         if tensorboard:
-            self._board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+            self._board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
+                str(folder / "tensorboard"), purge_step=epoch
+            )
         if wandb_project is not None:
             identity = folder / "wandb-id"
             if not identity.exists():
                 identity.write_text(uuid.uuid4().hex[:12])
             wandb = importlib.import_module("wandb")
-            self._wandb = wandb.init(
-                project=wandb_project, name=name, config=dict(args), dir=str(folder), id=identity.read_text(), resume="allow"
-            )
+            try:
+                self._wandb = wandb.init(
+                    project=wandb_project,
+                    name=name,
+                    config=dict(args),
+                    dir=str(folder),
+                    id=identity.read_text(),
+                    resume="allow",
+                )
+            except Exception as error:  # of the key, the server, the network
+                first, *_ = str(error).splitlines() or [type(error).__name__]
+                raise TrackerError(
+                    f"Weights & Biases cannot be reached: {first}; WANDB_MODE=offline works without, and --resume goes on"
+                ) from None
 
     def log(self, figures: Mapping[str, float], epoch: int) -> None:
         if self._board is not None:

@@ -74,7 +74,7 @@ def linear_probe(z: Tensor, labels: Tensor, z_test: Tensor, labels_test: Tensor,
     mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
     z, z_test = (z - mean) / std, (z_test - mean) / std
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
-    held_out, rest = order[: len(z) // 10], order[len(z) // 10 :]
+    held_out, rest = order[: max(1, len(z) // 10)], order[max(1, len(z) // 10) :]
     validation = {}
     for penalty in PENALTIES:
         weight, bias = fit_linear(z[rest], labels[rest], n_classes, penalty)

@@ -28,8 +28,11 @@ def contrastive_logits(embedding1: Tensor, embedding2: Tensor, temperature: floa
 
 def nt_xent(embedding1: Tensor, embedding2: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Cross entropy of finding an image's other view among all others, both directions added: (B, D) twice -> (B)."""
-    right = torch.arange(len(embedding1), device=embedding1.device)
-    of_a, of_b = contrastive_logits(embedding1, embedding2, temperature)
+    return _nt_xent(*contrastive_logits(embedding1, embedding2, temperature))
+
+
+def _nt_xent(of_a: Tensor, of_b: Tensor) -> Tensor:
+    right = torch.arange(len(of_a), device=of_a.device)
     return F.cross_entropy(of_a, right, reduction="none") + F.cross_entropy(of_b, right, reduction="none")
 
 
@@ -53,10 +56,10 @@ def top_k(logits: Tensor, labels: Tensor, k: int) -> Tensor:
 
 def simclr_loss(embedding1: Tensor, embedding2: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """NT-Xent of two views' embeddings (B, D), and what is logged beside it: percentages of views found again."""
-    loss = nt_xent(embedding1, embedding2).mean()
+    of_a, of_b = contrastive_logits(embedding1, embedding2)
+    loss = _nt_xent(of_a, of_b).mean()
     figures = {"loss_mean": loss}
     right = torch.arange(len(embedding1), device=embedding1.device)
-    of_a, of_b = (logits.detach() for logits in contrastive_logits(embedding1, embedding2))
     for k in (1, 5) if len(embedding1) > 5 else (1,):
         found_a, found_b = top_k(of_a, right, k), top_k(of_b, right, k)
         figures[f"ntxent_ABAA_top{k}_mean"], figures[f"ntxent_BABB_top{k}_mean"] = found_a, found_b

@@ -1,6 +1,6 @@
 """A step of DUET, SimCLR or ESSL: what views are made of a batch, and what is minimised (Suau et al. 2023, section 3).
 
-batch = method.make_batch(images, chosen, generator, training=True)
+batch = method.make_batch(images, labels, chosen, generator, training=True)
 loss, figures = method.loss(model(batch.view1, batch.view2, batch.task), batch, training=True)
 """
 

@@ -116,8 +116,8 @@ def read_saved(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
-    except Exception as error:  # damaged and foreign bytes fail in many ways
-        raise ValueError(f"{path} is damaged, or no encoder saved by train_ssl.py: {str(error).splitlines()[0][:80]}") from None
+    except Exception:  # damaged and foreign bytes fail in many ways
+        raise ValueError(f"{path} is damaged, or no encoder saved by train_ssl.py") from None
     parts = ("model", "encoder", "options")
     if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in parts):
         raise ValueError(f"{path} is no encoder saved by train_ssl.py")
@@ -126,12 +126,18 @@ def read_saved(path: str | Path) -> dict[str, Any]:
 
 def load_encoder(path: str | Path) -> CifarResNet:
     """The encoder of a saved model, on the CPU, ready for use (in evaluation mode). Raises ValueError if there is none."""
-    state = read_saved(path)
+    return encoder_of(read_saved(path), path)
+
+
+def encoder_of(state: dict[str, Any], path: str | Path) -> CifarResNet:
+    """The encoder of a saved model that `read_saved` has read. Raises ValueError if there is none."""
     try:
         encoder = CifarResNet(**state["encoder"])
         prefix = "base_network."
         weights = {key.removeprefix(prefix): value for key, value in state["model"].items() if key.startswith(prefix)}
         encoder.load_state_dict(weights)
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # damaged ones fail in many ways
+        raise ValueError(f"{path} is damaged: its encoder does not fit ({type(error).__name__})") from None
+    if not all(parameter.isfinite().all() for parameter in encoder.parameters()):
+        raise ValueError(f"{path} has weights that are not finite")
     return encoder.eval()

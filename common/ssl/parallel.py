@@ -24,15 +24,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def launched() -> bool:
+    """Whether torchrun has started this process."""
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
 def is_main() -> bool:
     """Whether this is the process that writes; also before the group is made."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return not launched() or int(os.environ["RANK"]) == 0
 
 
 @contextmanager
 def process_group(device_type: str) -> Iterator[torch.device]:
     """Join the other processes that torchrun has started, if any; gives this process's device."""
-    if "WORLD_SIZE" not in os.environ:
+    if not launched():
         yield torch.device(device_type)
         return
     device = torch.device(device_type)
@@ -82,6 +87,11 @@ def any_process(flag: bool) -> bool:
     flags = torch.tensor(int(flag))
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
+
+
+def wait_for_all() -> None:
+    """Go on when all processes have come here."""
+    any_process(False)
 
 
 def main_says(compute: Callable[[], Any], *expected: type[Exception]) -> Any:

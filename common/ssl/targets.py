@@ -40,9 +40,3 @@ def circular_mean(distributions: Tensor) -> Tensor:
     angles = 2 * math.pi * (torch.arange(bins, device=distributions.device) + 0.5) / bins
     mean = torch.atan2((distributions * angles.sin()).sum(-1), (distributions * angles.cos()).sum(-1))
     return (mean / (2 * math.pi)) % 1.0
-
-
-def linear_mean(distributions: Tensor) -> Tensor:
-    """The mean of a distribution over bins of [0, 1]: (..., bins) -> (...)."""
-    bins = distributions.shape[-1]
-    return (distributions * (torch.arange(bins, device=distributions.device) + 0.5) / bins).sum(-1)
