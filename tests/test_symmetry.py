@@ -1,0 +1,370 @@
+"""Stitching: what must hold whatever the numbers are."""
+
+import copy
+import doctest
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.symmetry.joints import Birkhoff, Full, Joint, Lasso, LowRank, Wreath
+from common.symmetry.matrices import permutation_matrix, round_hungarian, round_monotone, round_scores, sinkhorn
+from common.symmetry.stitching import joints_of, reestimate_statistics, restore_statistics, stitch
+from common.symmetry.train import make_optimizers, training_step
+from tests.small_networks import ResNet, Transformer, mcnn
+
+JOINTS = {
+    "full": Full,
+    "lowrank": lambda channels: LowRank(channels, 2),
+    "lasso": lambda channels: Lasso(channels, 0.01),
+    "wreath": Wreath,
+    "birkhoff": lambda channels: Birkhoff(channels, 0.1),
+}
+NETWORKS = {"mcnn": lambda: mcnn(4), "resnet": lambda: ResNet(4, 2, weighted_shortcut=True), "transformer": Transformer}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def trained(network: nn.Module) -> nn.Module:
+    """With batch statistics, scales and shifts as of a network that has been trained: nothing is at its initial value."""
+    for name, tensor in network.state_dict().items():
+        if "running_var" in name or (tensor.ndim == 1 and "weight" in name):
+            tensor.uniform_(0.5, 2)
+        elif tensor.ndim == 1:
+            tensor.normal_(0, 0.3)
+    return network.eval()
+
+
+def images(n: int = 6) -> Tensor:
+    return torch.randn(n, 3, 32, 32)
+
+
+def identity(channels: int) -> Birkhoff:
+    joint = Birkhoff(channels)
+    with torch.no_grad():
+        joint.weight_perms.copy_(torch.eye(channels))
+    return joint
+
+
+@pytest.mark.parametrize("name", ["matrices", "joints", "stitching", "train"])
+def test_examples_in_docstrings(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"common.symmetry.{name}"))
+    assert results.attempted > 5
+    assert results.failed == 0
+
+
+# ---- matrices ------------------------------------------------------------------------------------------------------------
+
+
+def test_sinkhorn_is_doubly_stochastic() -> None:
+    W = sinkhorn(torch.rand(20, 20) + 0.01, 100)
+    assert (W.sum(0) - 1).abs().max() < 1e-6
+    assert (W.sum(1) - 1).abs().max() < 1e-6
+
+
+def test_sinkhorn_of_dead_rows_and_columns() -> None:
+    A = torch.rand(6, 6)
+    A[2] = A[:, 4] = 0
+    W = sinkhorn(A)
+    assert W.isfinite().all() and (W[2] == 0).all() and (W[:, 4] == 0).all()
+    W = sinkhorn(A, 100, revive=True)
+    assert (W.sum(0) - 1).abs().max() < 1e-6
+    assert (W.sum(1) - 1).abs().max() < 1e-6
+    assert (sinkhorn(torch.zeros(3, 3), revive=True) - 1 / 3).abs().max() < 1e-6
+
+
+def test_ties_round_to_permutations() -> None:
+    for P in (
+        round_scores(torch.zeros(7, 1)),
+        round_scores(torch.tensor([[1.0], [2.0], [1.0], [2.0]])),
+        round_hungarian(torch.ones(7, 7)),
+        round_monotone(torch.ones(7, 7), torch.linspace(0, 1, 7)),
+    ):
+        assert (P.sum(0) == 1).all() and (P.sum(1) == 1).all() and (P.max(1).values == 1).all()
+
+
+# ---- joints --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", JOINTS)
+def test_joints_of_maps_tokens_and_features_agree(kind: str) -> None:
+    joint = JOINTS[kind](6)
+    maps = torch.randn(2, 6, 3, 5)
+    tokens = maps.flatten(2).mT
+    for training, matrix in ((True, joint.matrix()), (False, joint.rounded())):
+        joint.train(training)
+        expected = torch.einsum("dc,btc->btd", matrix, tokens)
+        torch.testing.assert_close(joint(tokens), expected)
+        torch.testing.assert_close(joint(maps).flatten(2).mT, expected)
+        torch.testing.assert_close(joint(tokens[:, 0]), expected[:, 0])
+    assert not joint.rounded().requires_grad
+
+
+def test_rounding_is_never_stale() -> None:
+    joint = Birkhoff(5).eval()
+    x = torch.randn(3, 5)
+    joint(x)
+    P = permutation_matrix(torch.tensor([1, 2, 3, 4, 0]))
+    joint.load_state_dict({"weight_perms": P, "weight_scalars": torch.ones(5)})
+    assert torch.equal(joint(x), x @ P.T)
+    joint.weight_perms.data = torch.eye(5)
+    assert torch.equal(joint(x), x)
+    joint.rounded().zero_()  # the caller's own
+    joint.scalars = False
+    joint.rounded().zero_()
+    assert torch.equal(joint(x), x)
+
+
+def test_scales_can_be_switched_off() -> None:
+    for joint in (Birkhoff(4), Wreath(4)):
+        with torch.no_grad():
+            joint.weight_scalars.fill_(3.0)
+        on = joint(torch.ones(1, 4))
+        joint.scalars = False
+        off = joint(torch.ones(1, 4))
+        off.sum().backward()
+        assert joint.weight_scalars.grad is None and (on > 2 * off).all()
+
+
+# ---- stitched models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_stitched_to_itself_by_the_identity(name: str) -> None:
+    network, x = trained(NETWORKS[name]()), images()
+    places = joints_of(network)
+    assert len(places) == {"mcnn": 4, "resnet": 13, "transformer": 4}[name]
+    for place in places:
+        stitched = stitch(network, network, place.index, identity(place.channels)).eval()
+        torch.testing.assert_close(stitched(x), network(x), rtol=1e-6, atol=1e-6)  # layouts differ, and so sums' order
+        expected = copy.deepcopy(network).train()(x)
+        torch.testing.assert_close(stitched.train()(x), expected)
+
+
+def permuted_and_scaled(network: nn.Sequential, conv: int, following: int, order: Tensor, scales: Tensor) -> nn.Sequential:
+    """A copy that computes the same, with channel i of a layer being channel order[i] of the network's times its scale."""
+    network = copy.deepcopy(network)
+    state = network.state_dict()
+    for name in ("weight", "bias"):
+        state[f"{conv + 1}.{name}"].mul_(scales)  # batch norm
+    for name in (f"{conv}.weight", *(f"{conv + 1}.{part}" for part in ("weight", "bias", "running_mean", "running_var"))):
+        state[name].copy_(state[name][order].clone())
+    weight = state[f"{following}.weight"]
+    weight.copy_((weight / scales[:, None, None])[:, order].clone())
+    return network
+
+
+@pytest.mark.parametrize("kind", ["birkhoff", "wreath"])
+@pytest.mark.parametrize(("layer", "conv", "following"), [(3, 0, 3), (6, 3, 7), (10, 7, 11)])
+def test_a_network_stitched_to_a_permuted_and_rescaled_copy(kind: str, layer: int, conv: int, following: int) -> None:
+    network, x = trained(mcnn(4)), images()
+    assert isinstance(network, nn.Sequential)
+    channels = network[conv].out_channels
+    order, scales = torch.randperm(channels), torch.rand(channels) + 0.5
+    copied = permuted_and_scaled(network, conv, following, order, scales)
+    torch.testing.assert_close(copied(x), network(x), rtol=1e-4, atol=1e-5)
+    joint: Joint
+    if kind == "birkhoff":
+        joint = Birkhoff(channels)
+        state = {"weight_perms": permutation_matrix(order), "weight_scalars": scales}
+    else:
+        joint = Wreath(channels, tau=1e-3)
+        scores = torch.empty(channels)
+        scores[order] = torch.arange(channels, 0, -1.0)
+        state = {"weight_perms": scores[:, None], "weight_scalars": scales.log()}
+    joint.load_state_dict(state)
+    stitched = stitch(network, copied, layer, joint)
+    for training in (False, True):
+        expected = copy.deepcopy(network).train(training)(x)
+        torch.testing.assert_close(stitched.train(training)(x), expected, rtol=1e-4, atol=1e-4)
+    stitched = stitch(network, copied, layer, identity(channels)).eval()
+    assert (stitched(x) - network(x)).abs().max() > 0.01  # without the symmetry it is another function
+
+
+@pytest.mark.parametrize("layer", [3, 6, 10, 14])
+def test_halves_of_a_sequence(layer: int) -> None:
+    model1, model2, x = trained(mcnn(4)), trained(mcnn(4)), images()
+    joint = Full(dict(zip((3, 6, 10, 14), (4, 8, 16, 32)))[layer])
+    stitched = stitch(model1, model2, layer, joint).eval()
+    expected = model2[layer:](joint(model1[:layer](x)))  # index 3 is the third of the sequence: the root counts
+    assert torch.equal(stitched(x), expected)
+    assert not torch.allclose(stitched(x), model1(x)) and not torch.allclose(stitched(x), model2(x))
+
+
+def test_the_skip_path_goes_past_a_joint_inside_a_block() -> None:
+    model1, model2 = (trained(ResNet(4, 2, weighted_shortcut=True)) for _ in range(2))
+    x = images()
+    place = next(p for p in joints_of(model1) if p.name == "block_seq.2.r1")  # the first block of the second stage
+    assert place.inside_block
+    joint = Full(place.channels)
+    stitched = stitch(model1, model2, place.index, joint).eval()
+    before = model1.block_seq[:2](model1.r1(model1.bn1(model1.conv1(x))))
+    front, back = model1.block_seq[2], model2.block_seq[2]
+    y = joint(front.r1(front.bn1(front.conv1(before))))
+    y = F.relu(back.bn2(back.conv2(y)) + back.shortcut(before))
+    expected = model2.linear(model2.block_seq[3:](y).mean((2, 3)))
+    assert torch.equal(stitched(x), expected)
+
+
+def test_what_is_registered_early_and_called_late_is_behind() -> None:
+    model1, model2, x = trained(Transformer()), trained(Transformer()), images()
+    place = next(p for p in joints_of(model1) if p.name == "blocks.1")
+    assert place.shape == (64, 8) and place.channels == 8
+    joint = Full(8)
+    stitched = stitch(model1, model2, place.index, joint).eval()
+    tokens = model1.conv(x).flatten(2).mT + model1.positional_emb
+    tokens = model2.blocks[2](joint(model1.blocks[1](model1.blocks[0](tokens))))
+    expected = model2.fc((model2.attention_pool(tokens).softmax(1) * tokens).sum(1))
+    assert torch.equal(stitched(x), expected)
+
+
+def test_a_network_of_other_images() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+    example = torch.zeros(1, 1, 8, 8)
+    assert [place.shape for place in joints_of(network, example)] == [(4, 6, 6)]
+    assert stitch(network, network, 2, Full(4), example)(torch.zeros(5, 1, 8, 8)).shape == (5, 10)
+
+
+def test_looking_for_places_leaves_the_network_as_it_was() -> None:
+    network = mcnn(4).train()
+    network[1].eval()
+    before = copy.deepcopy(network.state_dict())
+    joints_of(network)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert network[0].training and not network[1].training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="layer 4 is no place for a joint: choose from 3 6 10 14"):
+        stitch(mcnn(4), mcnn(4), 4, Full(4))
+    with pytest.raises(ValueError, match="a joint of 4 channels does not fit the 8 of layer 6"):
+        stitch(mcnn(4), mcnn(4), 6, Full(4))
+    with pytest.raises(ValueError, match=r"0.weight is \(4, 3, 3, 3\) in the first, \(5, 3, 3, 3\) in the second"):
+        stitch(mcnn(4), mcnn(5), 3, Full(4))
+    with pytest.raises(ValueError, match="a rank of 5 is not possible between 4 channels"):
+        LowRank(4, 5)
+    with pytest.raises(ValueError, match="no matrix and scales"):
+        make_optimizers(Full(4), 0.1, alternating=True)
+    stitched = stitch(mcnn(4), mcnn(4), 3, Full(4))
+    with pytest.raises(ValueError, match="no projection"):
+        training_step(stitched, images(), torch.arange(6), make_optimizers(stitched.joint, 0.1)[0], hook_eps=0.1)
+
+
+def test_the_state_holds_the_joint_once_and_comes_back() -> None:
+    model1, model2, x = trained(mcnn(4)), trained(mcnn(4)), images()
+    stitched = stitch(model1, model2, 6, Birkhoff(8)).eval()
+    state = stitched.state_dict()
+    assert {key for key in state if "perms" in key or "scalars" in key} == {
+        "network.5.1.weight_perms",
+        "network.5.1.weight_scalars",
+    }
+    assert len(state) == len(model1.state_dict()) + 2
+    other = stitch(model2, model1, 6, Birkhoff(8)).eval()
+    other.load_state_dict(state)
+    assert torch.equal(other(x), stitched(x))
+    assert torch.equal(copy.deepcopy(stitched)(x), stitched(x))
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", JOINTS)
+def test_only_the_joint_learns(kind: str) -> None:
+    model1, model2 = trained(mcnn(4)), trained(mcnn(4))
+    before = [copy.deepcopy(model.state_dict()) for model in (model1, model2)]
+    stitched = stitch(model1, model2, 6, JOINTS[kind](8)).train()
+    frozen = [(n, p, p.detach().clone()) for n, p in stitched.named_parameters() if not n.startswith("network.5.1.")]
+    assert len(frozen) == len(list(model1.parameters()))
+    joint = copy.deepcopy(stitched.joint.state_dict())
+    (optimizer,) = make_optimizers(stitched.joint, 0.1)
+    for _ in range(3):
+        training_step(stitched, images(), torch.arange(6), optimizer)
+    for model, state in zip((model1, model2), before, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    for name, parameter, value in frozen:
+        assert torch.equal(parameter, value) and parameter.grad is None and not parameter.requires_grad, name
+    assert all(not torch.equal(value, joint[key]) for key, value in stitched.joint.state_dict().items())
+    assert not torch.equal(stitched.network[1].running_mean, model1[1].running_mean)  # as published
+    assert not torch.equal(stitched.network[12].running_mean, model2[12].running_mean)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nothing_is_kept_of_the_front(name: str) -> None:
+    model1, model2 = trained(NETWORKS[name]()), trained(NETWORKS[name]())
+    for place in joints_of(model1):
+        stitched = stitch(model1, model2, place.index, Full(place.channels)).train()
+        seen: list[Tensor] = []
+        stitched.joint.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+        assert stitched(images()).requires_grad
+        assert seen[0].grad_fn is None and not seen[0].requires_grad
+
+
+def test_training_lowers_the_loss_and_keeps_birkhoff_in_its_polytope() -> None:
+    torch.manual_seed(1)
+    network, x = trained(mcnn(4)), images(30)
+    labels = copy.deepcopy(network).train()(x).argmax(1)
+    stitched = stitch(network, network, 6, Birkhoff(8, alpha=0.01)).train()
+    (optimizer,) = make_optimizers(stitched.joint, 0.1)
+    losses = [training_step(stitched, x, labels, optimizer).item() for _ in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
+    W = stitched.joint.matrix() / stitched.joint.weight_scalars
+    assert W.min() >= 0 and (W.sum(0) - 1).abs().max() < 1e-5 and (W.sum(1) - 1).abs().max() < 0.05
+    assert stitched.joint.weight_scalars.min() >= 0
+
+
+def test_a_step_in_bfloat16() -> None:
+    losses = []
+    for amp in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        stitched = stitch(trained(mcnn(4)), trained(mcnn(4)), 6, Birkhoff(8)).train()
+        (optimizer,) = make_optimizers(stitched.joint, 0.1)
+        losses.append([training_step(stitched, images(), torch.arange(6), optimizer, amp=amp).item() for _ in range(2)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] != losses[0]
+
+
+# ---- batch statistics ----------------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_the_rounded_joint_and_can_be_put_back() -> None:
+    model1, model2 = trained(mcnn(4)), trained(mcnn(4))
+    stitched = stitch(model1, model2, 6, Birkhoff(8)).eval()
+    kept = copy.deepcopy(stitched.state_dict())
+    batches = [images(8) for _ in range(3)]
+    before = reestimate_statistics(stitched, batches)
+    assert not stitched.training and not stitched.joint.training
+    fixed = Full(8)
+    with torch.no_grad():
+        fixed.weight.copy_(stitched.joint.rounded()[:, :, None, None])
+    slow = stitch(model1, model2, 6, fixed).train()
+    for x in batches:
+        slow(x)
+    for key in ("1.running_mean", "8.running_mean", "12.running_var", "12.num_batches_tracked"):
+        torch.testing.assert_close(stitched.network.state_dict()[key], slow.network.state_dict()[key])
+        assert not torch.equal(stitched.network.state_dict()[key], kept[f"network.{key}"])
+    restore_statistics(stitched, before)
+    assert all(torch.equal(value, kept[key]) for key, value in stitched.state_dict().items())
+
+
+def test_a_hundred_batches_are_as_good_as_all() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))
+    example = torch.zeros(1, 3, 8, 8)
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(300)]
+    statistics = []
+    for part in (batches, batches[-100:]):
+        stitched = stitch(network, network, 2, Birkhoff(4), example)
+        stitched.joint.load_state_dict(identity(4).state_dict())
+        reestimate_statistics(stitched, part)
+        statistics.append(stitched.network[2])
+    torch.testing.assert_close(statistics[0].running_mean, statistics[1].running_mean, rtol=1e-3, atol=0)
+    torch.testing.assert_close(statistics[0].running_var, statistics[1].running_var, rtol=1e-3, atol=0)

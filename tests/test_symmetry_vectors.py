@@ -1,0 +1,339 @@
+"""Stitching against numbers of the original implementation (tests/data/modelsym)."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.symmetry import matrices
+from common.symmetry.joints import Birkhoff, Full, Joint, Lasso, LowRank, Wreath
+from common.symmetry.stitching import StitchedModel, joints_of, reestimate_statistics, restore_statistics, stitch
+from common.symmetry.train import make_optimizers, make_schedule, training_step
+from tests.reference import DATA, Vectors, assert_agrees
+from tests.small_networks import ResNet, mcnn
+
+TOLERANCE = 1e-4
+
+
+def check_gradients(joint: Joint, v: Vectors, prefix: str, tolerance: float = TOLERANCE) -> None:
+    expected = {name: grad for name, grad in v.under(prefix).items() if name != "bias"}
+    assert expected
+    for name, grad in expected.items():
+        assert_agrees(joint.get_parameter(name).grad, grad, tolerance, prefix + name)
+
+
+def load(joint: Joint, parameters: dict[str, Tensor]) -> Joint:
+    joint.load_state_dict({name: value for name, value in parameters.items() if not name.endswith("bias")})
+    return joint
+
+
+def biased(y: Tensor, bias: Tensor) -> Tensor:
+    """The vectors' layers have a bias, with which nothing is ever stitched."""
+    return y + (bias[:, None, None] if y.ndim == 4 else bias)
+
+
+# ---- matrices ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", sorted({key.split("/")[0] for key in Vectors("modelsym/sinkhorn").arrays}))
+def test_sinkhorn(case: str) -> None:
+    v = Vectors("modelsym/sinkhorn")
+    A = v[f"{case}/A"]
+    before = A.clone()
+    assert_agrees(matrices.sinkhorn(A, int(v[f"{case}/iters"])), v[f"{case}/out"], TOLERANCE)
+    assert torch.equal(A, before)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.25])
+@pytest.mark.parametrize("unit", ["normalized", "raw"])
+@pytest.mark.parametrize("form", ["", "_experimental"])
+def test_softsort(tau: float, unit: str, form: str) -> None:
+    v = Vectors("modelsym/softsort")
+    s = v["s"].clone().requires_grad_()
+    out = matrices.softsort(s, tau, normalized=unit == "normalized", rational=form != "")
+    assert_agrees(out, v[f"tau{tau}_{unit}{form}/out"], TOLERANCE)
+    (out * v["weight_out"]).sum().backward()
+    assert_agrees(s.grad, v[f"tau{tau}_{unit}{form}/grad_s"], TOLERANCE)
+
+
+def test_softsort_of_a_tie() -> None:
+    v = Vectors("modelsym/softsort")
+    assert_agrees(matrices.softsort(v["tie/s"]), v["tie/out"], TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", ["default", "rms", "experimental", "nosink", "nosink_rms"])
+def test_concave_penalty(variant: str) -> None:
+    v = Vectors("modelsym/birkhoff")
+    alpha, beta = float(v["reg/alpha"]), float(v["reg/beta"])
+    key = "project/in_weight_perms" if "nosink" in variant else "param/weight_perms"
+    W = v[key].clone().requires_grad_()
+    power = {"rms": -0.5, "nosink_rms": -0.5, "experimental": 1.0}.get(variant, 0.0)
+    penalty = matrices.concave_penalty(W, alpha, power)
+    if "nosink" in variant:
+        penalty = penalty + matrices.marginal_penalty(W, beta)
+    assert_agrees(penalty, v[f"reg/{variant}"], TOLERANCE)
+    penalty.backward()
+    assert_agrees(W.grad, v[f"reg/{variant}/grad/weight_perms"], TOLERANCE)
+
+
+def test_rounding() -> None:
+    v = Vectors("modelsym/birkhoff")
+    assert torch.equal(matrices.round_hungarian(v["param/weight_perms"]), v["P_hungarian"])
+    assert torch.equal(matrices.round_monotone(v["param/weight_perms"], v["monotone/vector"]), v["monotone/P"])
+    w = Vectors("modelsym/wreath")
+    assert torch.equal(matrices.round_scores(w["param/weight_perms"]), w["P"])
+
+
+# ---- joints --------------------------------------------------------------------------------------------------------------
+
+
+def check_joint(joint: Joint, v: Vectors, case: str, style: str, bias: Tensor) -> None:
+    x = v[f"x_{style}"].clone().requires_grad_()
+    y = biased(joint.train()(x), bias)
+    assert_agrees(y, v[f"{case}/out_train"], TOLERANCE)
+    joint.zero_grad()
+    (y * v[f"weight_out_{style}"]).sum().backward()
+    assert_agrees(x.grad, v[f"{case}/grad_x"], TOLERANCE)
+    check_gradients(joint, v, f"{case}/grad/")
+    assert_agrees(biased(joint.eval()(x), bias), v[f"{case}/out_eval"], TOLERANCE)
+
+
+@pytest.mark.parametrize("style", ["conv", "linear"])
+@pytest.mark.parametrize("tau", [1.0, 0.3])
+@pytest.mark.parametrize("scalars", [True, False])
+def test_wreath(style: str, tau: float, scalars: bool) -> None:
+    v = Vectors("modelsym/wreath")
+    joint = load(Wreath(6, tau, scalars=scalars), v.under("param/"))
+    check_joint(joint, v, f"{style}_tau{tau}" + ("" if scalars else "_noscalars"), style, v["param/bias"])
+    if not scalars:
+        assert joint.get_parameter("weight_scalars").grad is None
+
+
+@pytest.mark.parametrize("style", ["conv", "linear"])
+@pytest.mark.parametrize("scalars", [True, False])
+def test_birkhoff(style: str, scalars: bool) -> None:
+    v = Vectors("modelsym/birkhoff")
+    joint = load(Birkhoff(7, scalars=scalars), v.under("param/"))
+    check_joint(joint, v, style + ("" if scalars else "_noscalars"), style, v["param/bias"])
+    if not scalars:
+        assert joint.get_parameter("weight_scalars").grad is None
+
+
+@pytest.mark.parametrize("sweeps", ["project", "project_nosink"])
+def test_projection(sweeps: str) -> None:
+    v = Vectors("modelsym/birkhoff")
+    joint = load(Birkhoff(7, iters=16 if sweeps == "project" else 0), v.under("project/in_"))
+    joint.project()
+    assert_agrees(joint.weight_perms, v[f"{sweeps}/weight_perms"], TOLERANCE)
+    assert_agrees(joint.weight_scalars, v[f"{sweeps}/weight_scalars"], TOLERANCE)
+
+
+@pytest.mark.parametrize(("eps", "tolerance"), [(0.001, 1e-3), (0.05, 1e-4)])
+def test_projected_gradients(eps: float, tolerance: float) -> None:
+    v = Vectors("modelsym/birkhoff")
+    joint = load(Birkhoff(7), v.under("param/"))
+    with torch.no_grad():
+        joint.weight_scalars.copy_(v["pgd/weight_scalars"])
+    joint.weight_perms.grad, joint.weight_scalars.grad = v["pgd/g_perms"].clone(), v["pgd/g_scalars"].clone()
+    joint.project_gradients(eps)
+    assert_agrees(joint.weight_perms.grad, v[f"pgd/eps{eps}/birkhoff"], tolerance)
+    assert_agrees(joint.weight_scalars.grad, v[f"pgd/eps{eps}/relu"], tolerance)
+
+    joint.zero_grad()
+    (joint(v["x_linear"]) * v["weight_out_linear"]).sum().backward()
+    joint.project_gradients(eps)
+    check_gradients(joint, v, f"pgd/eps{eps}/linear_grad/", tolerance)
+
+
+def test_lasso() -> None:
+    v = Vectors("modelsym/lasso_lowrank")
+    joint = load(Lasso(6, float(v["lasso/multiplier"])), v.under("lasso/param/"))
+    bias = v["lasso/param/l.bias"]
+    y = joint(v["x_conv"])
+    assert_agrees(y, v["lasso/conv/out_train"], TOLERANCE)  # without a bias
+    assert_agrees(biased(joint(v["x_linear"]), bias), v["lasso/linear/out_train"], TOLERANCE)
+    assert_agrees(joint.penalty(), v["lasso/reg"], TOLERANCE)
+    ((y * v["weight_out_conv"]).sum() + joint.penalty()).backward()
+    check_gradients(joint, v, "lasso/conv/grad/")
+    joint.eval()
+    assert_agrees(biased(joint(v["x_linear"]), bias), v["lasso/linear/out_eval"], TOLERANCE)
+    for threshold in (0.0001, 0.001):
+        joint.threshold = threshold
+        case = f"lasso/conv/threshold{threshold}"
+        assert_agrees(joint(v["x_conv"]), v[f"{case}/out_eval"], TOLERANCE)
+        assert torch.equal(joint.rounded(), v[f"lasso/threshold{threshold}/P"])
+    assert joint.sparsity() == pytest.approx(float(v["lasso/threshold0.001/sparsity"]))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_low_rank(rank: int) -> None:
+    v = Vectors("modelsym/lasso_lowrank")
+    joint = load(LowRank(6, rank), v.under(f"lowrank{rank}/conv/param/"))
+    y = joint(v["x_conv"])
+    assert_agrees(y, v[f"lowrank{rank}/conv/out"], TOLERANCE)
+    (y * v["weight_out_conv"]).sum().backward()
+    check_gradients(joint, v, f"lowrank{rank}/conv/grad/")
+    y = biased(joint(v["x_linear"]), v["lowrank/param/l2.bias"])
+    assert_agrees(y, v[f"lowrank{rank}/linear/out"], TOLERANCE)
+
+
+# ---- stitched models -----------------------------------------------------------------------------------------------------
+
+
+def make_joint(kind: str, channels: int) -> Joint:
+    match kind:
+        case "full":
+            return Full(channels)
+        case "lowrank":
+            return LowRank(channels, 2)
+        case "lasso":
+            return Lasso(channels, 0.05)
+        case "wreath":
+            return Wreath(channels)
+        case _:
+            return Birkhoff(channels, alpha=0.1)
+
+
+def check_stitched(stitched: StitchedModel, v: Vectors, case: str, x: Tensor, y: Tensor) -> None:
+    load(stitched.joint, v.under(f"{case}/param/stitches.A."))
+    with torch.no_grad():
+        assert_agrees(stitched.eval()(x), v[f"{case}/out_eval"], TOLERANCE)
+    out = stitched.train()(x)
+    assert_agrees(out, v[f"{case}/out_train"], TOLERANCE)
+    loss = F.cross_entropy(out, y) + stitched.joint.penalty()
+    assert_agrees(loss, v[f"{case}/loss_train"], TOLERANCE)
+    loss.backward()
+    check_gradients(stitched.joint, v, f"{case}/grad/stitches.A.")
+    for key, value in v.under(f"{case}/after_train/").items():
+        assert_agrees(stitched.network.state_dict()[key].float(), value.float(), TOLERANCE, key)
+
+
+def two_mcnns(v: Vectors) -> list[nn.Sequential]:
+    models = [mcnn(4), mcnn(4)]
+    for model, name in zip(models, ("model1", "model2"), strict=True):
+        model.load_state_dict(v.under(f"{name}/param/"))
+    return models
+
+
+@pytest.mark.parametrize("kind", ["full", "birkhoff", "lowrank", "lasso", "wreath"])
+@pytest.mark.parametrize("layer", [3, 10])
+def test_stitched_mcnn(kind: str, layer: int) -> None:
+    v = Vectors("modelsym/stitched_mcnn")
+    stitched = stitch(*two_mcnns(v), layer, make_joint(kind, {3: 4, 10: 16}[layer]))
+    check_stitched(stitched, v, f"{kind}_at{layer}", v["x"], v["y"])
+
+
+@pytest.mark.parametrize("kind", ["full", "birkhoff"])
+@pytest.mark.parametrize("layer", [19, 40])
+def test_stitched_resnet20(kind: str, layer: int) -> None:
+    v = Vectors("modelsym/stitched_resnet20")
+    models = [ResNet(), ResNet()]
+    for model, name in zip(models, "ab", strict=True):
+        parameters = Vectors(f"modelsym/resnet20_{name}").under("param/")
+        model.load_state_dict({key: value.float() for key, value in parameters.items()})
+    stitched = stitch(*models, layer, make_joint(kind, {19: 16, 40: 32}[layer]))
+    assert stitched.place.name == str(v.arrays[f"at{layer}/module_name"])
+    assert stitched.place.inside_block == (layer == 40)
+    check_stitched(stitched, v, f"{kind}_at{layer}", v["x"], torch.arange(len(v["x"])))
+
+
+@pytest.mark.parametrize(("name", "model"), [("mCNN", mcnn(64)), ("resnet20", ResNet())])
+def test_places_are_the_published_ones(name: str, model: nn.Module) -> None:
+    published = json.loads((DATA / "modelsym" / "models.json").read_text())[name]["relu_layers"]
+    places = joints_of(model)
+    assert [(p.index, p.name, list(p.shape)) for p in places] == [(r["index"], r["name"], r["shape"]) for r in published]
+    if name == "resnet20":
+        assert [p.index for p in places if p.inside_block] == [8, 16, 24, 32, 40, 48, 56, 64, 72]
+    else:
+        assert not any(p.inside_block for p in places)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One of the vectors' runs, from its initial state, on their batches."""
+
+    def __init__(self, name: str, kind: str, start: str):
+        self.v, self.name = Vectors("modelsym/train"), name
+        self.joint = load(make_joint(kind, 8), self.v.under(f"{start}/param/stitches.A."))
+        self.stitched = stitch(*two_mcnns(self.v), int(self.v["stitch_idx"]), self.joint)
+        self.batches = [(self.v[f"train/x/{i}"], self.v[f"train/y/{i}"]) for i in range(3)]
+
+    def validate(self, epoch: int) -> None:
+        """Compare the joint, the last batch norm and the validation with the vectors'."""
+        snapshot = self.v.under(f"{self.name}/epoch{epoch}/")
+        state = self.stitched.network.state_dict()
+        for key in ("running_mean", "running_var"):
+            assert_agrees(state[f"12.{key}"], snapshot.pop(f"bn_{key}"), 1e-3, key)
+        assert snapshot.keys() == self.joint.state_dict().keys()
+        for key, value in snapshot.items():
+            assert_agrees(self.joint.state_dict()[key], value, 1e-3, f"epoch {epoch}: {key}")
+        losses, accuracies = [], []
+        self.stitched.eval()
+        for i in range(2):
+            x, y = self.v[f"val/x/{i}"], self.v[f"val/y/{i}"]
+            with torch.no_grad():
+                logits = self.stitched(x)
+            losses.append(F.cross_entropy(logits, y))
+            accuracies.append(100 * (logits.argmax(1) == y).float().mean())
+        metrics = self.v.under(f"{self.name}/metrics/")
+        assert_agrees(torch.stack(losses).mean(), metrics["val_loss"][epoch - 1], 1e-3, f"epoch {epoch}: loss")
+        assert_agrees(torch.stack(accuracies).mean(), metrics["val_acc"][epoch - 1], 1e-4, f"epoch {epoch}: accuracy")
+
+    def check_first_loss(self, loss: Tensor, epoch: int) -> None:
+        assert_agrees(loss, self.v[f"{self.name}/metrics/train_loss"][epoch - 1], 1e-3, f"epoch {epoch}: first loss")
+
+
+@pytest.mark.parametrize("kind", ["full", "lowrank", "lasso", "wreath"])
+def test_training(kind: str) -> None:
+    run = Run(kind, kind, start=kind)
+    (optimizer,) = make_optimizers(run.joint, 0.02 if kind == "wreath" else 0.05)
+    schedule = make_schedule(optimizer, epochs=4)
+    for epoch in (1, 2, 3, 4):
+        run.stitched.train()
+        losses = [training_step(run.stitched, x, y, optimizer) for x, y in run.batches]
+        schedule.step()
+        run.check_first_loss(losses[0], epoch)
+        run.validate(epoch)
+
+
+def test_training_of_birkhoff_in_two_halves() -> None:
+    run = Run("birkhoff_warmup", "birkhoff", start="birkhoff")
+    best = -1.0, run.stitched.state_dict()
+    for name, scalars in (("birkhoff_warmup", False), ("birkhoff_second", True)):
+        run.name, run.joint.scalars = name, scalars
+        run.stitched.load_state_dict(best[1])
+        (optimizer,) = make_optimizers(run.joint, 0.05)
+        for epoch in (1, 2):
+            run.stitched.train()
+            for x, y in run.batches:
+                training_step(run.stitched, x, y, optimizer)
+            before = reestimate_statistics(run.stitched, (x for x, _ in run.batches))
+            run.validate(epoch)
+            restore_statistics(run.stitched, before)
+            accuracy = float(run.v[f"{name}/metrics/val_acc"][epoch - 1])
+            if accuracy > best[0]:
+                best = accuracy, {key: value.clone() for key, value in run.stitched.state_dict().items()}
+
+
+def test_training_of_birkhoff_in_alternation() -> None:
+    run = Run("alternating", "birkhoff", start="alternating")
+    optimizers = make_optimizers(run.joint, 0.1, alternating=True)
+    choice = iter(run.v["alternating/choice"].tolist())
+    for epoch in (1, 2):
+        run.stitched.train()
+        losses = [training_step(run.stitched, x, y, optimizers[next(choice)]) for x, y in run.batches]
+        run.check_first_loss(losses[0], epoch)
+        run.validate(epoch)
+
+
+def test_training_of_birkhoff_with_projected_gradients() -> None:
+    run = Run("pgd_hook", "birkhoff", start="alternating")
+    (optimizer,) = make_optimizers(run.joint, 0.1)
+    run.stitched.train()
+    losses = [training_step(run.stitched, x, y, optimizer, hook_eps=0.05) for x, y in run.batches]
+    run.check_first_loss(losses[0], 1)
+    run.validate(1)
