@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import swarm_layer, swarm_transformer, train_ssl
+from benchmarks import stitching, swarm_layer, swarm_transformer, train_ssl
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -67,3 +67,9 @@ def test_benchmark_of_the_ssl_step_runs(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     for part in (*train_ssl.PARTS, "images per second", "times as fast as plain"):
         assert part in out
+
+
+def test_benchmark_of_stitching_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    stitching.compare_steps([14], width=1, rounds=1, device="cpu")
+    assert "times as fast" in capsys.readouterr().out
+    assert stitching.peak_memory("stitched", 14, width=1, threads=1) > 0
