@@ -5,7 +5,8 @@
 
 (a) Seconds per step (forward, loss, backward, optimiser, projection) with a Birkhoff joint, batch 32: "both halves" is the same
     network with all its weights trainable, of which only the joint is in the optimiser, as the original does; "stitched" is
-    this suite's. In turn, in one process; medians, and medians of the ratios round by round.
+    this suite's; "channels last" that with maps in the layout (B, H, W, C). In turn, in one process; medians, and medians of
+    the ratios round by round.
 (b) Peak memory of the same steps, each in a process of its own, less that of a process that has only the networks and images.
     Behind layer 3 there is nearly the whole network, whose maps gradients need whether or not weights learn.
 """
@@ -29,7 +30,7 @@ from common.symmetry.stitching import stitch
 from common.symmetry.train import make_optimizers, training_step
 from tests.small_networks import mcnn
 
-KINDS = ("both halves", "stitched")
+KINDS = ("both halves", "stitched", "channels last")
 CHANNELS = {3: 1, 6: 2, 10: 4, 14: 8}  # of the layers, in widths
 BATCH = 32
 
@@ -41,6 +42,9 @@ def make_step(kind: str, layer: int, width: int, device: str) -> Callable[[], ob
     joint = Birkhoff(CHANNELS[layer] * width, alpha=0.1)
     stitched = stitch(*models, layer, joint).to(device).train()
     images, labels = torch.randn(BATCH, 3, 32, 32, device=device), torch.arange(BATCH, device=device) % 10
+    if kind == "channels last":
+        stitched.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
     (optimizer,) = make_optimizers(joint, 0.01)
     if kind == "both halves":
         stitched.requires_grad_(True)  # gradients of weights add up, as nobody sets them to zero
@@ -79,16 +83,17 @@ def compare_steps(layers: list[int], width: int, rounds: int, device: str) -> No
             for kind, step in steps.items():
                 times[kind].append(seconds(step))
         row = "".join(f"{statistics.median(times[kind]):14.4f}" for kind in KINDS)
-        gain = statistics.median(a / b for a, b in zip(times["both halves"], times["stitched"], strict=True))
-        print(f"{layer:6}{row}{gain:15.2f}x", flush=True)
+        gains = [statistics.median(a / b for a, b in zip(times["both halves"], times[kind], strict=True)) for kind in KINDS[1:]]
+        print(f"{layer:6}{row}    " + "  ".join(f"{gain:.2f}x" for gain in gains), flush=True)
 
 
 def compare_memory(layers: list[int], width: int, threads: int) -> None:
     print("\n(b) peak memory of a step, MiB beyond imports, networks and images")
     for layer in layers:
         nothing = peak_memory("nothing", layer, width, threads)
-        both, stitched = (peak_memory(kind, layer, width, threads) - nothing for kind in KINDS)
-        print(f"{layer:6}  both halves {both:,.0f}  stitched {stitched:,.0f} ({stitched / both:.2f} of both)", flush=True)
+        peaks = {kind: peak_memory(kind, layer, width, threads) - nothing for kind in KINDS}
+        shares = (f"{kind} {mib:,.0f} ({mib / peaks['both halves']:.2f} of both)" for kind, mib in peaks.items())
+        print(f"{layer:6}  " + "  ".join(shares), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

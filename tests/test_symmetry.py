@@ -368,3 +368,14 @@ def test_a_hundred_batches_are_as_good_as_all() -> None:
         statistics.append(stitched.network[2])
     torch.testing.assert_close(statistics[0].running_mean, statistics[1].running_mean, rtol=1e-3, atol=0)
     torch.testing.assert_close(statistics[0].running_var, statistics[1].running_var, rtol=1e-3, atol=0)
+
+
+def test_a_step_with_channels_last_is_the_same() -> None:
+    model1, model2, x = trained(mcnn(4)), trained(mcnn(4)), images()
+    weights = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        stitched = stitch(model1, model2, 10, Birkhoff(16)).to(memory_format=layout).train()
+        training_step(stitched, x.to(memory_format=layout), torch.arange(6), make_optimizers(stitched.joint, 0.1)[0])
+        weights.append(stitched.joint.matrix())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
