@@ -168,11 +168,9 @@ def _check_same_architecture(model1: nn.Module, model2: nn.Module) -> None:
     shapes1, shapes2 = ({key: tuple(value.shape) for key, value in m.state_dict().items()} for m in (model1, model2))
     different = [key for key in shapes1 | shapes2 if shapes1.get(key) != shapes2.get(key)]
     if different:
-        key, others = different[0], len(different) - 1
-        raise ValueError(
-            f"the models are not of one architecture: {key} is {shapes1.get(key, 'missing')} in the first, "
-            f"{shapes2.get(key, 'missing')} in the second, and {others} others differ"
-        )
+        first = ", ".join(f"{key} ({shapes1.get(key, 'missing')}, {shapes2.get(key, 'missing')})" for key in different[:3])
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise ValueError(f"the models are not of one architecture: they differ in {first}{more}")
 
 
 # ---- batch statistics ----------------------------------------------------------------------------------------------------
