@@ -1,0 +1,108 @@
+"""The architectures of a zoo by name, their saved models, and the ReLUs at which they can be stitched.
+
+Saved models are plain state dicts under the keys of the original (Godfrey et al., NeurIPS 2022): a zoo trained by either loads
+in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.models import cct, cnn
+from common.models.stitchable_resnet import STAGES, StitchableBlock, StitchableResNet
+
+CNNS = {
+    "mCNN": cnn.mCNN,
+    "mCNN_k": cnn.mCNN_k,
+    "mCNN_k_sigmoid": cnn.mCNN_k_sigmoid,
+    "cwCNN": cnn.cwCNN,
+    "cwCNN_k": cnn.cwCNN_k,
+}
+ARCHITECTURES = (*CNNS, *STAGES, *cct.ARCHITECTURES)
+
+
+class ZooError(Exception):
+    """A saved model that is missing, damaged, or of another architecture; the message is one line."""
+
+
+def make(arch: str, n_classes: int = 10, width: int | None = None) -> nn.Module:
+    """A network with random weights: (B, 3, 32, 32) -> (B, n_classes).
+
+    `width` is that of the first convolution, for those in CNNS alone. Raises ValueError for what there is not.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"there is no architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
+    if arch in CNNS:
+        return CNNS[arch](n_classes, width or cnn.WIDTHS[arch])
+    if width is not None:
+        raise ValueError(f"{arch} has no width to choose: {', '.join(CNNS)} have")
+    return StitchableResNet(arch, n_classes) if arch in STAGES else cct.cct(arch, n_classes)
+
+
+@dataclass(frozen=True)
+class ReLUJoint:
+    """A ReLU of a network: behind it, another network's remainder can follow."""
+
+    index: int  # in the list of all modules, depth first, the network itself being 0
+    name: str
+    inside_block: bool  # before a residual block's addition: the shortcut goes past it
+
+
+def relu_joints(model: nn.Module) -> list[ReLUJoint]:
+    """The ReLUs of a network in the order in which they act.
+
+    >>> [joint.index for joint in relu_joints(make("mCNN", width=4))]
+    [3, 6, 10, 14]
+    """
+    inside = {id(module.r1) for module in model.modules() if isinstance(module, StitchableBlock)}
+    return [
+        ReLUJoint(index, name, id(module) in inside)
+        for index, (name, module) in enumerate(model.named_modules())
+        if isinstance(module, nn.ReLU)
+    ]
+
+
+def load(path: str | Path, arch: str) -> nn.Module:
+    """A saved network, with the number of classes and the width that it was made with, in evaluation mode, on the CPU.
+
+    Of a transformer, the plain keys are known, too. No code in the file is run. Raises ZooError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ZooError(f"there is no saved model {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged and foreign bytes fail in many ways
+        raise ZooError(f"{path} is damaged, or no saved model") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+        raise ZooError(f"{path} is no state dict of a model")
+    state = cct.stitchable_keys(state)
+    tensors = list(state.values())
+    # the first tensor is the first convolution's weight, the last one the classifier's bias
+    n_classes, width = (tensor.shape[0] if tensor.ndim else 0 for tensor in (tensors[-1], tensors[0]))
+    with torch.device("meta"):
+        model = make(arch, max(n_classes, 1), max(width, 1) if arch in CNNS else None)
+    why_not = difference(state, model.state_dict())
+    if why_not:
+        raise ZooError(f"{path} is no {arch}: {why_not}")
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def difference(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """In which keys, or shapes, a state dict differs from that of a model; nothing if it fits."""
+    missing, foreign = [key for key in own if key not in state], [key for key in state if key not in own]
+    parts = [f"{what} {_some(keys)}" for what, keys in (("it lacks", missing), ("also has", foreign)) if keys]
+    if not parts:
+        wrong = [key for key in own if own[key].shape != state[key].shape]
+        parts = [f"{key} is {tuple(state[key].shape)} there, not {tuple(own[key].shape)}" for key in wrong[:1]]
+    return " and ".join(parts)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
