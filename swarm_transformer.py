@@ -46,7 +46,6 @@ NAME = re.compile(
     rf"-(?P<n_iter>\d+)-wc(?P<wc>{NUMBER})-lr(?P<lr>{NUMBER})-bs(?P<bs>\d+)(?P<more>(?:-.*)?)"
 )
 COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "val_bits", "lr")
-N_VALIDATION = 5000
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -170,11 +169,7 @@ def load_data(name: str, data_dir: str | None, seed: int, device: torch.device) 
     everything, test = (
         images.load(name, split, data_dir or "data", download=data_dir is None).to(device) for split in images.SPLITS
     )
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed)).to(device)
-    n_validation = min(N_VALIDATION, len(everything) // 10)
-    if n_validation < 1:
-        raise DataError(f"{name} has {len(everything)} training images: at least 10 are needed")
-    validation, training = everything[order[:n_validation]], everything[order[n_validation:]]
+    training, validation = images.split_validation(everything, seed)
     table = log_histograms(training)
     levels = {
         split: {"chance": math.log(N_VALUES), "by position": position_cross_entropy(table, of)}

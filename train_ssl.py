@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -40,6 +39,7 @@ from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real
 from common.run.schedule import warmup_cosine
 from common.run.traces import read_metrics
+from common.seeds import generator_of
 from common.ssl import evaluation, losses, parallel
 from common.ssl.evaluation import as_floats
 from common.ssl.method import Batch, Method
@@ -268,11 +268,6 @@ def make_optimizer(model: SelfSupervised, lr: float) -> torch.optim.AdamW:
 
 
 # ---- epochs --------------------------------------------------------------------------------------------------------------
-
-
-def generator_of(*key: int) -> torch.Generator:
-    """Random numbers that are a function of whole numbers alone."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
 def forward(args: argparse.Namespace, model: SelfSupervised, batch: Batch) -> Outputs:

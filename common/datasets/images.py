@@ -46,6 +46,7 @@ SHAPES = {  # (C, H, W)
     "BWCIFAR": (1, 32, 32), "SMALL": (3, 16, 16),
 }  # fmt: skip
 N_CLASSES = {"MNIST": 10, "FashionMNIST": 10, "CIFAR10": 10, "CIFAR100": 100, "BWCIFAR": 10, "SMALL": 10}
+N_VALIDATION = 5000  # images at most that are taken from the training images
 
 
 class DataError(Exception):
@@ -122,6 +123,15 @@ def resize(data: ImageSet, side: int) -> ImageSet:
         for part in data.images.split(1000)
     ]
     return ImageSet(torch.cat(parts), data.labels, data.classes)
+
+
+def split_validation(data: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Training and validation images: 5,000 (a tenth of fewer), drawn by the seed, validate. Raises DataError for too few."""
+    n_validation = min(N_VALIDATION, len(data) // 10)
+    if n_validation < 1:
+        raise DataError(f"there are {len(data)} training images: at least 10 are needed")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.labels.device)
+    return data[order[n_validation:]], data[order[:n_validation]]
 
 
 def _places(name: str, data_dir: Path) -> list[Path]:

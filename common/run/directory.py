@@ -7,9 +7,7 @@ in `<name>.part`, or writes there, holds the lock of the file `lock` in it, from
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -21,6 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from common.run.checkpoint import BEST, LAST, sync_directory, write_in_one_step
+from common.run.lock import release_lock, take_lock
 
 ARGS, RESULT, LOCK = "args.json", "result.json", "lock"  # the presence of a result means finished
 
@@ -122,18 +121,9 @@ class RunDirectory:
         """Lock the directory, which is there, for this process. Raises RunError if another process has it, OSError."""
         if self._lock is not None:
             return
-        path = self.part / LOCK
-        try:
-            lock = open(path, "w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # whoever had it may have removed or renamed it after it was opened here
-            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise FileNotFoundError
-        except (BlockingIOError, FileNotFoundError):
-            raise RunError(
-                f"{self.part} is in use by another process: wait for it, or {self.another} starts another run"
-            ) from None
-        self._lock = lock
+        self._lock = take_lock(self.part / LOCK)
+        if self._lock is None:
+            raise RunError(f"{self.part} is in use by another process: wait for it, or {self.another} starts another run")
 
     def _refuse_what_came_meanwhile(self) -> None:
         """Raises RunError if another process has begun, or finished, the run since `check` found nothing."""
@@ -185,9 +175,7 @@ class RunDirectory:
     def _release(self, place: Path) -> None:
         """Let go of the lock, which lies in `place` now, if this process has it."""
         if self._lock is not None:
-            with contextlib.suppress(OSError):
-                (place / LOCK).unlink()
-            self._lock.close()
+            release_lock(self._lock, place / LOCK)
             self._lock = None
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
