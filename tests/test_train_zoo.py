@@ -1,0 +1,353 @@
+"""train_zoo.py as its users run it: the published line and training run, bad input, what it leaves, signals, kills, locks."""
+
+import csv
+import json
+import os
+import random
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_zoo as script
+from common.models import zoo
+from common.run import epochs
+from common.run.interruption import Interruption
+from common.run.lock import release_lock, take_lock
+from common.run.schedule import halving
+from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
+from tests.reference import Vectors, assert_agrees
+from tests.small_images import smooth, write_mnist
+from tests.test_images import write_cifar
+from tests.test_resume import SERVER, run_script
+
+SHORT = "--arch mCNN --width 2 --dataset mnist --epochs 2 --batch-size 16 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """100 training and 20 test images, as the option that names their place."""
+    folder = tmp_path_factory.mktemp("grey")
+    write_mnist(folder, smooth(100), smooth(20, seed=1))
+    return f"--data-dir {folder}"
+
+
+def run(line: str) -> int:
+    return exit_status(script.main, line.split())
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- the published recipe ------------------------------------------------------------------------------------------------
+
+
+def test_training_run_of_the_original() -> None:
+    """Four epochs of the zoo's recipe in the original: losses, weights and statistics after each of them."""
+    v = Vectors("modelsym/train")
+    model = zoo.make("mCNN", width=4)
+    model.load_state_dict(v.under("model1/param/"))
+    optimizer = script.make_optimizer(model, "published", 0.01)
+    accuracies = []
+    for epoch in range(4):
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * halving(epoch, 4)
+        for batch in range(3):
+            figures = script.training_step(model, optimizer, v[f"train/x/{batch}"], v[f"train/y/{batch}"], "fp32")
+            if batch == 0:
+                assert_agrees(figures["loss"], v["zoo/metrics/train_loss"][epoch], 1e-3, f"loss of epoch {epoch}")
+        expected = v.under(f"zoo/epoch{epoch + 1}/")
+        assert len(expected) == 8
+        for name, value in expected.items():
+            assert_agrees(model.state_dict()[name], value, 1e-3, f"{name} of epoch {epoch}")
+        model.eval()
+        with torch.no_grad():
+            right = [(model(v[f"val/x/{i}"]).argmax(1) == v[f"val/y/{i}"]).float().mean() for i in range(2)]
+        accuracies.append(100 * torch.stack(right).mean())
+    assert_agrees(torch.stack(accuracies), v["zoo/metrics/val_acc"], 1e-4, "accuracies")
+
+
+def test_the_published_line(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "--num_models=100 --arch=mCNN --num_chunks=4 --chunk=1"
+    assert run(f"{line} --dry-run") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("results/zoo/cifar10-mCNN: models 25, 26,") and out.endswith(" 49\n")
+    args = script.parse(script.get_parser(), line.split())
+    expected = {"epochs": 50, "batch_size": 32, "lr": 0.001, "width": 64, "select": "validation", "precision": "fp32"}
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert script.learning_rate(args, 1562 * 12 - 1, 1562) == 0.001
+    assert script.learning_rate(args, 1562 * 12, 1562) == 0.0005
+    assert_help_shows_the_papers_options_first(script.main, "--chunk", capsys)
+
+
+def test_names_of_zoos(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, name in {
+        "--arch resnet20 --epochs 50 --lr 0.001": "cifar10-resnet20",
+        "--arch cwCNN --width 512": "cifar10-cwCNN",
+        "--arch mCNN --width 8 --seed 2 --dataset mnist": "mnist-mCNN-seed.2-width.8",
+        "--arch mCNN --recipe fast --epochs 12 --batch-size 64": "cifar10-mCNN-recipe.fast-batch-size.64",
+    }.items():
+        assert run(f"{line} --dry-run") == 0
+        assert capsys.readouterr().out == f"results/zoo/{name}: models 0\n"
+
+
+@pytest.mark.parametrize("n, chunks", [(100, 4), (10, 3), (2, 5)])
+def test_chunks_share_a_zoo(n: int, chunks: int) -> None:
+    lines = [f"--arch mCNN --num_models {n} --num_chunks {chunks} --chunk {chunk}" for chunk in range(chunks)]
+    parts = [list(script.models_of_chunk(script.parse(script.get_parser(), line.split()))) for line in lines]
+    assert [index for part in parts for index in part] == list(range(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+BAD = {
+    "": "--arch is missing: choose from mCNN, ",
+    "--arch lenet": "invalid choice: 'lenet'",
+    "--arch resnet20 --width 8": "--width: resnet20 has no width to choose",
+    "--arch mCNN --width 0": "too small",
+    "--arch mCNN --num_chunks 4 --chunk 4": "--chunk 4 is beyond --num_chunks 4",
+    "--arch mCNN --chunk 0": "--num_chunks and --chunk go together",
+    "--arch mCNN --lr 0": "out of range",
+    "--arch mCNN --resume --overwrite": "choose one",
+    "--arch mCNN --epoch 3": "unrecognized arguments",
+    "--arch mCNN --dataset mnist --batch-size 91": "--batch-size 91 is more than the 90 training images",
+    "--arch mCNN --dataset mnist --subset 20 --batch-size 20": "--batch-size 20 is more than the 18 training images",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line(line: str, grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "zoo"
+    assert_one_line_and_nothing_made(run(f"{line} {grey} --out {out}"), BAD[line], out, capsys)
+
+
+# ---- what a zoo leaves ---------------------------------------------------------------------------------------------------
+
+
+def test_what_a_zoo_leaves(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"{SHORT} {grey} --out {tmp_path / 'zoo'}"
+    assert run(f"{line} --num_models 2") == 0
+    out = capsys.readouterr().out
+    for text in ("2 models, 0 of them finished; 90 training, 10 validation images", "(chance 0.1)", "model   1  finished"):
+        assert text in out
+    names = {f"{i}.{kind}" for i in range(2) for kind in ("pt", "json", "csv")}
+    assert {path.name for path in (tmp_path / "zoo").iterdir()} == names
+    with open(tmp_path / "zoo" / "0.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["5", "10"] and [float(row["lr"]) for row in rows] == [0.001, 0.0005]
+    record = json.loads((tmp_path / "zoo" / "0.json").read_text())
+    accuracies = [float(row["validation_accuracy"]) for row in rows]
+    assert record["validation"]["accuracy"] == pytest.approx(max(accuracies))
+    assert record["best_epoch"] == 1 + accuracies.index(max(accuracies))
+    model = zoo.load(tmp_path / "zoo" / "0.pt", "mCNN")
+    data = script.load_data(script.parse(script.get_parser(), line.split()), torch.device("cpu"))
+    measured = script.evaluate(model, data.test, data.preprocessing, "fp32", Interruption())
+    assert measured == pytest.approx(record["test"])
+    # a second start trains what is missing, and nothing else
+    before = (tmp_path / "zoo" / "0.pt").stat().st_mtime_ns
+    assert run(f"{line} --num_models 2") == 0 and "nothing to do" in capsys.readouterr().out
+    assert run(f"{line} --num_models 3") == 0
+    assert (tmp_path / "zoo" / "2.pt").exists() and (tmp_path / "zoo" / "0.pt").stat().st_mtime_ns == before
+    # models differ; each is the same however the zoo is shared among jobs
+    first, second = (weights(tmp_path / "zoo" / f"{i}.pt")["0.weight"] for i in range(2))
+    assert not torch.equal(first, second)
+    assert run(f"{SHORT} {grey} --out {tmp_path / 'chunk'} --num_models 2 --num_chunks 2 --chunk 1") == 0
+    assert {path.name for path in (tmp_path / "chunk").iterdir()} == {"1.pt", "1.json", "1.csv"}
+    assert_same_weights(tmp_path / "zoo" / "1.pt", tmp_path / "chunk" / "1.pt")
+    # other options, on top of it
+    capsys.readouterr()
+    assert run(f"{line} --epochs 3") == 2
+    assert "0.pt was made with --epochs 2, not 3: --overwrite replaces it" in capsys.readouterr().err
+    assert run(f"{line} --epochs 3 --overwrite") == 0
+    assert json.loads((tmp_path / "zoo" / "0.json").read_text())["epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    "more", ["--select test", "--recipe fast --epochs 3 --precision bf16", "--arch mCNN_k_sigmoid --progress"]
+)
+def test_variants(more: str, grey: str, tmp_path: Path) -> None:
+    assert run(f"{SHORT} {more} {grey} --out {tmp_path / 'zoo'}") == 0
+    record = json.loads((tmp_path / "zoo" / "0.json").read_text())
+    with open(tmp_path / "zoo" / "0.csv") as file:
+        rows = list(csv.DictReader(file))
+    if "test" in more:
+        assert record["images"] == {"training": 100, "selection": 20, "test": 20} and record["validation"] is None
+        assert record["test"]["accuracy"] == pytest.approx(max(float(row["test_accuracy"]) for row in rows))
+    if "fast" in more:
+        rates = [float(row["lr"]) for row in rows]
+        assert 0.003 > rates[0] > rates[1] > rates[2] > 0
+
+
+def test_colour_and_other_architectures(tmp_path: Path) -> None:
+    write_cifar(tmp_path, "CIFAR100")
+    line = f"--dataset cifar100 --data-dir {tmp_path} --device cpu --epochs 1 --batch-size 4 --num_models 1"
+    for arch in ("resnet20", "cct_2_3x2_32"):
+        assert run(f"{line} --arch {arch} --out {tmp_path / arch}") == 0
+        assert zoo.load(tmp_path / arch / "0.pt", arch)(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
+
+
+def test_the_recipe_learns(grey: str, tmp_path: Path) -> None:
+    """Classes that differ in brightness: chance is 0.1."""
+    assert run(f"{SHORT} --width 4 --epochs 30 --recipe fast {grey} --out {tmp_path / 'zoo'}") == 0
+    assert json.loads((tmp_path / "zoo" / "0.json").read_text())["training"]["accuracy"] > 0.3
+
+
+def test_models_of_the_original_are_left_alone(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "zoo"
+    out.mkdir()
+    torch.save(zoo.make("mCNN", width=2).state_dict(), out / "0.pt")
+    assert run(f"{SHORT} {grey} --out {out} --num_models 2") == 0
+    assert {path.name for path in out.iterdir()} == {"0.pt", "1.pt", "1.json", "1.csv"}
+    for other, message in {
+        "--width 3": "0.pt is of another model: 0.weight is (2, 3, 3, 3) there, not (3, 3, 3, 3)",
+        "--arch mCNN_k": "0.pt is no mCNN_k: it lacks 0.bias",
+    }.items():
+        capsys.readouterr()
+        assert run(f"{SHORT} {other} {grey} --out {out}") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_zoo(grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a sentence; and never reaches a file."""
+    monkeypatch.setattr(epochs, "SAVE_SECONDS", 0.0)
+    step = script.training_step
+
+    def broken(model: torch.nn.Module, *rest: object) -> dict[str, torch.Tensor]:
+        figures = step(model, *rest)
+        if figures["loss"] > 0:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+        return {"loss": figures["loss"] * float("nan"), "accuracy": figures["accuracy"]}
+
+    monkeypatch.setattr(script, "training_step", broken)
+    with pytest.raises(SystemExit, match="the loss of model 0 in epoch 1 is not finite"):
+        script.main(f"{SHORT} {grey} --out {tmp_path / 'zoo'}".split())
+    last = torch.load(tmp_path / "zoo" / "0.last.pkl", weights_only=True)
+    assert last["progress"] == (0, 0, 0) and all(value.isfinite().all() for value in last["model"].values())
+
+
+# ---- interruptions -------------------------------------------------------------------------------------------------------
+
+# a transformer drops out: a generator's worth of state; it is saved after every step
+LINES = {
+    "mCNN": f"{SHORT} --epochs 8 --num_models 2 --resume",
+    "cct": "--arch cct_2_3x2_32 --dataset mnist --subset 40 --epochs 2 --batch-size 6 --device cpu --resume",
+}
+
+
+def start(line: str, out: Path) -> BaseProcess:
+    process = SERVER.Process(target=run_script, args=("train_zoo", [*line.split(), "--out", str(out)]))
+    process.start()
+    return process
+
+
+def finish(line: str, out: Path) -> float:
+    began = time.monotonic()
+    process = start(line, out)
+    process.join(120)
+    assert process.exitcode == 0
+    return time.monotonic() - began
+
+
+def outcome(out: Path) -> dict:
+    """Everything that a zoo leaves, but for times."""
+    left: dict = {}
+    for path in sorted(out.iterdir()):
+        if path.suffix == ".pt":
+            left[path.name] = {name: value.numpy().tobytes() for name, value in weights(path).items()}
+        elif path.suffix == ".csv":
+            with open(path) as file:
+                left[path.name] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+        elif path.suffix != ".lock":  # a killed process leaves it, without a hold on it
+            left[path.name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+    return left
+
+
+@pytest.fixture(scope="module", params=LINES)
+def case(request: pytest.FixtureRequest, grey: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, float]:
+    """A line, what it leaves undisturbed, and how long it takes."""
+    line = f"{LINES[request.param]} {grey}"
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(line, folder / "first")  # also starts the server
+    duration = finish(line, folder / "second")
+    assert outcome(folder / "first") == outcome(folder / "second")
+    return line, outcome(folder / "first"), duration
+
+
+def test_kills_change_nothing(case: tuple[str, dict, float], tmp_path: Path) -> None:
+    line, expected, duration = case
+    moments, kills = random.Random(0), 0
+    while kills < 8:
+        process = start(line, tmp_path / "zoo")
+        process.join(0.1 + moments.expovariate(6 / duration))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        kills += 1
+    assert kills >= 3
+    finish(line, tmp_path / "zoo")
+    assert outcome(tmp_path / "zoo") == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_stop_with_75(number: signal.Signals, case: tuple[str, dict, float], tmp_path: Path) -> None:
+    line, expected, duration = case
+    out, moments, stopped = tmp_path / "zoo", random.Random(int(number)), 0
+    for _ in range(3):
+        process = start(line, out)
+        while not list(out.glob("*.lock")) and process.is_alive():  # its handlers are in place
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, duration / 5))
+        if process.is_alive():
+            os.kill(process.pid, number)
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == 75
+        stopped += 1
+    assert stopped and not list(out.glob("*.lock"))
+    finish(line, out)
+    assert outcome(out) == expected
+
+
+def test_a_model_in_training_is_gone_on_with_on_request_alone(
+    grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "zoo"
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Training, "train_epoch", lambda self, interruption: False)
+        assert run(f"{SHORT} {grey} --out {out}") == 75
+    assert {path.name for path in out.iterdir()} == {"0.last.pkl", "0.csv"}
+    capsys.readouterr()
+    assert run(f"{SHORT} {grey} --out {out}") == 2
+    assert "0.last.pkl is there, of a model in training: --resume goes on with it" in capsys.readouterr().err
+    assert run(f"{SHORT} {grey} --out {out} --resume --seed 1") == 2
+    assert "was made with --seed 0, not 1" in capsys.readouterr().err
+    write_mnist(tmp_path / "other", smooth(100, seed=5), smooth(20, seed=1))
+    assert run(f"{SHORT} --data-dir {tmp_path / 'other'} --out {out} --resume") == 2
+    assert "made with other data" in capsys.readouterr().err
+    assert run(f"{SHORT} {grey} --out {out} --overwrite") == 0
+
+
+def test_a_model_in_training_elsewhere_is_left_to_it(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "zoo"
+    out.mkdir()
+    lock = take_lock(out / "0.lock")
+    assert lock is not None
+    assert run(f"{SHORT} {grey} --out {out} --num_models 2") == 0
+    assert "model   0  is in training by another process" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"0.lock", "1.pt", "1.json", "1.csv"}
+    release_lock(lock, out / "0.lock")
+    assert run(f"{SHORT} {grey} --out {out} --num_models 2") == 0
+    assert (out / "0.json").exists()
