@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -270,3 +271,64 @@ def _edges(centres: NDArray[np.floating]) -> NDArray[np.floating]:
     """Borders of cells around increasing or decreasing centres."""
     between = (centres[1:] + centres[:-1]) / 2
     return np.concatenate([[2 * centres[0] - between[0]], between, [2 * centres[-1] - between[-1]]])
+
+
+def plot_penalties(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Stitching penalties, a group of bars a layer, a bar a joint: rows of kind, layer, inside_block, penalty, deviation."""
+    layers = sorted({row["layer"] for row in rows})
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    inside = {row["layer"] for row in rows if row["inside_block"]}
+    figure = Figure(figsize=(max(6.0, 0.2 * len(layers) * (len(kinds) + 2)), 4.5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(kinds)
+    for i, kind in enumerate(kinds):
+        own = {row["layer"]: row for row in rows if row["kind"] == kind}
+        places = [layers.index(layer) + (i - (len(kinds) - 1) / 2) * width for layer in own]
+        deviations = [row["deviation"] or 0.0 for row in own.values()]
+        heights = [row["penalty"] for row in own.values()]
+        axes.bar(places, heights, width, yerr=deviations, capsize=2, label=kind, color=PALETTE[i % len(PALETTE)])
+    axes.axhline(0, color=REFERENCE, linewidth=0.8)
+    axes.set_xticks(range(len(layers)), [f"{layer}*" if layer in inside else str(layer) for layer in layers])
+    note = " (* inside a residual block)" if inside else ""
+    axes.set(title=f"{title}: mean and deviation over pairs", xlabel=f"layer{note}", ylabel="penalty (% of accuracy)")
+    figure.legend(fontsize=8, loc="outside right center")
+    axes.grid(axis="y", alpha=0.25)
+    save_figure(figure, path)
+
+
+def plot_accuracies(
+    path: Path, title: str, axis: str, rows: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]
+) -> None:
+    """Accuracy of stitched networks by rank or sparsity, a panel a layer; `references` are other joints, as lines."""
+    layers = sorted({row["layer"] for row in rows})
+    figure = Figure(figsize=(3.2 * len(layers), 3.4), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
+    for panel, layer in zip(panels, layers, strict=True):
+        points = sorted((row[axis], row["accuracy"]) for row in rows if row["layer"] == layer)
+        panel.plot([x for x, _ in points], [y for _, y in points], marker="o", color=PALETTE[1], label=axis)
+        for i, row in enumerate(row for row in references if row["layer"] == layer):
+            panel.axhline(row["accuracy"], color=PALETTE[(0, 2)[i % 2]], linestyle="--", linewidth=1.2, label=row["kind"])
+        panel.set(title=f"layer {layer}", xlabel=axis)
+        if axis == "rank":
+            panel.set_xscale("log", base=2)
+            panel.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("accuracy (% of test images)")
+    panels[-1].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_matrices(path: Path, title: str, matrices: Sequence[tuple[str, NDArray[np.floating], NDArray[np.floating]]]) -> None:
+    """Matrices of joints as (name, as trained, as rounded for evaluation), the rounded ones below."""
+    figure = Figure(figsize=(3.0 * len(matrices) + 0.8, 6.4), layout="constrained")
+    _headline(figure, title)
+    panels = figure.subplots(2, len(matrices), squeeze=False)
+    for column, (name, *both) in enumerate(matrices):
+        for panel, matrix, how in zip(panels[:, column], both, ("trained", "in evaluation"), strict=True):
+            top = max(float(np.abs(matrix).max()), 1e-6)
+            drawn = panel.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+            panel.set_title(f"{name}, {how}", fontsize=9)
+            panel.set(xlabel="channel of network 1", ylabel="channel of network 2")
+            figure.colorbar(drawn, ax=panel, shrink=0.7)
+    save_figure(figure, path)
