@@ -28,6 +28,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.swarm_layer
 	$(BIN)/python -m benchmarks.swarm_transformer
 	$(BIN)/python -m benchmarks.train_ssl
+	$(BIN)/python -m benchmarks.zoo
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

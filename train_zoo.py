@@ -181,11 +181,16 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> 
 
 
 def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, precision: str
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    labels: Tensor,
+    precision: str,
+    layout: torch.memory_format = torch.channels_last,
 ) -> dict[str, Tensor]:
     """One step on normalised images (B, 3, 32, 32); its loss and accuracy (a share)."""
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(x.contiguous(memory_format=torch.channels_last))
+        logits = model(x.contiguous(memory_format=layout))
     loss = F.cross_entropy(logits.float(), labels)
     optimizer.zero_grad()
     loss.backward()

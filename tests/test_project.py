@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import stitching, swarm_layer, swarm_transformer, train_ssl
+from benchmarks import zoo as zoo_benchmark
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -73,3 +74,9 @@ def test_benchmark_of_stitching_runs(capsys: pytest.CaptureFixture[str]) -> None
     stitching.compare_steps([14], width=1, rounds=1, device="cpu")
     assert "times as fast" in capsys.readouterr().out
     assert stitching.peak_memory("stitched", 14, width=1, threads=1) > 0
+
+
+def test_benchmark_of_a_zoo_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoo_benchmark.main(["--width", "1", "--steps", "1", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 16 and "models/hour" in lines[1] and all(line.endswith("x") for line in lines[2:])
