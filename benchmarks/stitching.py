@@ -24,11 +24,11 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.swarm_layer import peak_resident, seconds
+from common.models import zoo
 from common.run.memory import keep_freed_memory
 from common.symmetry.joints import Birkhoff
 from common.symmetry.stitching import stitch
 from common.symmetry.train import make_optimizers, training_step
-from tests.small_networks import mcnn
 
 KINDS = ("both halves", "stitched", "channels last")
 CHANNELS = {3: 1, 6: 2, 10: 4, 14: 8}  # of the layers, in widths
@@ -38,7 +38,7 @@ BATCH = 32
 def make_step(kind: str, layer: int, width: int, device: str) -> Callable[[], object]:
     """A training step of one kind at one layer."""
     torch.manual_seed(0)
-    models = mcnn(width), mcnn(width)
+    models = (zoo.make("mCNN", width=width) for _ in range(2))
     joint = Birkhoff(CHANNELS[layer] * width, alpha=0.1)
     stitched = stitch(*models, layer, joint).to(device).train()
     images, labels = torch.randn(BATCH, 3, 32, 32, device=device), torch.arange(BATCH, device=device) % 10

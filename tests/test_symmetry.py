@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.models import zoo
+from common.models.cct import CCT
+from common.models.stitchable_resnet import StitchableResNet
 from common.symmetry.joints import Birkhoff, Full, Joint, Lasso, LowRank, Wreath
 from common.symmetry.matrices import permutation_matrix, round_hungarian, round_monotone, round_scores, sinkhorn
 from common.symmetry.stitching import joints_of, reestimate_statistics, restore_statistics, stitch
 from common.symmetry.train import make_optimizers, training_step
-from tests.small_networks import ResNet, Transformer, mcnn
 
 JOINTS = {
     "full": Full,
@@ -23,7 +25,23 @@ JOINTS = {
     "wreath": Wreath,
     "birkhoff": lambda channels: Birkhoff(channels, 0.1),
 }
-NETWORKS = {"mcnn": lambda: mcnn(4), "resnet": lambda: ResNet(4, 2, weighted_shortcut=True), "transformer": Transformer}
+
+
+def mcnn(width: int) -> nn.Module:
+    return zoo.make("mCNN", width=width)
+
+
+def resnet() -> StitchableResNet:
+    """A narrow one whose shortcuts have weights."""
+    return StitchableResNet((4, 8, 16), (2, 2, 2), padded_shortcut=False)
+
+
+def transformer() -> CCT:
+    """A small one, without chance in training."""
+    return CCT(n_layers=3, n_heads=2, mlp_ratio=2, embedding_dim=8, n_conv_layers=2, attention_dropout=0.0)
+
+
+NETWORKS = {"mcnn": lambda: mcnn(4), "resnet": resnet, "transformer": transformer}
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +159,7 @@ def test_scales_can_be_switched_off() -> None:
 def test_a_network_stitched_to_itself_by_the_identity(name: str) -> None:
     network, x = trained(NETWORKS[name]()), images()
     places = joints_of(network)
-    assert len(places) == {"mcnn": 4, "resnet": 13, "transformer": 4}[name]
+    assert len(places) == {"mcnn": 4, "resnet": 13, "transformer": 2 + 3}[name]
     for place in places:
         stitched = stitch(network, network, place.index, identity(place.channels)).eval()
         torch.testing.assert_close(stitched(x), network(x), rtol=1e-6, atol=1e-6)  # layouts differ, and so sums' order
@@ -200,7 +218,7 @@ def test_halves_of_a_sequence(layer: int) -> None:
 
 
 def test_the_skip_path_goes_past_a_joint_inside_a_block() -> None:
-    model1, model2 = (trained(ResNet(4, 2, weighted_shortcut=True)) for _ in range(2))
+    model1, model2 = (trained(resnet()) for _ in range(2))
     x = images()
     place = next(p for p in joints_of(model1) if p.name == "block_seq.2.r1")  # the first block of the second stage
     assert place.inside_block
@@ -215,14 +233,15 @@ def test_the_skip_path_goes_past_a_joint_inside_a_block() -> None:
 
 
 def test_what_is_registered_early_and_called_late_is_behind() -> None:
-    model1, model2, x = trained(Transformer()), trained(Transformer()), images()
-    place = next(p for p in joints_of(model1) if p.name == "blocks.1")
+    model1, model2, x = trained(transformer()), trained(transformer()), images()
+    place = next(p for p in joints_of(model1) if p.name == "classifier.blocks.transformer_block_1")
     assert place.shape == (64, 8) and place.channels == 8
     joint = Full(8)
     stitched = stitch(model1, model2, place.index, joint).eval()
-    tokens = model1.conv(x).flatten(2).mT + model1.positional_emb
-    tokens = model2.blocks[2](joint(model1.blocks[1](model1.blocks[0](tokens))))
-    expected = model2.fc((model2.attention_pool(tokens).softmax(1) * tokens).sum(1))
+    front, back = model1.classifier, model2.classifier
+    tokens = model1.tokenizer(x) + front.positional_emb
+    tokens = back.norm(back.blocks[2](joint(front.blocks[1](front.blocks[0](tokens)))))
+    expected = back.fc((back.attention_pool(tokens).softmax(1) * tokens).sum(1))
     assert torch.equal(stitched(x), expected)
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from common.models import cct, zoo
+from common.symmetry.stitching import Place, joints_of
 from tests.reference import DATA, Vectors, assert_agrees
 
 KNOWN = json.loads((DATA / "modelsym" / "models.json").read_text())
@@ -19,31 +21,27 @@ def small() -> Vectors:
     return Vectors("modelsym/models_small")
 
 
+def relus(model: nn.Module) -> list[Place]:
+    """The joints at ReLUs; transformers have others."""
+    return [place for place in joints_of(model) if isinstance(model.get_submodule(place.name), nn.ReLU)]
+
+
 @pytest.mark.parametrize("arch", zoo.ARCHITECTURES)
 def test_every_architecture_has_the_originals_parameters_keys_and_relus(arch: str) -> None:
     with torch.device("meta"):
         model = zoo.make(arch)
+        assert model(torch.empty(1, 3, 32, 32)).shape == (1, 10)
     known = KNOWN[arch]
     assert sum(p.numel() for p in model.parameters()) == known["parameters"]
     if "state_dict" in known:
         assert [[key, list(value.shape)] for key, value in model.state_dict().items()] == known["state_dict"]
     if "relu_layers" in known:
-        joints = zoo.relu_joints(model)
-        assert [(j.index, j.name) for j in joints] == [(layer["index"], layer["name"]) for layer in known["relu_layers"]]
+        joints = relus(model)
+        found = [(j.index, j.name, list(j.shape)) for j in joints]
+        assert found == [(layer["index"], layer["name"], layer["shape"]) for layer in known["relu_layers"]]
         inside = [j.index for j in joints if j.inside_block]
         # every second ReLU after that of the stem
         assert inside == ([j.index for j in joints][1::2] if arch.startswith("resnet") else [])
-
-
-@pytest.mark.parametrize("arch", ["mCNN", "mCNN_k", "resnet18", "cct_7_3x1_32"])
-def test_shapes_at_the_relus(arch: str) -> None:
-    shapes = []
-    with torch.device("meta"):
-        model = zoo.make(arch)
-        for joint in zoo.relu_joints(model):
-            model.get_submodule(joint.name).register_forward_hook(lambda _, __, out: shapes.append(list(out.shape[1:])))
-        assert model(torch.empty(1, 3, 32, 32)).shape == (1, 10)
-    assert shapes == [layer["shape"] for layer in KNOWN[arch]["relu_layers"]]
 
 
 @pytest.mark.parametrize("arch", zoo.CNNS)
@@ -70,7 +68,7 @@ def test_relu_outputs_of_mcnn(small: Vectors) -> None:
     model = zoo.make("mCNN", width=4)
     model.load_state_dict(small.under("mCNN/param/"))
     outputs = []
-    for joint in zoo.relu_joints(model):
+    for joint in relus(model):
         model.get_submodule(joint.name).register_forward_hook(lambda _, __, out: outputs.append(out.clone()))
     model.eval()(small["x"][:2])
     for k, output in enumerate(outputs):
@@ -84,7 +82,7 @@ def test_resnet20_computes_what_the_original_does(which: str) -> None:
     model = zoo.make("resnet20")
     model.load_state_dict(vectors.under("param/"))
     outputs = []
-    for joint in zoo.relu_joints(model):
+    for joint in relus(model):
         model.get_submodule(joint.name).register_forward_hook(lambda _, __, out: outputs.append(out[:1].clone()))
     assert_agrees(model.eval()(vectors["x"]), vectors["out_eval"], 1e-4)
     assert_agrees(torch.stack([out.mean() for out in outputs]), vectors["relu_mean"], 1e-4)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # channels and blocks of each stage
-STAGES = {
+STAGES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "resnet20": ((16, 32, 64), (3, 3, 3)),
     "resnet32": ((16, 32, 64), (5, 5, 5)),
     "resnet44": ((16, 32, 64), (7, 7, 7)),
@@ -55,12 +55,15 @@ class StitchableBlock(nn.Module):
 
 
 class StitchableResNet(nn.Module):
-    """(B, 3, H, W) -> (B, n_classes), of one of the architectures in STAGES."""
+    """(B, 3, H, W) -> (B, n_classes), with channels and blocks of each stage as in STAGES.
 
-    def __init__(self, arch: str, n_classes: int = 10):
+    Shortcuts where shapes change are padded with zeros (CIFAR's networks), or convolutions (ImageNet's).
+    """
+
+    def __init__(
+        self, channels: tuple[int, ...], blocks: tuple[int, ...], n_classes: int = 10, *, padded_shortcut: bool = True
+    ):
         super().__init__()
-        channels, blocks = STAGES[arch]
-        padded = arch != "resnet18"
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.r1 = nn.ReLU(inplace=True)
@@ -69,11 +72,11 @@ class StitchableResNet(nn.Module):
         for stage, n_blocks in enumerate(blocks):
             for i in range(n_blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                stages.append(StitchableBlock(planes, channels[stage], stride, padded_shortcut=padded))
+                stages.append(StitchableBlock(planes, channels[stage], stride, padded_shortcut=padded_shortcut))
                 planes = channels[stage]
         self.block_seq = nn.Sequential(*stages)
         self.linear = nn.Linear(planes, n_classes)
-        if padded:  # resnet18 keeps PyTorch's own initialisation, as in the original
+        if padded_shortcut:  # resnet18 keeps PyTorch's own initialisation, as in the original
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(module.weight)

@@ -1,4 +1,4 @@
-"""The architectures of a zoo by name, their saved models, and the ReLUs at which they can be stitched.
+"""The architectures of a zoo by name, and their saved models. Where they can be stitched says `common.symmetry.stitching`.
 
 Saved models are plain state dicts under the keys of the original (Godfrey et al., NeurIPS 2022): a zoo trained by either loads
 in both.
@@ -6,14 +6,13 @@ in both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from common.models import cct, cnn
-from common.models.stitchable_resnet import STAGES, StitchableBlock, StitchableResNet
+from common.models.stitchable_resnet import STAGES, StitchableResNet
 
 CNNS = {
     "mCNN": cnn.mCNN,
@@ -33,6 +32,9 @@ def make(arch: str, n_classes: int = 10, width: int | None = None) -> nn.Module:
     """A network with random weights: (B, 3, 32, 32) -> (B, n_classes).
 
     `width` is that of the first convolution, for those in CNNS alone. Raises ValueError for what there is not.
+
+    >>> make("mCNN", width=4)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"there is no architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
@@ -40,30 +42,9 @@ def make(arch: str, n_classes: int = 10, width: int | None = None) -> nn.Module:
         return CNNS[arch](n_classes, width or cnn.WIDTHS[arch])
     if width is not None:
         raise ValueError(f"{arch} has no width to choose: {', '.join(CNNS)} have")
-    return StitchableResNet(arch, n_classes) if arch in STAGES else cct.cct(arch, n_classes)
-
-
-@dataclass(frozen=True)
-class ReLUJoint:
-    """A ReLU of a network: behind it, another network's remainder can follow."""
-
-    index: int  # in the list of all modules, depth first, the network itself being 0
-    name: str
-    inside_block: bool  # before a residual block's addition: the shortcut goes past it
-
-
-def relu_joints(model: nn.Module) -> list[ReLUJoint]:
-    """The ReLUs of a network in the order in which they act.
-
-    >>> [joint.index for joint in relu_joints(make("mCNN", width=4))]
-    [3, 6, 10, 14]
-    """
-    inside = {id(module.r1) for module in model.modules() if isinstance(module, StitchableBlock)}
-    return [
-        ReLUJoint(index, name, id(module) in inside)
-        for index, (name, module) in enumerate(model.named_modules())
-        if isinstance(module, nn.ReLU)
-    ]
+    if arch in STAGES:
+        return StitchableResNet(*STAGES[arch], n_classes, padded_shortcut=arch != "resnet18")
+    return cct.cct(arch, n_classes)
 
 
 def load(path: str | Path, arch: str) -> nn.Module:

@@ -13,6 +13,8 @@ Names and shapes of parameters are the original's, so that its joints load here.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,16 +27,16 @@ def apply_matrix(W: Tensor, x: Tensor) -> Tensor:
     return F.conv2d(x, W[:, :, None, None]) if x.ndim == 4 else F.linear(x, W)
 
 
-class Joint(nn.Module):
+class Joint(nn.Module, ABC):
     """A linear map of channels; by itself without penalty, constraint and rounding."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.channels = channels
 
+    @abstractmethod
     def matrix(self) -> Tensor:
         """The matrix (C, C) in training."""
-        raise NotImplementedError
 
     def rounded(self) -> Tensor:
         """The matrix (C, C) in evaluation, without a gradient."""
