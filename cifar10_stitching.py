@@ -16,41 +16,39 @@ draws them beside each other. README.md says what each figure means.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
-import random
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from common import plotting
 from common.datasets import images
-from common.datasets.augmentation import Preprocessing, as_rgb_32, draw_epoch
-from common.datasets.images import DataError, ImageSet
+from common.datasets.classification import Splits, load_splits
+from common.datasets.images import DataError
 from common.models import zoo
 from common.models.zoo import ZooError
 from common.run import checkpoint, options
 from common.run.checkpoint import write_in_one_step
-from common.run.directory import RunDirectory, RunError
+from common.run.classifier import accuracy
+from common.run.directory import RunDirectory
 from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks
 from common.run.interruption import Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real
+from common.run.records import write_json, write_table
 from common.seeds import generator_of, seed_of
 from common.symmetry.joints import Birkhoff, Full, Joint, Lasso, LowRank, Wreath
 from common.symmetry.stitching import Place, StitchedModel, joints_of, reestimate_statistics, restore_statistics, stitch
 from common.symmetry.train import make_optimizers, make_schedule, published_lr, training_step
 
-DATASETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
 # what the original's batch files pass. All of them pass a rate of 0.001, too, which it ignores: see --stitch_lr
 RECIPES: dict[str, dict[str, Any]] = {
     "Grelu": {"birkhoff": True, "alpha": 0.1, "stitch_repeats": 1, "stitch_epochs": 20, "noschedule": True, "bn_epoch": True},
@@ -63,6 +61,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PUBLISHED_PAIRS = {"mCNN": 32}  # of others, 16
 UNNAMED = ("results_dir", "data_dir", "zoo", "resume", "overwrite", "dry_run", "progress", "compare", "name", "recipe", "arch")
+FREE = ("results_dir", "data_dir", "resume", "overwrite", "progress", "dry_run")  # a sweep that goes on may have others
 CROSSVAL_SHARE = 0.2  # of the training images, which validate
 
 
@@ -100,7 +99,7 @@ def get_parser() -> argparse.ArgumentParser:
     own = parser.add_argument_group("options of this suite")
     own.add_argument("--recipe", choices=tuple(RECIPES), help="what the published batch files pass; other options override it")
     own.add_argument("--zoo", metavar="DIR", help="where train_zoo.py has put the networks [results/zoo/DATASET-ARCH]")
-    own.add_argument("--dataset", choices=tuple(DATASETS), default="cifar10", help="[%(default)s]")
+    own.add_argument("--dataset", choices=tuple(images.BY_OPTION), default="cifar10", help="[%(default)s]")
     own.add_argument("--data-dir", metavar="DIR", default="data", help="where the data set lies [%(default)s]")
     own.add_argument("--results-dir", metavar="DIR", default="results", help="where run directories are made [%(default)s]")
     own.add_argument("--layers", type=at_least(1), nargs="+", help="indices of joints [all, the last first]")
@@ -108,7 +107,12 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--batch-size", type=at_least(2), default=32, help="[%(default)s]")
     own.add_argument("--bn-batches", type=at_least(0), default=100, help="of --bn_epoch; 0: a whole epoch [%(default)s]")
     own.add_argument("--seed", type=at_least(0), default=0, help="of pairs, split, joints and order [%(default)s]")
-    own.add_argument("--subset", type=at_least(50), metavar="N", help="train on N images [all]")
+    own.add_argument(
+        "--subset",
+        type=at_least(50),
+        metavar="N",
+        help="use N training images, those of a zoo with the same seed and subset [all]",
+    )
     own.add_argument(
         "--select", choices=("validation", "test"), default="validation", help="what the best epoch is chosen by [%(default)s]"
     )
@@ -188,72 +192,28 @@ def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     return name
 
 
-# ---- networks and images -------------------------------------------------------------------------------------------------
+# ---- images and pairs -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Data:
-    """Images on the device: uint8 ones to train with, and those that choose and those that are reported."""
-
-    training: ImageSet
-    validation: ImageSet
-    test: ImageSet
-    preprocessing: Preprocessing
-    fingerprint: str
-
-
-def load_data(args: argparse.Namespace, device: torch.device) -> Data:
-    """Splits by one permutation of the training images, so that they do not overlap. Raises DataError."""
-    name = DATASETS[args.dataset]
-    training, test = (images.load(name, split, args.data_dir, download=True) for split in images.SPLITS)
-    fingerprint = training.fingerprint()
-    if args.select == "test":
-        validation = test
-    elif args.alpha == "crossval":
-        order = torch.randperm(len(training), generator=generator_of(args.seed))
-        n = int(CROSSVAL_SHARE * len(training))
-        training, validation = training[order[n:]], training[order[:n]]
-    else:
-        training, validation = images.split_validation(training, args.seed)
-    training = training[: args.subset]  # by the permutation
-    if len(training) < args.batch_size or len(validation) < 1:
-        raise DataError(f"{args.dataset} has {len(training)} images to train with: too few for --batch-size {args.batch_size}")
-    splits = (as_rgb_32(split).to(device) for split in (training, validation, test))
-    return Data(*splits, Preprocessing(name, device), fingerprint)
+def load_data(args: argparse.Namespace, device: torch.device) -> Splits:
+    """Images that train, choose and are reported. Raises DataError."""
+    share = CROSSVAL_SHARE if args.alpha == "crossval" else None
+    return load_splits(
+        images.BY_OPTION[args.dataset],
+        args.data_dir,
+        device,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        subset=args.subset,
+        select=args.select,
+        validation_share=share,
+    )
 
 
 def pairs_of(args: argparse.Namespace) -> list[tuple[int, int]]:
     """Pairs of numbers of networks, those of this chunk. Raises ZooError if the zoo has too few."""
-    numbers = sorted(int(path.stem) for path in Path(args.zoo).glob("*.pt") if path.stem.isdigit())
-    if len(numbers) < 2:
-        raise ZooError(f"{args.zoo} holds {len(numbers)} networks (0.pt, 1.pt, ...): two are needed; train_zoo.py makes them")
-    if args.pairs:
-        pairs = [read_pair(text, numbers) for text in args.pairs]
-    else:
-        pairs = draw_pairs(numbers, args.retrain_repeats, args.seed)
+    pairs = zoo.pairs_of(args.zoo, args.pairs, args.retrain_repeats, args.seed)
     return pairs[len(pairs) * args.chunk // args.num_chunks : len(pairs) * (args.chunk + 1) // args.num_chunks]
-
-
-def read_pair(text: str, numbers: list[int]) -> tuple[int, int]:
-    first, dash, second = text.partition("-")
-    if not (dash and first.isdigit() and second.isdigit()) or first == second:
-        raise ZooError(f"--pairs {text!r} is no pair of two networks: write it like 0-1")
-    missing = [number for number in (int(first), int(second)) if number not in numbers]
-    if missing:
-        raise ZooError(f"--pairs {text}: the zoo has no {missing[0]}.pt, only {', '.join(map(str, numbers))}")
-    return int(first), int(second)
-
-
-def draw_pairs(numbers: list[int], n: int, seed: int) -> list[tuple[int, int]]:
-    """n ordered pairs, all different; no network comes again before all have come. Raises ZooError if there are not so many."""
-    if n > len(numbers) * (len(numbers) - 1):
-        raise ZooError(f"{len(numbers)} networks make {len(numbers) * (len(numbers) - 1)} pairs, not {n}: --retrain_repeats")
-    chance = random.Random(seed)
-    pairs: list[tuple[int, int]] = []
-    while len(pairs) < n:
-        order = chance.sample(numbers, len(numbers))
-        pairs += [pair for pair in zip(order[::2], order[1::2], strict=False) if pair not in pairs]
-    return pairs[:n]
 
 
 # ---- one cell: a pair, a layer, a run ------------------------------------------------------------------------------------
@@ -286,33 +246,12 @@ def make_joint(args: argparse.Namespace, channels: int, run: int) -> Joint:
     return Full(channels)
 
 
-def batches_of(args: argparse.Namespace, data: Data, *key: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented, normalised training batches of an epoch; the last one, if smaller, is left out, as published."""
-    device, n = data.training.labels.device, len(data.training)
-    order, flip, offset = (drawn.to(device) for drawn in draw_epoch(n, generator_of(args.seed, *key)))
-    for rows in torch.arange(n // args.batch_size * args.batch_size).split(args.batch_size):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        chosen = order[part]
-        batch = data.preprocessing.augment(data.training.images[chosen], flip[part], offset[part])
-        yield batch, data.training.labels[chosen]
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, split: ImageSet, preprocessing: Preprocessing) -> float:
-    """Percent of images that are right, in evaluation mode."""
-    network.eval()
-    right = 0
-    for part, labels in zip(split.images.split(500), split.labels.split(500), strict=True):
-        right += int((network(preprocessing.normalise(part)).argmax(1) == labels).sum())
-    return 100 * right / len(split)
-
-
 class Interrupted(Exception):
     """A signal came: the cell is begun again another time."""
 
 
 def train_cell(
-    args: argparse.Namespace, cell: Cell, stitched: StitchedModel, data: Data, interruption: Interruption
+    args: argparse.Namespace, cell: Cell, stitched: StitchedModel, data: Splits, interruption: Interruption
 ) -> dict[str, Any]:
     """Train a joint; leaves the best epoch's state, with the statistics that it was validated with. Its epochs' figures."""
     halves = 2 if has_warmup(args) else 1
@@ -338,8 +277,9 @@ def train_cell(
             before = None
             if args.bn_epoch:
                 key = (*cell.pair, cell.place.index, cell.run, half * epochs + epoch, 1)
-                before = reestimate_statistics(stitched, limited(batches_of(args, data, *key), args.bn_batches))
-            value = accuracy(stitched, data.validation, data.preprocessing)
+                batches = data.batches(args.batch_size, generator_of(args.seed, *key))
+                before = reestimate_statistics(stitched, (x for x, _ in islice(batches, args.bn_batches or None)))
+            value = accuracy(stitched, data.selection, data.preprocessing)
             rows.append({"half": half, "epoch": epoch, "train_loss": loss, "val_accuracy": value, "lr": lr})
             if value > best["val_accuracy"]:
                 state = {name: tensor.clone() for name, tensor in stitched.state_dict().items()}
@@ -350,19 +290,11 @@ def train_cell(
     return {"best": best, "epochs": rows}
 
 
-def limited(batches: Iterator[tuple[Tensor, Tensor]], n: int) -> Iterator[Tensor]:
-    """The images of n batches; of all for 0."""
-    for i, (batch, _) in enumerate(batches):
-        if n and i == n:
-            return
-        yield batch
-
-
 def train_epoch(
     args: argparse.Namespace,
     cell: Cell,
     stitched: StitchedModel,
-    data: Data,
+    data: Splits,
     optimizers: list[torch.optim.Optimizer],
     epoch: int,
     interruption: Interruption,
@@ -373,12 +305,12 @@ def train_epoch(
     choice = generator_of(args.seed, *key, 2)
     amp = torch.bfloat16 if args.precision == "bf16" else None
     losses = []
-    for batch, labels in batches_of(args, data, *key, 0):
+    for x, labels in data.batches(args.batch_size, generator_of(args.seed, *key, 0)):
         if interruption.signal:
             raise Interrupted
         which = int(torch.randint(len(optimizers), (), generator=choice))  # matrix or scales, with --alternating
         eps = 1e-3 if args.pgd_hook else None
-        losses.append(training_step(stitched, batch, labels, optimizers[which], hook_eps=eps, amp=amp))
+        losses.append(training_step(stitched, x, labels, optimizers[which], hook_eps=eps, amp=amp))
     return torch.stack(losses).mean().item()
 
 
@@ -387,7 +319,7 @@ def run_cell(
     cell: Cell,
     networks: tuple[nn.Module, nn.Module],
     parents: tuple[float, float],
-    data: Data,
+    data: Splits,
     folder: Path,
     interruption: Interruption,
 ) -> None:
@@ -430,11 +362,6 @@ def what_it_is(joint: Joint) -> dict[str, Any]:
     return {}
 
 
-def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1)
-    write_in_one_step(path, lambda file: file.write(text.encode()))
-
-
 # ---- the sweep -----------------------------------------------------------------------------------------------------------
 
 
@@ -461,7 +388,7 @@ def sweep(
     args: argparse.Namespace,
     cells: list[Cell],
     networks: dict[int, nn.Module],
-    data: Data,
+    data: Splits,
     run: RunDirectory,
     interruption: Interruption,
 ) -> bool:
@@ -504,25 +431,21 @@ def tell(run: RunDirectory, text: str) -> None:
     say(text)
 
 
-def report(args: argparse.Namespace, cells: list[Cell], data: Data, run: RunDirectory) -> dict[str, Any]:
+def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDirectory) -> dict[str, Any]:
     """All figures of a sweep; also metrics.csv, a row per epoch, and a picture of each layer's first joint."""
     folder = run.path / "cells"
     found = [read_cell(folder, cell) for cell in cells]
-    columns = ("pair", "layer", "run", "half", "epoch", "lr", "train_loss", "val_accuracy")
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(columns)
+    rows = []
     for cell, figures in zip(cells, found, strict=True):
         of_cell = {"pair": f"{cell.pair[0]}-{cell.pair[1]}", "layer": cell.place.index, "run": cell.run}
-        for row in figures["epochs"]:
-            table.writerow([(of_cell | row)[column] for column in columns])
-    write_in_one_step(run.path / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+        rows += [of_cell | row for row in figures["epochs"]]
+    write_table(run.path / "metrics.csv", rows)
     draw_matrices(cells, folder, run)
     selected = choose_runs(args, found)
     for figures in found:
         del figures["epochs"]
     protocol = "best epoch, and best of a layer's runs, by " + (
-        f"{len(data.validation)} training images that were left out" if args.select == "validation" else "the test images"
+        f"{len(data.selection)} training images that were left out" if args.select == "validation" else "the test images"
     )
     return {
         "script": "cifar10_stitching",
@@ -628,37 +551,7 @@ def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return 0
 
 
-def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
-    table.writeheader()
-    table.writerows(rows)
-    write_in_one_step(path, lambda file: file.write(text.getvalue().encode()))
-
-
 # ---- one sweep from start to end -----------------------------------------------------------------------------------------
-
-
-def check_same(run: RunDirectory, args: argparse.Namespace, data: Data) -> None:
-    """Raises RunError if a sweep that goes on was begun with other options or data."""
-    path = run.path / "args.json"
-    if args.overwrite or not path.exists():
-        return
-    before = json.loads(path.read_text())
-    now = vars(args) | {"data": data.fingerprint}
-    for option in (*now,):
-        if (
-            option not in ("results_dir", "data_dir", "resume", "overwrite", "progress", "dry_run")
-            and before.get(option) != now[option]
-        ):
-            raise RunError(f"{run.path} was begun with {option} {before.get(option)}, not {now[option]}: --name starts another")
-
-
-def check_classes(networks: dict[int, nn.Module], data: Data) -> None:
-    """Raises ZooError if the networks tell another number of classes apart than there are."""
-    classes = next(reversed(next(iter(networks.values())).state_dict().values())).shape[0]
-    if classes != len(data.test.classes):
-        raise ZooError(f"the networks tell {classes} classes apart, the images have {len(data.test.classes)}: --dataset")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -680,20 +573,22 @@ def main(argv: list[str] | None = None) -> int:
                 say(f"the run {run.final} has finished: nothing to do")
                 return 0
             pairs = pairs_of(args)
-            numbers = sorted({number for pair in pairs for number in pair})
-            networks = {number: zoo.load(Path(args.zoo) / f"{number}.pt", args.arch) for number in numbers}
-            places = places_of(args, networks[numbers[0]])
+            n_classes = images.N_CLASSES[images.BY_OPTION[args.dataset]]
+            networks = zoo.load_members(args.zoo, args.arch, {number for pair in pairs for number in pair}, n_classes)
+            places = places_of(args, next(iter(networks.values())))
             data = load_data(args, device)
-            check_classes(networks, data)
-            check_same(run, args, data)
-            run.open(vars(args) | {"data": data.fingerprint}, overwrite=args.overwrite, to_stdout=False)
+            noted = vars(args) | {"data": data.fingerprint}
+            if not args.overwrite:
+                run.check_same(noted, FREE)
+            run.open(noted, overwrite=args.overwrite, to_stdout=False)
         with surviving_full_disks(run):
             cells = cells_of(args, pairs, places)
             tell(
                 run,
                 f"{len(pairs)} pairs, {len(places)} layers, {len(cells)} joints to train: {kind_of(args)}, seed {args.seed}",
             )
-            on_device = {number: network.to(device) for number, network in networks.items()}
+            layout = torch.channels_last
+            on_device = {number: network.to(device, memory_format=layout) for number, network in networks.items()}
             if not sweep(args, cells, on_device, data, run, interruption):
                 tell(run, f"stopped by {interruption.signal}: --resume goes on from here")
                 return EXIT_RESUMABLE

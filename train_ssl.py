@@ -47,7 +47,6 @@ from common.ssl.models import CLASSES, ESSL_CODES, Outputs, SelfSupervised, enco
 from common.ssl.targets import TARGETS
 from common.ssl.views import CIRCULAR, CODES, COLOURS, NEEDS_RGB, PARAMETRISED, Stack, clean_view
 
-DATASETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
 ENCODERS = ("Cifar10_ResNet", *(f"{lifted}cifar10_{name}" for lifted in ("", "lifted_") for name in BLOCKS))
 # options that do not make another run
 UNNAMED = (
@@ -71,7 +70,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = options.OneLineParser(prog="train_ssl.py", description=__doc__)
     paper = parser.add_argument_group("options of the paper")
     paper.add_argument("--device", choices=("cpu", "cuda"), help="[cuda when available]")
-    paper.add_argument("--dataset", choices=tuple(DATASETS), help="[cifar10]")
+    paper.add_argument("--dataset", choices=tuple(images.BY_OPTION), help="[cifar10]")
     paper.add_argument(
         "--dataset-root", metavar="PATH", default="data", help="where the data set lies, or is saved [%(default)s]"
     )
@@ -144,7 +143,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         parser.error("--resume goes on with a run, --overwrite replaces it: choose one")
     check_encoder(parser, args)
     check_transformations(parser, args)
-    classes = images.N_CLASSES[DATASETS[args.dataset]]
+    classes = images.N_CLASSES[images.BY_OPTION[args.dataset]]
     if args.num_classes is None:
         args.num_classes = classes
     if args.num_classes < classes:
@@ -194,7 +193,7 @@ def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     parts = [args.dataset, args.model, ".".join(["tx", *args.tx])]
     if args.equi_tx:
         parts.append(f"equi-tx.{args.equi_tx}")
-    of_the_data = ("num_classes",) if args.num_classes == images.N_CLASSES[DATASETS[args.dataset]] else ()
+    of_the_data = ("num_classes",) if args.num_classes == images.N_CLASSES[images.BY_OPTION[args.dataset]] else ()
     parts += options.not_defaults(parser, args, (*UNNAMED, *of_the_data, "dataset", "model", "tx", "equi_tx"))
     name = "-".join(parts)
     options.check_length(parser, name)
@@ -219,7 +218,7 @@ class Data:
 
 def fetch_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
     """Both splits as published, downloaded if they are not there. Raises DataError."""
-    name = DATASETS[args.dataset]
+    name = images.BY_OPTION[args.dataset]
     return tuple(images.load(name, split, args.dataset_root, download=True) for split in ("train", "test"))  # type: ignore
 
 
@@ -254,7 +253,7 @@ def make_model(args: argparse.Namespace, device: torch.device) -> SelfSupervised
     """The model of the options, with weights from the seed."""
     checkpoint.seed_everything(args.seed)
     blocks = BLOCKS[args.encoder.removeprefix("cifar10_")]
-    channels = images.SHAPES[DATASETS[args.dataset]][0]
+    channels = images.SHAPES[images.BY_OPTION[args.dataset]][0]
     encoder = CifarResNet((blocks,) * 3, in_channels=channels, width=args.encoder_width)
     model = method_of(args).make_model(encoder, args.num_classes)
     model = parallel.synchronise_batch_norm(model.to(device, memory_format=torch.channels_last))
@@ -607,7 +606,7 @@ def make_probe(args: argparse.Namespace, which: str) -> Probe:
     path = Path(getattr(args, which))
     saved = read_saved(path)
     encoder, of = encoder_of(saved, path), saved["options"]
-    if of.get("dataset") not in DATASETS or not {"image_size", "center_crop", "batch_size"} <= of.keys():
+    if of.get("dataset") not in images.BY_OPTION or not {"image_size", "center_crop", "batch_size"} <= of.keys():
         raise ValueError(f"{path} has no options of a training")
     own = {
         "dataset_root": args.dataset_root,
@@ -616,7 +615,7 @@ def make_probe(args: argparse.Namespace, which: str) -> Probe:
         "seed": args.seed,
     }
     trained_with = argparse.Namespace(**{**of, **own})
-    channels = images.SHAPES[DATASETS[trained_with.dataset]][0]
+    channels = images.SHAPES[images.BY_OPTION[trained_with.dataset]][0]
     if channels != encoder.conv1.in_channels:
         raise ValueError(f"{path} takes {encoder.conv1.in_channels} channels, images of {trained_with.dataset} have {channels}")
     out = path.with_name(f"{path.stem}_{which}_{trained_with.dataset}.json")
@@ -638,7 +637,7 @@ def evaluate_saved(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
             continue
         with refusing(parser, DataError, ValueError):
             data = load_data(probe.options, device)
-        n_classes = images.N_CLASSES[DATASETS[probe.options.dataset]]
+        n_classes = images.N_CLASSES[images.BY_OPTION[probe.options.dataset]]
         known = split_representations(probe.encoder.to(device), data.training, data.test, probe.options.image_size)
         if probe.which == "linear_probe":
             found = evaluation.linear_probe(*known, n_classes, args.seed)

@@ -15,21 +15,19 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.datasets import augmentation, images
-from common.datasets.augmentation import Preprocessing
+from common.datasets import images
+from common.datasets.classification import Splits, load_splits
 from common.datasets.images import DataError, ImageSet
 from common.models import cnn, zoo
 from common.run import checkpoint, epochs, options
-from common.run.checkpoint import CheckpointError, write_in_one_step
+from common.run.checkpoint import CheckpointError
+from common.run.classifier import RECIPES, evaluate, learning_rate, make_optimizer, training_step
 from common.run.clock import Clock
 from common.run.directory import RunError, environment
 from common.run.ending import EXIT_RESUMABLE, refusing, say
@@ -38,22 +36,14 @@ from common.run.interruption import Interruption
 from common.run.lock import release_lock, take_lock
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real
-from common.run.schedule import halving, one_cycle
+from common.run.records import write_json
 from common.run.traces import Metrics
 from common.seeds import generator_of, seed_of
 
-DATASETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
-# what they set unless an option says otherwise
-RECIPES = {
-    "published": {"epochs": 50, "batch_size": 32, "lr": 0.001},
-    "fast": {"epochs": 12, "batch_size": 128, "lr": 0.003},
-}
-WARMUP = 0.2  # share of the steps of `fast` in which the rate rises
 # options that do not make another model
 UNNAMED = (
     "num_models", "progress", "num_chunks", "chunk", "data_dir", "device", "compile", "out", "resume", "overwrite", "dry_run"
 )  # fmt: skip
-EVALUATED_AT_ONCE = 500
 LAST_ENTRIES = ("model", "optimizer", "options", "data", "progress", "sums", "best", "rng", "seconds", "metrics_size")
 
 
@@ -67,7 +57,7 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("--num_chunks", type=at_least(1, 10**6), metavar="INT", help="jobs that share the zoo [1]")
     paper.add_argument("--chunk", type=at_least(0), metavar="INT", help="which of them this one is, from 0 [0]")
     own = parser.add_argument_group("options of this suite")
-    own.add_argument("--dataset", choices=tuple(DATASETS), default="cifar10", help="[%(default)s]")
+    own.add_argument("--dataset", choices=tuple(images.BY_OPTION), default="cifar10", help="[%(default)s]")
     own.add_argument("--data-dir", metavar="PATH", default="data", help="where the data set lies, or is saved [%(default)s]")
     own.add_argument("--recipe", choices=tuple(RECIPES), default="published", help="[%(default)s]")
     for name, kind, what in (
@@ -132,72 +122,6 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in UNNAMED}
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images of 32x32 in three channels, on the device."""
-
-    training: ImageSet
-    selection: ImageSet  # chooses the epoch; with --select test it is the test split
-    test: ImageSet
-    preprocessing: Preprocessing
-    fingerprint: str  # of all training images
-
-
-def load_data(args: argparse.Namespace, device: torch.device) -> Data:
-    """The splits of the options, downloaded if they are not there. Raises DataError."""
-    name = DATASETS[args.dataset]
-    training, test = (images.load(name, split, args.data_dir, download=True) for split in images.SPLITS)
-    fingerprint = training.fingerprint()
-    if args.subset:
-        training = training[torch.randperm(len(training), generator=generator_of(args.seed))[: args.subset]]
-    if args.select == "validation":
-        training, selection = images.split_validation(training, args.seed)
-    if len(training) < args.batch_size:
-        raise DataError(f"--batch-size {args.batch_size} is more than the {len(training)} training images")
-    training, test = (augmentation.as_rgb_32(split).to(device) for split in (training, test))
-    selection = augmentation.as_rgb_32(selection).to(device) if args.select == "validation" else test
-    return Data(training, selection, test, Preprocessing(name, device), fingerprint)
-
-
-# ---- recipes -------------------------------------------------------------------------------------------------------------
-
-
-def make_optimizer(model: nn.Module, recipe: str, lr: float) -> torch.optim.Optimizer:
-    """published: Adam with 1e-4 of the weights in the gradient. fast: AdamW. Decay is for names with "weight" in them."""
-    decayed = [parameter for name, parameter in model.named_parameters() if "weight" in name]
-    others = [parameter for name, parameter in model.named_parameters() if "weight" not in name]
-    kind, decay = (torch.optim.Adam, 1e-4) if recipe == "published" else (torch.optim.AdamW, 0.05)
-    return kind([{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}], lr, fused=True)
-
-
-def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
-    """published: halved three times or four. fast: one cycle, by steps."""
-    if args.recipe == "published":
-        return args.lr * halving(step // steps_per_epoch, args.epochs)
-    return args.lr * one_cycle((step + 1) / (args.epochs * steps_per_epoch + 1), WARMUP)  # never 0
-
-
-def training_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    labels: Tensor,
-    precision: str,
-    layout: torch.memory_format = torch.channels_last,
-) -> dict[str, Tensor]:
-    """One step on normalised images (B, 3, 32, 32); its loss and accuracy (a share)."""
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(x.contiguous(memory_format=layout))
-    loss = F.cross_entropy(logits.float(), labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
-
-
 # ---- one model -----------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +152,7 @@ class ModelFiles:
         if self.weights.exists():  # without a record: trained elsewhere, by the original, say
             there = zoo.load(self.weights, args.arch).state_dict()
             with torch.device("meta"):
-                own = zoo.make(args.arch, images.N_CLASSES[DATASETS[args.dataset]], args.width).state_dict()
+                own = zoo.make(args.arch, images.N_CLASSES[images.BY_OPTION[args.dataset]], args.width).state_dict()
             if zoo.difference(there, own):
                 raise RunError(f"{self.weights} is of another model: {zoo.difference(there, own)}; {hints}")
             return "finished"
@@ -260,13 +184,13 @@ class ModelFiles:
 class Training:
     """Where the training of a model stands: `batch` batches of epoch `epoch` are done, with their figures in `sums`."""
 
-    def __init__(self, args: argparse.Namespace, data: Data, files: ModelFiles, index: int):
+    def __init__(self, args: argparse.Namespace, data: Splits, files: ModelFiles, index: int):
         """Start anew, or where the model's last.pkl stands. Raises CheckpointError."""
         self.args, self.data, self.files, self.index = args, data, files, index
         self.seed = seed_of(args.seed, index)
         self.n_batches = len(data.training) // args.batch_size  # the rest of the images waits for another epoch
         checkpoint.seed_everything(self.seed)
-        self.model = zoo.make(args.arch, images.N_CLASSES[DATASETS[args.dataset]], args.width)
+        self.model = zoo.make(args.arch, images.N_CLASSES[images.BY_OPTION[args.dataset]], args.width)
         self.model.to(data.test.labels.device, memory_format=torch.channels_last)
         if args.compile:
             self.model.compile()
@@ -317,19 +241,16 @@ class Training:
         """Train on the batches of the epoch that are left; False if a signal comes first."""
         args, data, model = self.args, self.data, self.model
         model.train()
-        draws = augmentation.draw_epoch(len(data.training), generator_of(self.seed, self.epoch))
-        order, flip, offset = (draw.to(data.training.labels.device) for draw in draws)
-        left = range(self.batch, self.n_batches)
-        for batch in tqdm(left, desc=f"model {self.index} epoch {self.epoch + 1}", disable=not args.progress, leave=False):
+        left = data.batches(args.batch_size, generator_of(self.seed, self.epoch), first=self.batch)
+        what = f"model {self.index} epoch {self.epoch + 1}"
+        for x, labels in tqdm(left, what, self.n_batches - self.batch, disable=not args.progress, leave=False):
             if interruption.signal is not None:
                 return False
-            rows = slice(batch * args.batch_size, (batch + 1) * args.batch_size)
-            x = data.preprocessing.augment(data.training.images[order[rows]], flip[rows], offset[rows])
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(args, self.step, self.n_batches)
-            figures = training_step(model, self.optimizer, x, data.training.labels[order[rows]], args.precision)
+                group["lr"] = learning_rate(args.recipe, args.lr, self.step, self.n_batches, args.epochs)
+            figures = training_step(model, self.optimizer, x, labels, args.precision)
             self.sums.add(len(x), figures)
-            self.batch, self.step = batch + 1, self.step + 1
+            self.batch, self.step = self.batch + 1, self.step + 1
             if time.monotonic() - self.saved_at > epochs.SAVE_SECONDS:
                 self.save()
         return True
@@ -348,31 +269,12 @@ class Training:
         row: dict[str, float | int] = {"epoch": self.epoch, "step": self.step, "seconds": self.clock.used(), "lr": rate}
         row |= {f"train_{name}": value for name, value in means.items()}
         self.metrics.append(row | {f"{self.args.select}_{name}": value for name, value in selected.items()})
-        chance = 1 / images.N_CLASSES[DATASETS[self.args.dataset]]
+        chance = 1 / images.N_CLASSES[images.BY_OPTION[self.args.dataset]]
         say(
             f"model {self.index:>3}  epoch {self.epoch:>3}  step {self.step:>6}  {self.clock.used() / 60:8.2f} min | "
             f"training {means['loss']:.4f}, accuracy {means['accuracy']:.4f} | {self.args.select} {selected['loss']:.4f}, "
             f"accuracy {selected['accuracy']:.4f} (chance {chance:g}) | lr {rate:.3g}" + (" | best so far" if better else "")
         )
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, data: ImageSet, preprocessing: Preprocessing, precision: str, interruption: Interruption
-) -> dict[str, float] | None:
-    """Mean loss and accuracy (a share), every image counting the same; None if a signal comes."""
-    model.eval()
-    sums = Sums()
-    for part in torch.arange(len(data), device=data.labels.device).split(EVALUATED_AT_ONCE):
-        if interruption.signal is not None:
-            return None
-        x = preprocessing.normalise(data.images[part]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(x)
-        labels = data.labels[part]
-        accuracy = (logits.argmax(1) == labels).float().mean()
-        sums.add(len(part), {"loss": F.cross_entropy(logits.float(), labels), "accuracy": accuracy})
-    return sums.means()
 
 
 def train_model(training: Training, interruption: Interruption) -> bool:
@@ -421,12 +323,11 @@ def finish(training: Training, test: dict[str, float]) -> None:
         "training": best["train"],  # while it was trained on: augmented, and with the weights of each step
         "validation": chosen if args.select == "validation" else None,
         "test": test,
-        "chance_accuracy": 1 / images.N_CLASSES[DATASETS[args.dataset]],
+        "chance_accuracy": 1 / images.N_CLASSES[images.BY_OPTION[args.dataset]],
         "data": training.data.fingerprint,
         **environment(),
     }
-    text = json.dumps(record, indent=2) + "\n"
-    write_in_one_step(files.record, lambda file: file.write(text.encode()))
+    write_json(files.record, record)
     files.last.unlink(missing_ok=True)
     say(
         f"model {training.index:>3}  finished after {record['seconds'] / 60:.2f} min: test accuracy {test['accuracy']:.4f} "
@@ -454,7 +355,15 @@ def main(argv: list[str] | None = None) -> int:
                     ModelFiles(args.out, index).last.unlink(missing_ok=True)  # of a process killed at its very end
                 say(f"all models of {args.out} that were asked for are there: nothing to do")
                 return 0
-            data = load_data(args, device)
+            data = load_splits(
+                images.BY_OPTION[args.dataset],
+                args.data_dir,
+                device,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                subset=args.subset,
+                select=args.select,
+            )
         say(
             f"{args.out}: {len(chosen)} models, {found.count('finished')} of them finished; {len(data.training)} training, "
             f"{len(data.selection)} {args.select} images on {device}"
@@ -472,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train_one(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, data: Data, index: int, interruption: Interruption
+    parser: argparse.ArgumentParser, args: argparse.Namespace, data: Splits, index: int, interruption: Interruption
 ) -> bool:
     """Train a model unless it is finished or another process is at it; False if a signal came."""
     files = ModelFiles(args.out, index)

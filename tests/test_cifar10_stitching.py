@@ -94,13 +94,13 @@ def test_recipes_are_those_of_the_batch_files() -> None:
 
 
 def test_pairs_are_drawn_without_repetition() -> None:
-    pairs = script.draw_pairs(list(range(8)), 4, seed=0)
+    pairs = zoo.draw_pairs(list(range(8)), 4, seed=0)
     assert sorted(number for pair in pairs for number in pair) == list(range(8))
-    assert pairs == script.draw_pairs(list(range(8)), 4, seed=0) != script.draw_pairs(list(range(8)), 4, seed=1)
-    more = script.draw_pairs([0, 1, 2], 6, seed=0)
+    assert pairs == zoo.draw_pairs(list(range(8)), 4, seed=0) != zoo.draw_pairs(list(range(8)), 4, seed=1)
+    more = zoo.draw_pairs([0, 1, 2], 6, seed=0)
     assert len(set(more)) == 6
     with pytest.raises(zoo.ZooError, match="3 networks make 6 pairs, not 7"):
-        script.draw_pairs([0, 1, 2], 7, seed=0)
+        zoo.draw_pairs([0, 1, 2], 7, seed=0)
 
 
 def test_chunks_share_the_pairs(place: Path) -> None:
@@ -116,7 +116,7 @@ def test_validation_images_are_not_trained_on(place: Path) -> None:
     for alpha, n in (("0.1", 10), ("crossval", 20)):
         line = f"--arch mCNN --dataset mnist --data-dir {place / 'data'} --birkhoff --alpha {alpha}"
         data = script.load_data(script.parse(script.get_parser(), line.split()), torch.device("cpu"))
-        images = [set(map(bytes, split.images.flatten(1).numpy())) for split in (data.training, data.validation)]
+        images = [set(map(bytes, split.images.flatten(1).numpy())) for split in (data.training, data.selection)]
         assert len(images[1]) == n and len(images[0]) == 100 - n and not images[0] & images[1]
 
 
@@ -132,7 +132,7 @@ def test_the_joint_alone_learns_and_the_best_epoch_is_kept(place: Path) -> None:
     stitched = script.stitch(*networks, 6, script.make_joint(args, cell.place.channels, 0))
     weights = {name: p.clone() for name, p in stitched.named_parameters()}
     found = script.train_cell(args, cell, stitched, data, Interruption())
-    assert script.accuracy(stitched, data.validation, data.preprocessing) == found["best"]["val_accuracy"]
+    assert script.accuracy(stitched, data.selection, data.preprocessing) == found["best"]["val_accuracy"]
     losses = [row["train_loss"] for row in found["epochs"]]
     assert losses[-1] < losses[0]
     changed = [name for name, p in stitched.named_parameters() if not torch.equal(p, weights[name])]

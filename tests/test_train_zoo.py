@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train_zoo as script
+from common.datasets.classification import load_splits
 from common.models import zoo
 from common.run import epochs
 from common.run.interruption import Interruption
@@ -88,8 +89,8 @@ def test_the_published_line(capsys: pytest.CaptureFixture[str]) -> None:
     args = script.parse(script.get_parser(), line.split())
     expected = {"epochs": 50, "batch_size": 32, "lr": 0.001, "width": 64, "select": "validation", "precision": "fp32"}
     assert {name: getattr(args, name) for name in expected} == expected
-    assert script.learning_rate(args, 1562 * 12 - 1, 1562) == 0.001
-    assert script.learning_rate(args, 1562 * 12, 1562) == 0.0005
+    assert script.learning_rate("published", 0.001, 1562 * 12 - 1, 1562, 50) == 0.001
+    assert script.learning_rate("published", 0.001, 1562 * 12, 1562, 50) == 0.0005
     assert_help_shows_the_papers_options_first(script.main, "--chunk", capsys)
 
 
@@ -152,7 +153,7 @@ def test_what_a_zoo_leaves(grey: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert record["validation"]["accuracy"] == pytest.approx(max(accuracies))
     assert record["best_epoch"] == 1 + accuracies.index(max(accuracies))
     model = zoo.load(tmp_path / "zoo" / "0.pt", "mCNN")
-    data = script.load_data(script.parse(script.get_parser(), line.split()), torch.device("cpu"))
+    data = load_splits("MNIST", grey.removeprefix("--data-dir "), torch.device("cpu"), seed=0, batch_size=16)
     measured = script.evaluate(model, data.test, data.preprocessing, "fp32", Interruption())
     assert measured == pytest.approx(record["test"])
     # a second start trains what is missing, and nothing else

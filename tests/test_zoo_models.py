@@ -182,7 +182,7 @@ def test_what_is_no_saved_model_of_the_architecture_is_refused(tmp_path: Path) -
 
 
 def test_examples_in_docstrings() -> None:
-    assert doctest.testmod(zoo) == (0, 1)
+    assert doctest.testmod(zoo) == (0, 2)
 
 
 def test_what_cannot_be_made_is_refused() -> None:

@@ -41,6 +41,7 @@ FASHION_CLASSES = (
     "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 PUBLISHED = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
+BY_OPTION = {name.lower(): name for name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST")}  # --dataset cifar10
 SHAPES = {  # (C, H, W)
     "MNIST": (1, 28, 28), "FashionMNIST": (1, 28, 28), "CIFAR10": (3, 32, 32), "CIFAR100": (3, 32, 32),
     "BWCIFAR": (1, 32, 32), "SMALL": (3, 16, 16),
@@ -125,9 +126,12 @@ def resize(data: ImageSet, side: int) -> ImageSet:
     return ImageSet(torch.cat(parts), data.labels, data.classes)
 
 
-def split_validation(data: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Training and validation images: 5,000 (a tenth of fewer), drawn by the seed, validate. Raises DataError for too few."""
-    n_validation = min(N_VALIDATION, len(data) // 10)
+def split_validation(data: ImageSet, seed: int, share: float | None = None) -> tuple[ImageSet, ImageSet]:
+    """Training and validation images: 5,000 (a tenth of fewer), or that share, drawn by the seed, validate.
+
+    Raises DataError for too few.
+    """
+    n_validation = min(N_VALIDATION, len(data) // 10) if share is None else int(share * len(data))
     if n_validation < 1:
         raise DataError(f"there are {len(data)} training images: at least 10 are needed")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.labels.device)

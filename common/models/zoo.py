@@ -1,4 +1,4 @@
-"""The architectures of a zoo by name, and their saved models. Where they can be stitched says `common.symmetry.stitching`.
+"""The architectures of a zoo by name, their saved models, and pairs of them.
 
 Saved models are plain state dicts under the keys of the original (Godfrey et al., NeurIPS 2022): a zoo trained by either loads
 in both.
@@ -6,6 +6,7 @@ in both.
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import torch
@@ -87,3 +88,51 @@ def difference(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def pairs_of(folder: str | Path, chosen: list[str] | None, n: int, seed: int) -> list[tuple[int, int]]:
+    """Pairs of numbers of saved models <number>.pt: the ones that are chosen ("0-1"), or n that the seed draws.
+
+    Raises ZooError if the zoo has too few.
+    """
+    numbers = sorted(int(path.stem) for path in Path(folder).glob("*.pt") if path.stem.isdigit())
+    if len(numbers) < 2:
+        raise ZooError(f"{folder} holds {len(numbers)} networks (0.pt, 1.pt, ...): two are needed; train_zoo.py makes them")
+    return [read_pair(text, numbers) for text in chosen] if chosen else draw_pairs(numbers, n, seed)
+
+
+def read_pair(text: str, numbers: list[int]) -> tuple[int, int]:
+    """Two of the numbers, written like 0-1. Raises ZooError."""
+    first, dash, second = text.partition("-")
+    if not (dash and first.isdigit() and second.isdigit()) or int(first) == int(second):
+        raise ZooError(f"--pairs {text!r} is no pair of two networks: write it like 0-1")
+    missing = [number for number in (int(first), int(second)) if number not in numbers]
+    if missing:
+        raise ZooError(f"--pairs {text}: the zoo has no {missing[0]}.pt, only {', '.join(map(str, numbers))}")
+    return int(first), int(second)
+
+
+def draw_pairs(numbers: list[int], n: int, seed: int) -> list[tuple[int, int]]:
+    """n ordered pairs, all different; no network comes again before all have come. Raises ZooError if there are not so many.
+
+    >>> draw_pairs([0, 1, 2, 3], 2, seed=0)
+    [(3, 1), (0, 2)]
+    """
+    if n > len(numbers) * (len(numbers) - 1):
+        raise ZooError(f"{len(numbers)} networks make {len(numbers) * (len(numbers) - 1)} pairs, not {n}")
+    chance = random.Random(seed)
+    pairs: list[tuple[int, int]] = []
+    while len(pairs) < n:
+        order = chance.sample(numbers, len(numbers))
+        pairs += [pair for pair in zip(order[::2], order[1::2], strict=False) if pair not in pairs]
+    return pairs[:n]
+
+
+def load_members(folder: str | Path, arch: str, numbers: set[int], n_classes: int) -> dict[int, nn.Module]:
+    """The saved models of some numbers, which tell `n_classes` apart. Raises ZooError."""
+    members = {number: load(Path(folder) / f"{number}.pt", arch) for number in sorted(numbers)}
+    for number, model in members.items():
+        classes = next(reversed(model.state_dict().values())).shape[0]
+        if classes != n_classes:
+            raise ZooError(f"{folder}/{number}.pt tells {classes} classes apart, the images have {n_classes}: --dataset")
+    return members

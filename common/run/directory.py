@@ -12,14 +12,16 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Container
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 import torch
 
-from common.run.checkpoint import BEST, LAST, sync_directory, write_in_one_step
+from common.run.checkpoint import BEST, LAST, sync_directory
 from common.run.lock import release_lock, take_lock
+from common.run.records import write_json
 
 ARGS, RESULT, LOCK = "args.json", "result.json", "lock"  # the presence of a result means finished
 
@@ -110,7 +112,7 @@ class RunDirectory:
                     shutil.rmtree(self.final)
             begun = (self.part / LAST).exists()  # if not, what an earlier start has left behind says nothing about this run
             if not begun or not (self.part / ARGS).exists():
-                self._write_json(ARGS, args | environment())
+                write_json(self.part / ARGS, args | environment())
             self._log = None if to_stdout else open(self.part / "log", "a" if begun else "w")
         except OSError as error:
             raise RunError(
@@ -159,7 +161,7 @@ class RunDirectory:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, last of all, and give the directory its name."""
-        self._write_json(RESULT, result)
+        write_json(self.part / RESULT, result)
         self.part.rename(self.final)  # still locked: nobody else can take it for a run that is to be gone on with
         self._release(self.final)
         self.close()
@@ -178,9 +180,17 @@ class RunDirectory:
             release_lock(self._lock, place / LOCK)
             self._lock = None
 
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        text = json.dumps(content, indent=2) + "\n"
-        write_in_one_step(self.part / name, lambda file: file.write(text.encode()))
+    def check_same(self, args: dict[str, Any], free: Container[str]) -> None:
+        """Raises RunError if an unfinished run was begun with other options than these, those in `free` aside."""
+        path = self.part / ARGS
+        if not path.exists():
+            return
+        before = json.loads(path.read_text())
+        for name, value in args.items():
+            if name not in free and before.get(name) != value:
+                raise RunError(
+                    f"{self.part} was begun with {name} {before.get(name)}, not {value}: {self.another} starts another"
+                )
 
 
 def environment() -> dict[str, Any]:
