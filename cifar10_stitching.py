@@ -106,6 +106,9 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--pairs", nargs="+", metavar="I-J", help="numbers of networks [drawn by the seed]")
     own.add_argument("--batch-size", type=at_least(2), default=32, help="[%(default)s]")
     own.add_argument("--bn-batches", type=at_least(0), default=100, help="of --bn_epoch; 0: a whole epoch [%(default)s]")
+    own.add_argument(
+        "--threshold", type=real(0), default=1e-3, help="of --lasso: smaller weights are 0 in evaluation [%(default)s]"
+    )
     own.add_argument("--seed", type=at_least(0), default=0, help="of pairs, split, joints and order [%(default)s]")
     own.add_argument(
         "--subset",
@@ -237,7 +240,7 @@ def make_joint(args: argparse.Namespace, channels: int, run: int) -> Joint:
     if args.lowrank:
         return LowRank(channels, args.rank)
     if args.lasso:
-        return Lasso(channels, args.multiplier)
+        return Lasso(channels, args.multiplier, args.threshold)
     if args.wreath:
         return Wreath(channels)
     if args.birkhoff:

@@ -21,7 +21,7 @@ KINDS = {
     "softsort": "--wreath --noschedule",
     "rank 1": "--recipe lowrank --rank 1",
     "rank 2": "--recipe lowrank --rank 2",
-    "lasso 0.01": "--recipe lasso --multiplier 0.01",
+    "lasso 0.01": "--recipe lasso --multiplier 0.01 --threshold 0.5",
     "alternating": "--birkhoff --alternating --pgd_hook --bn_epoch --bn-batches 0",
 }
 
@@ -63,6 +63,10 @@ def test_what_a_sweep_leaves(kind: str, place: Path, tmp_path: Path, capsys: pyt
             assert sorted(cell["permutation"]) == list(range(cell["channels"])) and len(cell["scales"]) == cell["channels"]
         state = torch.load(path / "cells" / f"{cell['pair'][0]}-{cell['pair'][1]}_layer_{cell['layer']}_run_{cell['run']}.pt")
         assert state["rounded"].shape == (cell["channels"], cell["channels"])
+        if kind.startswith("lasso"):
+            zeros = state["matrix"].abs() < 0.5
+            assert torch.equal(state["rounded"], torch.where(zeros, 0.0, state["matrix"]))
+            assert cell["sparsity"] == pytest.approx(zeros.float().mean().item())
         if kind.startswith("rank"):
             assert torch.linalg.matrix_rank(state["rounded"]) <= int(kind[-1])
     assert [of["layer"] for of in result["layers"]] == [3, 14] and all(of["n"] == 2 for of in result["layers"])
