@@ -39,8 +39,8 @@ from common.run import checkpoint, options
 from common.run.checkpoint import write_in_one_step
 from common.run.classifier import accuracy
 from common.run.directory import RunDirectory
-from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks
-from common.run.interruption import Interruption
+from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks, tell
+from common.run.interruption import Interrupted, Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real
 from common.run.records import write_json, write_table
@@ -249,10 +249,6 @@ def make_joint(args: argparse.Namespace, channels: int, run: int) -> Joint:
     return Full(channels)
 
 
-class Interrupted(Exception):
-    """A signal came: the cell is begun again another time."""
-
-
 def train_cell(
     args: argparse.Namespace, cell: Cell, stitched: StitchedModel, data: Splits, interruption: Interruption
 ) -> dict[str, Any]:
@@ -309,8 +305,7 @@ def train_epoch(
     amp = torch.bfloat16 if args.precision == "bf16" else None
     losses = []
     for x, labels in data.batches(args.batch_size, generator_of(args.seed, *key, 0)):
-        if interruption.signal:
-            raise Interrupted
+        interruption.check()
         which = int(torch.randint(len(optimizers), (), generator=choice))  # matrix or scales, with --alternating
         eps = 1e-3 if args.pgd_hook else None
         losses.append(training_step(stitched, x, labels, optimizers[which], hook_eps=eps, amp=amp))
@@ -427,11 +422,6 @@ def sweep(
 
 def read_cell(folder: Path, cell: Cell) -> dict[str, Any]:
     return json.loads((folder / f"{cell.stem}.json").read_text())
-
-
-def tell(run: RunDirectory, text: str) -> None:
-    run.log(text)
-    say(text)
 
 
 def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDirectory) -> dict[str, Any]:

@@ -332,3 +332,43 @@ def plot_matrices(path: Path, title: str, matrices: Sequence[tuple[str, NDArray[
             panel.set(xlabel="channel of network 1", ylabel="channel of network 2")
             figure.colorbar(drawn, ax=panel, shrink=0.7)
     save_figure(figure, path)
+
+
+def plot_heat_maps(path: Path, title: str, labels: Sequence[str], maps: Mapping[str, NDArray[np.floating]]) -> None:
+    """Similarities from 0 to 1 of the layers of two networks (L, L), a panel a measure; what is NaN is grey."""
+    side = max(3.4, 0.24 * len(labels) + 1.2)
+    figure = Figure(figsize=(side * len(maps) + 0.8, side + 0.5), layout="constrained")
+    _headline(figure, title)
+    panels = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
+    for panel, (name, values) in zip(panels, maps.items(), strict=True):
+        panel.set_facecolor("#BBBBBB")
+        drawn = panel.imshow(values, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        if len(labels) <= 8:  # numbers can be read
+            for i, row in enumerate(values):
+                for j, value in enumerate(row):
+                    panel.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+        panel.set_xticks(range(len(labels)), labels, rotation=90 if len(labels) > 8 else 0, fontsize=8)
+        panel.set_yticks(range(len(labels)), labels, fontsize=8)
+        panel.set(title=name, xlabel="layer of network 2")
+    panels[0].set_ylabel("layer of network 1")
+    figure.colorbar(drawn, ax=panels, label="similarity", shrink=0.8)
+    save_figure(figure, path)
+
+
+def plot_diagonals(path: Path, title: str, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Similarity of layers with themselves: rows of similarity, layer, mean, deviation, untrained, a curve a similarity."""
+    figure = Figure(figsize=(max(6.5, 0.45 * len(labels) + 3), 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(dict.fromkeys(row["similarity"] for row in rows)):
+        own = [row for row in rows if row["similarity"] == name]
+        places = [labels.index(row["layer"]) for row in own]
+        deviations = [row["deviation"] or 0.0 for row in own]
+        colour = PALETTE[i % len(PALETTE)]
+        axes.errorbar(places, [row["mean"] for row in own], deviations, marker="o", capsize=3, label=name, color=colour)
+        axes.plot(places, [row["untrained"] for row in own], linestyle=":", color=colour, label=f"{name}, untrained")
+    note = " (* inside a residual block)" if any(label.endswith("*") for label in labels) else ""
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set(title=f"{title}, mean and deviation of pairs", xlabel=f"layer{note}", ylabel="similarity", ylim=(None, 1.02))
+    axes.grid(alpha=0.25)
+    figure.legend(fontsize=8, loc="outside right center")
+    save_figure(figure, path)

@@ -71,6 +71,9 @@ def load(path: str | Path, arch: str) -> nn.Module:
     why_not = difference(state, model.state_dict())
     if why_not:
         raise ZooError(f"{path} is no {arch}: {why_not}")
+    broken = [key for key, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ZooError(f"{path}: {_some(broken)} {'is' if len(broken) == 1 else 'are'} not finite (NaN or infinite)")
     model = model.to_empty(device="cpu")
     model.load_state_dict(state)
     return model.eval()

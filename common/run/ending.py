@@ -47,6 +47,12 @@ def surviving_full_disks(run: RunDirectory) -> Iterator[None]:
         sys.exit(EXIT_RESUMABLE)
 
 
+def tell(run: RunDirectory, text: str) -> None:
+    """Print, and put into the run's log."""
+    run.log(text)
+    say(text)
+
+
 def say(text: str) -> None:
     """Print; a reader who has gone (`| head`) is no failure of the run."""
     try:

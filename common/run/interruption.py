@@ -12,6 +12,10 @@ from types import FrameType, TracebackType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+class Interrupted(Exception):
+    """A signal came: what was at work, and is not saved by halves, is begun again another time."""
+
+
 class Interruption:
     """Within `with Interruption() as interruption:`, `interruption.signal` is the name of the signal that came, or None."""
 
@@ -25,6 +29,11 @@ class Interruption:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal has come."""
+        if self.signal is not None:
+            raise Interrupted
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == "SIGINT":
