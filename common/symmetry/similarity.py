@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.matching import best_matching
@@ -56,13 +56,13 @@ def layer_similarities(
     *,
     estimator: str = "max",
     centered: bool = True,
-    block: int = 500,
+    block: int = 400,
     progress: bool = False,
 ) -> Similarities:
     """Compare all layers of a network with all of another. `estimator` is wreath_cka's, `centered` all CKAs'.
 
     Features are asked for in blocks of images: by Procrustes once each, by CKA n / 2 times, n being the number of blocks.
-    At any time there are two blocks of all layers of both networks (Procrustes: one), copies of two layers' blocks, and
+    Held are at most three blocks of features of all layers of both networks (Procrustes: one, and what it is shrunk to), and
     sums: for Procrustes (C1, C2) a pair of layers, for CKA (N) a layer. No kernel (N, N) is held.
     Raises ValueError for an unknown measure or estimator, features that are not finite, numbers of images that differ,
     maps that no whole factor enlarges to each other (Procrustes), and fewer than 4 images (CKA).
@@ -81,12 +81,36 @@ def layer_similarities(
         kernels.add_moments(features1(part), features2(part))
     with tqdm(total=len(blocks) * (len(blocks) + 1) // 2, desc=measure, disable=disable) as bar:
         for i, rows in enumerate(blocks):
-            of_rows = features1(rows) + features2(rows)
+            of_rows = kernels.normalised(features1(rows), features2(rows))
             for columns in blocks[: i + 1]:
-                of_columns = of_rows if columns == rows else features1(columns) + features2(columns)
+                of_columns = of_rows if columns == rows else kernels.normalised(features1(columns), features2(columns))
                 kernels.add_tile(rows, columns, of_rows, of_columns)
                 bar.update()
     return kernels.similarities()
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, images: Tensor, layers: list[str]) -> list[Tensor]:
+    """What the modules of these names give for a batch of images, in the mode that the model is in.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten())
+    >>> [tuple(x.shape) for x in features_of(net, torch.zeros(2, 3, 32, 32), ["1", "2"])]
+    [(2, 8, 30, 30), (2, 7200)]
+    """
+    found: dict[str, Tensor] = {}
+    hooks = []
+    for name in layers:
+
+        def keep(module: nn.Module, inputs: object, output: Tensor, name: str = name) -> None:
+            found[name] = output
+
+        hooks.append(model.get_submodule(name).register_forward_hook(keep))
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[name] for name in layers]
 
 
 def _check_names(measure: str, estimator: str) -> None:
@@ -411,27 +435,26 @@ class Kernels:
                 of_layer.add(x, _name(k, i))
 
     @torch.no_grad()
+    def normalised(self, features1: list[Tensor], features2: list[Tensor]) -> list[Tensor]:
+        """A block of images as add_tile takes it: layers (B, C, P) of both networks, in one list, as copies."""
+        layers = zip(self.moments[0] + self.moments[1], features1 + features2, strict=True)
+        return [self._normalised(moments, x) for moments, x in layers]
+
+    def _normalised(self, moments: Moments, features: Tensor) -> Tensor:
+        squares = moments.squares(self.centered)
+        scale = torch.where(squares > 0, (squares if self.one_by_one else squares.sum()).rsqrt(), 0)
+        x = _as_maps(features, "features").flatten(2).contiguous()  # a product per channel needs its rows
+        if self.centered:
+            return (x - moments.mean.to(x.dtype)[:, None]).mul_(scale.to(x.dtype)[:, None])
+        return x * scale.to(x.dtype)[:, None]
+
+    @torch.no_grad()
     def add_tile(self, rows: slice, columns: slice, of_rows: list[Tensor], of_columns: list[Tensor]) -> None:
-        """Second pass: kernels between two blocks of images, given the features of all layers of both networks, in one list."""
-        pairs = [self._kernels(*layer) for layer in zip(self.moments[0] + self.moments[1], of_rows, of_columns, strict=True)]
+        """Second pass: kernels between two blocks of images, whose features are normalised."""
+        live = [moments.squares(self.centered) > 0 for moments in self.moments[0] + self.moments[1]]
+        pairs = [tile(x, y, alive, self.over) for x, y, alive in zip(of_rows, of_columns, live, strict=True)]
         for sums, tiles in zip((self.published, self.live), zip(*pairs, strict=True), strict=True):
             sums.add(rows, columns, torch.stack(tiles))
-
-    def _kernels(self, moments: Moments, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """A tile (A, B) of a layer's kernel, published and of live channels, from features (A, C, ...) and (B, C, ...)."""
-        squares = moments.squares(self.centered)
-        live = squares > 0
-        scale = torch.where(live, (squares if self.one_by_one else squares.sum()).rsqrt(), 0)
-        mean = moments.mean if self.centered else torch.zeros_like(moments.mean)
-        x, y = (_normalised(features, mean, scale) for features in (x, y))
-        if live.all():
-            K = channel_kernel(x, y, self.over)
-            return K, K
-        K_live = channel_kernel(x[:, live], y[:, live], self.over)
-        if self.over == "median":
-            return channel_kernel(x, y, self.over), K_live
-        # dead channels add nothing to a sum, and a zero to a maximum
-        return (K_live.clamp(min=0) if self.over == "max" else K_live), K_live
 
     def similarities(self) -> Similarities:
         """Of all pairs of layers; a layer whose kernel is constant has none (NaN)."""
@@ -444,10 +467,16 @@ class Kernels:
         return Similarities(published, live, dead1, dead2)
 
 
-def _normalised(features: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """(features - mean) scale, by channel: (B, C, ...) -> (B, C, P), a copy."""
-    x = _as_maps(features, "features").flatten(2)
-    return (x - mean.to(x.dtype)[:, None]).mul_(scale.to(x.dtype)[:, None])
+def tile(x: Tensor, y: Tensor, live: Tensor, over: str) -> tuple[Tensor, Tensor]:
+    """A tile (A, B) of a kernel as published, and of live channels (C) alone: (A, C, P), (B, C, P), zero where not live."""
+    if live.all():
+        K = channel_kernel(x, y, over)
+        return K, K
+    K = channel_kernel(x[:, live], y[:, live], over)
+    if over == "median":
+        return channel_kernel(x, y, over), K
+    # dead channels add a zero to what the maximum is of, and nothing to a sum
+    return (K.clamp(min=0) if over == "max" else K), K
 
 
 def channel_kernel(x: Tensor, y: Tensor, over: str) -> Tensor:
