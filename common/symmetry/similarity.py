@@ -286,7 +286,8 @@ class ChannelProducts:
         for (i, j), products in self.products.items():
             live1, live2 = squares1[i] > 0, squares2[j] > 0
             published[i, j] = of(products, squares1[i], squares2[j])
-            live[i, j] = of(products[live1][:, live2], squares1[i][live1], squares2[j][live2])
+            if live1.any() and live2.any():
+                live[i, j] = of(products[live1][:, live2], squares1[i][live1], squares2[j][live2])
         dead1, dead2 = (torch.tensor([int((square == 0).sum()) for square in squares]) for squares in self.squares)
         return Similarities(published, live, dead1, dead2)
 
@@ -311,8 +312,6 @@ def _wreath_procrustes(products: Tensor, squares1: Tensor, squares2: Tensor) -> 
     products (C1, C2), squared norms (C1) and (C2); c is the larger number of channels. Dead ones stay zero.
     """
     c = max(products.shape)
-    if c == 0:
-        return math.nan
     scale1, scale2 = (torch.where(squares > 0, squares.rsqrt(), 0) for squares in (squares1, squares2))
     C = F.pad(scale1[:, None] * products * scale2, (0, c - products.shape[1], 0, c - products.shape[0]))
     matched = C.gather(1, best_matching(C[None])[0][:, None]).sum()
