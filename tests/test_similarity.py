@@ -14,6 +14,7 @@ from common.models import zoo
 from common.symmetry import similarity as measures
 from common.symmetry.similarity import (
     MEASURES,
+    ChannelProducts,
     Kernels,
     channel_kernel,
     features_of,
@@ -215,11 +216,12 @@ def test_dead_channels_alone_make_layers_look_alike_in_the_published_value():
     assert wreath_procrustes(x, y, live_only=True) == pytest.approx(wreath_procrustes(x[:, :4], y[:, :4]), abs=1e-9)
 
 
-def test_a_constant_channel_is_dead_where_channels_are_centred():
+@pytest.mark.parametrize("value", [0.1, 0.7071, 3.3, 1234.5678])  # a saturated sigmoid, say
+def test_a_constant_channel_is_dead_where_channels_are_centred(value):
     x, y = random_features(40, 5, 4, 4), random_features(40, 5, 4, 4, seed=1)
-    x[:, 2] = 0.7071  # a saturated sigmoid, say
+    x[:, 2] = value
     arguments = lambda part: [x[part]], lambda part: [y[part]], 40
-    assert layer_similarities("wreath_cka", *arguments).dead1.tolist() == [1]
+    assert layer_similarities("wreath_cka", *arguments, block=7).dead1.tolist() == [1]
     assert layer_similarities("wreath_cka", *arguments, centered=False).dead1.tolist() == [0]
     assert layer_similarities("wreath_procrustes", *arguments).dead1.tolist() == [0]
     others = [0, 1, 3, 4]
@@ -246,6 +248,15 @@ def test_a_layer_that_is_dead_altogether_has_no_value_and_leaves_the_others_thei
 def test_single_precision_features_have_the_values_of_double_precision(measure, offset):
     x, y = (random_features(300, 3, 16, 16, seed=seed) + offset for seed in (0, 1))
     assert similarity(measure, x, y) == pytest.approx(similarity(measure, x.double(), y.double()), abs=2e-5)
+
+
+@pytest.mark.parametrize("measure", ["wreath_procrustes", "ortho_procrustes"])
+def test_sums_over_batches_are_of_double_precision(measure):
+    x, y = random_features(8, 3, 4, 4), random_features(8, 3, 4, 4, seed=1)
+    sums = ChannelProducts()
+    for _ in range(300):
+        sums.add([x], [y])
+    assert sums.similarities(measure).published.item() == pytest.approx(similarity(measure, x, y), abs=1e-10)
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -332,7 +343,7 @@ def test_linear_cka_and_hsic_agree_with_pytorch_cka():
     assert unbiased_hsic(K, L) == pytest.approx(cka.hsic(K[None], L[None])[0].item(), rel=1e-9)
     # ortho_cka is linear CKA of centred channels of unit norm
     unit = [z - z.mean((0, 2, 3), keepdim=True) for z in (x, y)]
-    unit = [(z / z.norm(dim=(0, 2, 3), keepdim=True)).flatten(1).double() for z in unit]
+    unit = [(z / torch.linalg.vector_norm(z, dim=(0, 2, 3), keepdim=True)).flatten(1).double() for z in unit]
     assert ortho_cka(x, y) == pytest.approx(cka.cka_from_features(*unit).item(), abs=1e-6)
 
 

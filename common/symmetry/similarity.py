@@ -338,12 +338,10 @@ class Moments:
     def add(self, maps: Tensor, layer: str = "features") -> None:
         """Take in maps (B, C, H, W): batches are merged as by Chan, Golub and LeVeque 1979, so that large means do no harm."""
         count = maps.shape[0] * maps.shape[2] * maps.shape[3]
-        near = maps.mean((0, 2, 3))  # the mean but for rounding
-        around = maps - near[:, None, None]
-        shift = around.mean((2, 3)).double().mean(0)
-        deviations = torch.linalg.vector_norm(around, dim=(2, 3)).double().square().sum(0) - count * shift.square()
+        mean = maps.mean((0, 2, 3))
+        deviations = torch.linalg.vector_norm(maps - mean[:, None, None], dim=(2, 3)).double().square().sum(0)
         _check_finite(deviations, maps, layer)
-        step, total = near.double() + shift - self.mean, self.count + count
+        step, total = mean.double() - self.mean, self.count + count
         self.mean = self.mean + step * (count / total)
         self.deviations = self.deviations + deviations + step.square() * (self.count * count / total)
         self.count = total
