@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import stitching, swarm_layer, swarm_transformer, train_ssl
 from benchmarks import similarity as similarity_benchmark
+from benchmarks import stitching, swarm_layer, swarm_transformer, train_ssl
 from benchmarks import zoo as zoo_benchmark
 
 ROOT = Path(__file__).parent.parent

@@ -383,6 +383,8 @@ def test_other_bad_input_is_refused_with_its_value():
         similarity("wreath", x, x)
     with pytest.raises(ValueError, match="no estimator 'mean': choose from max, median"):
         wreath_cka(x, x, estimator="mean")
+    with pytest.raises(ValueError, match="images to compare, not 0"):
+        wreath_procrustes(x[:0], x[:0])
     with pytest.raises(ValueError, match="4 images or more, not 3"):
         wreath_cka(x[:3], x[:3])
     with pytest.raises(ValueError, match="4 images or more, not 3"):

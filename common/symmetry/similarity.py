@@ -61,13 +61,15 @@ def layer_similarities(
 ) -> Similarities:
     """Compare all layers of a network with all of another. `estimator` is wreath_cka's, `centered` all CKAs'.
 
-    Features are asked for in blocks of images: by Procrustes once each, by CKA n / 2 times, n being the number of blocks.
+    Features are asked for in blocks of images: by Procrustes once each, by CKA about n / 2 times, n being their number.
     Held are at most three blocks of features of all layers of both networks (Procrustes: one, and what it is shrunk to), and
     sums: for Procrustes (C1, C2) a pair of layers, for CKA (N) a layer. No kernel (N, N) is held.
     Raises ValueError for an unknown measure or estimator, features that are not finite, numbers of images that differ,
     maps that no whole factor enlarges to each other (Procrustes), and fewer than 4 images (CKA).
     """
     _check_names(measure, estimator)
+    if n_images < 1:
+        raise ValueError(f"there must be images to compare, not {n_images}")
     blocks = [slice(start, min(start + block, n_images)) for start in range(0, n_images, block)]
     disable = None if progress else True  # None: where there is no terminal
     if measure.endswith("procrustes"):
@@ -456,7 +458,7 @@ class Kernels:
     def similarities(self) -> Similarities:
         """Of all pairs of layers; a layer whose kernel is constant has none (NaN)."""
         n1 = len(self.moments[0])
-        published, live = (sums.cka()[:n1, n1:] for sums in (self.published, self.live))
+        published, live = (sums.cka()[:n1, n1:].cpu() for sums in (self.published, self.live))
         dead1, dead2 = (
             torch.tensor([int((moments.squares(self.centered) == 0).sum()) for moments in of_network])
             for of_network in self.moments
