@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import similarity as similarity_benchmark
 from benchmarks import stitching, swarm_layer, swarm_transformer, train_ssl
 from benchmarks import zoo as zoo_benchmark
 
@@ -80,3 +81,14 @@ def test_benchmark_of_a_zoo_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert zoo_benchmark.main(["--width", "1", "--steps", "1", "--repeats", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 16 and "models/hour" in lines[1] and all(line.endswith("x") for line in lines[2:])
+
+
+def test_benchmark_of_similarity_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    similarity_benchmark.compare_cka([(12, 2, 4, 4)], rounds=1)
+    similarity_benchmark.compare_procrustes([(12, 2, 4, 4)], rounds=1)
+    similarity_benchmark.growth([8], [2], rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("as fast as plain" in line for line in lines) == 2
+    assert all(float(line.split("off by")[1]) < 1e-5 for line in lines if "off by" in line)
+    peak, time = similarity_benchmark.measure_in_own_process("wreath_cka", (12, 2, 4, 4))
+    assert peak > 0 and time > 0
