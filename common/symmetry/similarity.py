@@ -288,7 +288,9 @@ class ChannelProducts:
         for (i, j), products in self.products.items():
             live1, live2 = squares1[i] > 0, squares2[j] > 0
             published[i, j] = of(products, squares1[i], squares2[j])
-            if live1.any() and live2.any():
+            if live1.all() and live2.all():
+                live[i, j] = published[i, j]
+            elif live1.any() and live2.any():
                 live[i, j] = of(products[live1][:, live2], squares1[i][live1], squares2[j][live2])
         dead1, dead2 = (torch.tensor([int((square == 0).sum()) for square in squares]) for squares in self.squares)
         return Similarities(published, live, dead1, dead2)
