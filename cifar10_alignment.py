@@ -283,7 +283,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
             rows.append(row | {"untrained": result["untrained"][i][j]})
     write_table(folder / "similarity.csv", rows)
     n = len(result["pairs"])
-    title = f"{result['similarity']} of {result['arch']} on {result['dataset']}, mean of {n} pair{'s' * (n > 1)}"
+    title = f"{result['arch']} on {result['dataset']}, mean of {n} pair{'s' * (n > 1)}"
     plotting.plot_heat_maps(
         folder / "similarity.png", title, labels, {result["similarity"]: np.array(result["published"], float)}
     )
