@@ -13,7 +13,6 @@ torchrun --nproc-per-node=N train_ssl.py ... README.md says what each logged qua
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -30,13 +29,13 @@ from common.datasets import images
 from common.datasets.images import DataError, ImageSet
 from common.models.resnet import BLOCKS, CifarResNet
 from common.run import checkpoint, options, trackers
-from common.run.checkpoint import write_in_one_step
 from common.run.directory import RunDirectory, RunError
-from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks
+from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks, tell
 from common.run.epochs import EpochTraining, Sums, load_last
 from common.run.interruption import Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real
+from common.run.records import write_json
 from common.run.schedule import warmup_cosine
 from common.run.traces import read_metrics
 from common.seeds import generator_of
@@ -407,11 +406,6 @@ def chance_levels(args: argparse.Namespace, n: int) -> dict[str, float]:
     return levels
 
 
-def tell(run: RunDirectory, text: str) -> None:
-    run.log(text)
-    say(text)
-
-
 # ---- what is left of a run -----------------------------------------------------------------------------------------------
 
 
@@ -646,9 +640,8 @@ def evaluate_saved(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         say(f"{probe.path}: {probe.which.replace('_', ' ')} top-1 {found['top_1']:.2f} % (chance {100 / n_classes:.3g})")
         result = {"file": str(probe.path), "dataset": probe.options.dataset, "seed": args.seed, "chance_top_1": 100 / n_classes}
         result |= {"training_images": len(data.training), "test_images": len(data.test), **found}
-        text = json.dumps(result, indent=2)
         with refusing(parser):
-            write_in_one_step(probe.out, lambda file, text=text: file.write(text.encode()))
+            write_json(probe.out, result)
         say(f"written to {probe.out}")
     return 0
 

@@ -17,6 +17,7 @@ from common.run import epochs
 from common.run.traces import read_metrics
 from common.ssl.method import Method
 from common.ssl.models import load_encoder, read_saved
+from tests.command_lines import exit_status
 from tests.small_images import smooth, write_mnist
 from tests.test_images import write_cifar
 
@@ -34,10 +35,7 @@ DUET = f"{SHORT} --tx sca rot --equi-tx rot --duet-target vm"
 
 def run(line: str, folder: Path, *more: str) -> int:
     """Run in this process; the exit status, also where argparse ends it."""
-    try:
-        return script.main([*line.split(), *more, "--results-dir", str(folder / "results")])
-    except SystemExit as stopped:
-        return int(stopped.code or 0) if not isinstance(stopped.code, str) else 1
+    return exit_status(script.main, [*line.split(), *more, "--results-dir", str(folder / "results")])
 
 
 def directory(folder: Path) -> Path:
