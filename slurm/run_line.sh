@@ -30,10 +30,11 @@ record=results/slurm/runs/$key
 mkdir -p results/slurm/runs
 
 exec 9>>"$record.lock" # inherited by the run: while any of both lives, the line is taken
-if ! flock --wait 2 9; then
-    say "another process is at it, and it is left to it: $record.out"
-    exit 75
-fi
+flock --wait 2 --conflict-exit-code 75 9 || {
+    status=$?
+    [ "$status" != 75 ] || say "another process is at it, and it is left to it: $record.out"
+    exit "$status"
+}
 rm -f "$record.exit"
 
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then

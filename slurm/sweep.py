@@ -285,7 +285,8 @@ def status(path: Path, lines: list[Line]) -> None:
     for line, state in zip(lines, states):
         task = tasks.get(line.key) if state in ("running", "waiting") else None
         job, left = (task.job, task.left) if task else ("", "")
-        print(f"{line.number:>5}  {state:<9}  {job:<10}  {left:<16}  {figures(line)}\n{'':7}{' '.join(line.words)}")
+        print(f"{line.number:>5}  {state:<9}  {job:<10}  {left:<16}  {figures(line)}".rstrip())
+        print(f"{'':7}{' '.join(line.words)}")
         if state == "failed":
             output = line.record("out")
             print(f"       exit status {line.record('exit').read_text().strip()}; the end of {output}:")
@@ -326,6 +327,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", default="", help="where data lie [each script's default]")
     parser.add_argument("--show", action="store_true", help="write nothing, and say what would be run")
     args = parser.parse_args(argv)
+    if args.sweep.is_relative_to(Path.cwd()):
+        args.sweep = args.sweep.relative_to(Path.cwd())  # for messages
     try:
         lines = read(args.sweep)
         if args.command == "status":

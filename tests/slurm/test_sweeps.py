@@ -184,6 +184,21 @@ def test_ctrl_c_saves_what_runs_here(alone: Alone) -> None:
     assert "stopped by SIG" in project.run_output()
 
 
+def test_requeues_have_an_end(alone: Alone) -> None:
+    """A run that never comes to its end is not requeued for ever: the fifth requeue was the last that site.sh allows."""
+    project = alone(LONG)
+    line = sweep.parse(1, tuple(LONG.split()))
+    lines = project.folder / "prepared.lines"
+    lines.write_text(f"{line.key}\t{sweep.complete(line, 'data')}\n")
+    job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "5"}
+    command = [str(project.folder / "slurm" / "run_line.sh"), str(lines), "1"]
+    process = subprocess.Popen(command, cwd=project.folder, env=project.environment | job, stdout=subprocess.PIPE, text=True)
+    trains(project)
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and "was requeued 5 times" in out and "back into the queue" not in out
+
+
 def test_what_would_be_submitted(alone: Alone) -> None:
     need("git")
     project = alone("# two", *SHORT[:2])
