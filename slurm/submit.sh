@@ -39,6 +39,9 @@ done
 [ -f "$1" ] || fail "there is no sweep $1"
 sweep=$(realpath "$1")
 shift
+if [ "$batch" = multi_gpu ] && grep -qvE '^[[:space:]]*(#|$|train_ssl\.py )' "$sweep"; then
+    fail "--multi-gpu is for train_ssl.py alone: other scripts take one GPU"
+fi
 cd "$root"
 # shellcheck source=slurm/site.sh
 source slurm/site.sh

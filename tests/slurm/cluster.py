@@ -93,6 +93,12 @@ class Cluster:
         """Until all tasks of some jobs are over."""
         wait_until(lambda: not self.call("squeue", "-h", "-j", ",".join(jobs)), f"the end of {jobs}", seconds)
 
+    def daemons_of(self, job: str) -> list[int]:
+        """What SLURM itself has running for a job."""
+        found = [folder for folder in Path("/proc").glob("[0-9]*") if command_line(folder).startswith(f"slurmstepd: [{job}.")]
+        assert found
+        return [int(folder.name) for folder in found]
+
     def kill_slurmd(self) -> None:
         subprocess.run(["kill", "-KILL", (self.folder / "run" / "slurmd.child").read_text().strip()], check=True)
 
@@ -103,6 +109,14 @@ class Cluster:
     def start_slurmd(self) -> None:
         self.call("scontrol", "update", "NodeName=n1", "State=RESUME")
         self.call(str(HERE / "start.sh"), str(self.folder), "slurmd")
+
+
+def command_line(process: Path) -> str:
+    """Of a process in /proc; nothing if it has ended."""
+    try:
+        return (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def free_port() -> int:
