@@ -37,7 +37,7 @@ from common.run.options import at_least, real
 N_OBJECTS = 10
 SUBSET = (3, 5)  # class 0 has 3 objects at 1/3, class 1 has 5 at 1/5
 MLP_HIDDEN = 20
-UNNAMED = ("results_dir", "show", "overwrite")  # options that do not make another run
+UNNAMED = ("results_dir", "show", "overwrite", "dry_run")  # options that do not make another run
 SWEEP_WIDTHS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 
@@ -53,6 +53,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-sweep", action="store_true", help="leave the MLPs of growing width out")
     parser.add_argument("--show", action="store_true", help="show the pictures in windows, too")
     parser.add_argument("--overwrite", action="store_true", help="replace a run of the same options")
+    parser.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
     return parser
 
 
@@ -395,6 +396,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch-size {args.batch_size} is odd: half of a batch is of each class")
     name = "-".join(options.not_defaults(parser, args, UNNAMED)) or "default"
     options.check_length(parser, name)
+    if args.dry_run:
+        print(name)
+        return 0
     with RunDirectory(args.results_dir, "deepsets_exercise", name, another="--seed N") as run:
         with refusing(parser):
             # "auto": one that was interrupted has saved nothing to go on from, and starts anew

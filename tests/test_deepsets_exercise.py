@@ -158,6 +158,11 @@ def test_without_the_sweep(tmp_path: Path) -> None:
     assert path.name == "steps.5-batch-size.4-hidden.3-seed.1-no-sweep" and not (path / "sweep.png").exists()
 
 
+def test_a_dry_run_prints_the_name_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("--steps 5 --dry-run", tmp_path) == 0
+    assert capsys.readouterr().out == "steps.5\n" and not list(tmp_path.iterdir())
+
+
 def test_the_results_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert exit_status(script.main, ["--results-dir=my--seed.3", "--steps=2", "--batch-size=4", "--no-sweep"]) == 0

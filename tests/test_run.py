@@ -402,6 +402,14 @@ def test_best_without_last_is_not_thrown_away(tmp_path: Path) -> None:
         run.check(resume="auto", overwrite=False)
 
 
+def test_the_revision_of_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's copy lies within the project, whose own revision may be another by then."""
+    monkeypatch.setattr(directory, "ROOT", tmp_path)
+    assert directory.git_revision() == "unknown"  # neither a copy nor a checkout
+    (tmp_path / "REVISION").write_text("0123abc-dirty-4567def\n")
+    assert directory.git_revision() == directory.environment()["git_revision"] == "0123abc-dirty-4567def"
+
+
 def test_results_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot write to"):

@@ -24,6 +24,7 @@ from common.run.lock import release_lock, take_lock
 from common.run.records import write_json
 
 ARGS, RESULT, LOCK = "args.json", "result.json", "lock"  # the presence of a result means finished
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class RunError(Exception):
@@ -195,12 +196,6 @@ class RunDirectory:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for the record."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = "unknown"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
@@ -208,5 +203,18 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "cpu_threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "git_revision": revision,
+        "git_revision": git_revision(),
     }
+
+
+def git_revision() -> str:
+    """The commit that this code is of. In a copy (slurm/submit.sh makes such) a file REVISION says it, else git."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return (ROOT / "REVISION").read_text().strip()
+    except OSError:
+        pass
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

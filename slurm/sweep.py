@@ -1,0 +1,345 @@
+"""Sweeps: text files with one command line a run. What their lines are, how they stand, what is left to do.
+
+    python slurm/sweep.py status SWEEP                           # a table: status.sh
+    python slurm/sweep.py prepare SWEEP [--data-dir DIR]         # what submit.sh and local.sh ask for before they start
+
+An empty line, or one that begins with #, is a comment. Lines go by their number in the file. Words are separated by spaces and
+taken as they are: no quotes, no variables. Scripts are those beside this file's folder; all else is below the project's root,
+from where this is run:
+
+    results/slurm/NAME.lines          a prepared sweep: key, tab, complete command; a row for each line of the file
+    results/slurm/runs/KEY.lock       held by the process at a line, while it lives (run_line.sh)
+    results/slurm/runs/KEY.out        what the line's runs have printed
+    results/slurm/runs/KEY.exit       how the last one ended; not there while it runs, nor if it was killed
+    results/slurm/jobs/               output of the jobs
+    results/slurm/snapshots/          the code that queued jobs run
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import fcntl
+import hashlib
+import importlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+CODE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CODE))
+
+from common.run.checkpoint import write_in_one_step  # noqa: E402
+from common.run.directory import ARGS, RESULT, RunDirectory  # noqa: E402
+from common.run.ending import EXIT_RESUMABLE  # noqa: E402
+
+RESULTS = Path("results")
+PLACE = RESULTS / "slurm"
+STATES = ("finished", "running", "waiting", "failed", "resumable", "new")
+# what a job adds, or what belongs to the site; -overwrite would throw away what a requeued run has saved
+NOT_IN_SWEEPS = ("resume", "overwrite", "results_dir", "data_dir", "dataset_root", "dry_run", "to_stdout")
+# columns of metrics.csv worth a place in the table, the best first
+COLUMNS = (
+    "val_accuracy", "val_bits", "validation_accuracy", "test_accuracy", "test_track_head_top_1_mean", "train_total_loss",
+    "train_loss",
+)  # fmt: skip
+N_COLUMNS = 2
+LOG_LINES = 5  # of a failed run
+
+
+class SweepError(Exception):
+    """A sweep that cannot be run as it stands; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command line of a sweep: script and options, and the run, or the models of a zoo, that it makes."""
+
+    number: int  # in the file, from 1
+    words: tuple[str, ...]
+    run: RunDirectory
+    models: tuple[int, ...] = ()  # of a zoo, which lies in run.final
+
+    @property
+    def key(self) -> str:
+        """What files about this line are called; other lines have others."""
+        return hashlib.sha256(" ".join(self.words).encode()).hexdigest()[:16]
+
+    def record(self, kind: str) -> Path:
+        return PLACE / "runs" / f"{self.key}.{kind}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of a job array that SLURM has in its queue."""
+
+    job: str
+    state: str  # waiting or running
+    left: str  # of its time limit, or why it waits
+
+
+# ---- lines ---------------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[Line]:
+    """All lines of a sweep. Raises SweepError, with the place, if one cannot be run; OSError."""
+    lines: list[Line] = []
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        if not text.strip() or text.lstrip().startswith("#"):
+            continue
+        try:
+            line = parse(number, tuple(text.split()))
+        except SweepError as error:
+            raise SweepError(f"{path}, line {number}: {error}") from None
+        same = [other.number for other in lines if other.key == line.key]
+        if same:
+            raise SweepError(f"{path}, line {number} is line {same[0]} again")
+        lines.append(line)
+    if not lines:
+        raise SweepError(f"{path} has no command line")
+    return lines
+
+
+def parse(number: int, words: tuple[str, ...]) -> Line:
+    """A line, by its script's own dry run. Raises SweepError."""
+    script, *options = words
+    if not re.fullmatch(r"\w+\.py", script) or not (CODE / script).is_file():
+        raise SweepError(f"{script} is no script of this suite")
+    for word in words:
+        if re.search(r"""['"\\$`]""", word):
+            raise SweepError(f"{word}: words are taken as they are, without quotes or variables")
+        name = word.lstrip("-").replace("-", "_")
+        if word.startswith("-") and any(re.match(rf"{left_out}\b", name) for left_out in NOT_IN_SWEEPS):
+            raise SweepError(f"{word} has no place in a sweep: jobs resume by themselves, and site.sh says where data lie")
+    printed = dry_run(importlib.import_module(script.removesuffix(".py")), options)
+    zoo = re.fullmatch(r"(.+): models (\d+(?:, \d+)*|none)", printed)
+    if zoo is not None:  # a folder that several lines share
+        folder = Path(zoo[1])
+        return Line(number, words, RunDirectory(folder.parent, "", folder.name), tuple(map(int, re.findall(r"\d+", zoo[2]))))
+    return Line(number, words, RunDirectory(RESULTS, script.removesuffix(".py"), printed))
+
+
+def dry_run(script: ModuleType, options: list[str]) -> str:
+    """What a script prints when it is only to say what it would make. Raises SweepError if it refuses the options."""
+    printed, complaint = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
+            status = script.main([*options, spelling(script, "dry_run") or "--dry-run"])
+    except SystemExit as stopped:
+        status = stopped.code
+    if status:
+        raise SweepError(complaint.getvalue().strip() or f"ends with exit status {status}")
+    return printed.getvalue().strip()
+
+
+def spelling(script: ModuleType, *names: str) -> str | None:
+    """The first of some options that a script has, with the dashes that it has there."""
+    spellings = {action.dest: action.option_strings for action in script.get_parser()._actions}
+    return next((spellings[name][0] for name in names if name in spellings), None)
+
+
+def complete(line: Line, data_dir: str) -> str:
+    """The line as a job runs it: it goes on where it was interrupted, and reads data where the site has them."""
+    script = importlib.import_module(line.words[0].removesuffix(".py"))
+    resume, data = spelling(script, "resume"), spelling(script, "data_dir", "dataset_root")
+    added = [*([resume, "auto"] if resume else []), *([data, data_dir] if data and data_dir else [])]
+    return " ".join([*line.words, *added])
+
+
+# ---- how they stand ------------------------------------------------------------------------------------------------------
+
+
+def queue() -> dict[str, Task]:
+    """What SLURM has of this user's sweeps, by the keys of their lines. Empty where no SLURM answers."""
+    if shutil.which("squeue") is None:
+        return {}
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%K|%F|%T|%L|%r|%j"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode:  # locks still tell what runs
+        print(f"squeue does not answer: {answer.stderr.strip().partition(chr(10))[0]}", file=sys.stderr)
+    tasks = {}
+    for row in answer.stdout.splitlines():
+        number, job, state, left, reason, name = row.split("|", 5)
+        prepared = PLACE / f"{name}.lines"  # jobs are called after it
+        if number.isdigit() and prepared.is_file():
+            key = prepared.read_text().splitlines()[int(number) - 1].partition("\t")[0]
+            waits = state == "PENDING"
+            tasks[key] = Task(f"{job}_{number}", "waiting" if waits else "running", reason if waits else left)
+    return tasks
+
+
+def state_of(line: Line, tasks: dict[str, Task]) -> str:
+    """One of STATES. A line is resumable if it was begun and nobody is at it."""
+    if is_finished(line):
+        return "finished"
+    if is_locked(line.record("lock")):
+        return "running"
+    if line.key in tasks:
+        return tasks[line.key].state
+    ended = line.record("exit")
+    if ended.exists() and int(ended.read_text()) not in (0, EXIT_RESUMABLE):
+        return "failed"
+    return "resumable" if is_begun(line) else "new"
+
+
+def is_finished(line: Line) -> bool:
+    if line.models:
+        return all(has_model(line, index) for index in line.models)
+    return (line.run.path / RESULT).exists()
+
+
+def is_begun(line: Line) -> bool:
+    if line.models:
+        return any((line.run.final / f"{index}.last.pkl").exists() or has_model(line, index) for index in line.models)
+    return line.run.last.exists()
+
+
+def has_model(line: Line, index: int) -> bool:
+    """Whether a zoo has a model whose training is over."""
+    return (line.run.final / f"{index}.pt").exists() and not (line.run.final / f"{index}.last.pkl").exists()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock. (The look takes it for an instant, which run_line.sh waits out.)"""
+    if not path.exists():
+        return False
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------------
+
+
+def figures(line: Line) -> str:
+    """What a run has come to so far."""
+    if line.models:
+        done = sum(has_model(line, index) for index in line.models)
+        begun = [index for index in line.models if (line.run.final / f"{index}.last.pkl").exists()]
+        parts = [f"{done} of {len(line.models)} models", *(last_row(line.run.final / f"{index}.csv", {}) for index in begun)]
+        return "; ".join(part for part in parts if part)
+    if (line.run.path / RESULT).exists():
+        return final_figures(json.loads((line.run.path / RESULT).read_text()))
+    cells = len(list((line.run.path / "cells").glob("*.json")))
+    if cells:
+        return f"{cells} joints"
+    args = line.run.path / ARGS
+    return last_row(line.run.path / "metrics.csv", json.loads(args.read_text()) if args.exists() else {})
+
+
+def final_figures(result: dict[str, Any]) -> str:
+    """The figures of a finished run that a paper's table has."""
+    found = []
+    for name, *path in (
+        ("accuracy", "model", "accuracy"),
+        ("bits", "test", "bits"),
+        ("linear probe", "linear_probe", "top_1"),
+        ("online head", "test", "track_head_top_1_mean"),
+    ):
+        value: Any = result
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            found.append(f"{name} {value:.4g}")
+    if "penalty" in (result.get("layers") or [{}])[0]:
+        found.append("penalties " + " ".join(f"{layer['penalty']:.3g}" for layer in result["layers"]))
+    return ", ".join(found)
+
+
+def last_row(path: Path, args: dict[str, Any]) -> str:
+    """Epoch, figures and time of the last row of a table of epochs; the time to go, where the options of the run tell it."""
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    if not rows or None in rows[-1].values() or not rows[-1].keys() >= {"epoch", "seconds"}:
+        return ""
+    row = rows[-1]
+    epoch, seconds = float(row["epoch"]), float(row["seconds"])
+    shown = [f"{name} {float(row[name]):.4g}" for name in COLUMNS if name in row and row[name] != "nan"][:N_COLUMNS]
+    to_go = None
+    if args.get("wc"):
+        to_go = max(0.0, 60 * args["wc"] - seconds)
+    elif args.get("epochs") and epoch:
+        to_go = seconds / epoch * max(0.0, args["epochs"] - epoch)
+    left = "" if to_go is None else f", {to_go / 60:.1f} to go"
+    return f"epoch {epoch:g}, {', '.join(shown)}, {seconds / 60:.1f} min{left}"
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------------
+
+
+def status(path: Path, lines: list[Line]) -> None:
+    """Print how the lines of a sweep stand."""
+    tasks = queue()
+    states = [state_of(line, tasks) for line in lines]
+    print(f"{path}: {summary(states)}\n{'line':>5}  {'state':<9}  {'job':<10}  {'left, or why':<16}  figures so far")
+    for line, state in zip(lines, states):
+        task = tasks.get(line.key) if state in ("running", "waiting") else None
+        job, left = (task.job, task.left) if task else ("", "")
+        print(f"{line.number:>5}  {state:<9}  {job:<10}  {left:<16}  {figures(line)}".rstrip())
+        print(f"{'':7}{' '.join(line.words)}")
+        if state == "failed":
+            output = line.record("out")
+            print(f"       exit status {line.record('exit').read_text().strip()}; the end of {output}:")
+            last = output.read_text(errors="replace").splitlines()[-LOG_LINES:] if output.exists() else []
+            print("".join(f"         | {text}\n" for text in last), end="")
+
+
+def summary(states: list[str]) -> str:
+    counts = [f"{states.count(state)} {state}" for state in STATES if state in states]
+    return f"{len(states)} {'lines' if len(states) > 1 else 'line'}: {', '.join(counts)}"
+
+
+def prepare(path: Path, lines: list[Line], data_dir: str, *, show: bool) -> None:
+    """Print what starts the lines: the prepared file, numbers of lines that nobody is at, jobs that have others.
+
+    `show` writes nothing, and says which commands those would be.
+    """
+    tasks = queue()
+    states = [state_of(line, tasks) for line in lines]
+    left = [line for line, state in zip(lines, states) if state not in ("finished", "running", "waiting")]
+    jobs = sorted({tasks[line.key].job.partition("_")[0] for line in lines if line.key in tasks}, key=int)
+    commands = {line.number: f"{line.key}\t{complete(line, data_dir)}" for line in lines}
+    content = "".join(f"{commands.get(number, '')}\n" for number in range(1, lines[-1].number + 1)).encode()
+    prepared = PLACE / f"{path.stem}-{hashlib.sha256(content).hexdigest()[:8]}.lines"
+    print(f"{path}: {summary(states)}", file=sys.stderr)
+    if show:
+        for line in left:
+            print(f"{line.number:>5}  {complete(line, data_dir)}", file=sys.stderr)
+    else:
+        write_in_one_step(prepared, lambda file: file.write(content))
+    print(prepared, ",".join(str(line.number) for line in left), ":".join(jobs), sep="\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("status", "prepare"))
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("--data-dir", default="", help="where data lie [each script's default]")
+    parser.add_argument("--show", action="store_true", help="write nothing, and say what would be run")
+    args = parser.parse_args(argv)
+    if args.sweep.is_relative_to(Path.cwd()):
+        args.sweep = args.sweep.relative_to(Path.cwd())  # for messages
+    try:
+        lines = read(args.sweep)
+        if args.command == "status":
+            status(args.sweep, lines)
+        else:
+            prepare(args.sweep, lines, args.data_dir, show=args.show)
+    except (SweepError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
