@@ -83,6 +83,18 @@ def stitching_crossval() -> Iterator[str]:
             yield f"cifar10_stitching.py --arch {arch} --recipe crossval --num_chunks {CROSSVAL_CHUNKS} --chunk {chunk}"
 
 
+def alignment() -> Iterator[str]:
+    """Each architecture by each published measure: 32 pairs by Procrustes, 16 by CKA. Needs the zoo."""
+    for arch in ZOO:
+        for measure, pairs in (("procrustes", 32), ("ortho_procrustes", 32), ("cka", 16), ("ortho_cka", 16)):
+            yield f"cifar10_alignment.py --arch={arch} --similarity={measure} --repeats={pairs}"
+
+
+def projections() -> Iterator[str]:
+    """The rotation test: ten elements of either group at three layers."""
+    yield "cifar10_projections.py --repeats=10"
+
+
 def sweep(comment: str, lines: Iterable[str]) -> str:
     return "".join(f"# {text}\n" for text in comment.split("\n")) + "\n" + "".join(f"{line}\n" for line in lines)
 
@@ -103,7 +115,8 @@ def sweeps() -> dict[str, str]:
             "Stitching by permutations, cross-validated, in eight chunks each. Needs the networks of zoo.txt",
             stitching_crossval(),
         ),
-        # alignment, projections and routing come here
+        "alignment.txt": sweep("Alignment by architecture and measure. Needs the networks of zoo.txt", alignment()),
+        "projections.txt": sweep("The rotation test", projections()),
     }
 
 

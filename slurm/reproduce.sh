@@ -24,3 +24,5 @@ after_zoo=()
 [ -z "$zoo" ] || after_zoo=("--dependency=afterok:$zoo" --kill-on-invalid-dep=yes)
 submit stitching "${after_zoo[@]}"
 submit stitching_crossval "${after_zoo[@]}"
+submit alignment "${after_zoo[@]}"
+submit projections

@@ -231,9 +231,9 @@ def figures(line: Line) -> str:
         return "; ".join(part for part in parts if part)
     if (line.run.path / RESULT).exists():
         return final_figures(json.loads((line.run.path / RESULT).read_text()))
-    cells = len(list((line.run.path / "cells").glob("*.json")))
-    if cells:
-        return f"{cells} joints"
+    done = [*line.run.path.glob("cells/*.json"), *line.run.path.glob("run*.json")]  # joints, trainings, pairs
+    if done:
+        return f"{len(done)} done"
     args = line.run.path / ARGS
     return last_row(line.run.path / "metrics.csv", json.loads(args.read_text()) if args.exists() else {})
 
@@ -254,6 +254,10 @@ def final_figures(result: dict[str, Any]) -> str:
             found.append(f"{name} {value:.4g}")
     if "penalty" in (result.get("layers") or [{}])[0]:
         found.append("penalties " + " ".join(f"{layer['penalty']:.3g}" for layer in result["layers"]))
+    if result.get("script") == "cifar10_alignment":
+        found.append("diagonal " + " ".join(f"{row[i]:.3f}" for i, row in enumerate(result["published"])))
+    if result.get("script") == "cifar10_projections":
+        found.append("penalties " + " ".join(f"{row['group']} {row['penalty']:.3g}" for row in result["penalties"]))
     return ", ".join(found)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import cifar10_alignment
 import cifar10_stitching
 from slurm import make_sweeps, sweep
 from tests.slurm.cluster import ROOT, Project, need, wait_until
@@ -44,14 +45,18 @@ def test_reproduce_submits_every_sweep() -> None:
     assert sorted(submitted[1:]) == [path.stem for path in SWEEPS]  # the first is in the comment of the function
 
 
-def test_zoos_are_complete_and_stitching_finds_them() -> None:
+def test_zoos_are_complete_and_what_needs_them_finds_them() -> None:
     models: dict[Path, list[int]] = {}
     for line in sweep.read(ROOT / "slurm" / "sweeps" / "zoo.txt"):
         models.setdefault(line.run.final, []).extend(line.models)
     assert len(models) == 4 and all(numbers == list(range(100)) for numbers in models.values())
-    for name in ("stitching.txt", "stitching_crossval.txt"):
+    for name, script in (
+        ("stitching.txt", cifar10_stitching),
+        ("stitching_crossval.txt", cifar10_stitching),
+        ("alignment.txt", cifar10_alignment),
+    ):
         for line in sweep.read(ROOT / "slurm" / "sweeps" / name):
-            assert Path(cifar10_stitching.parse(cifar10_stitching.get_parser(), list(line.words[1:])).zoo) in models
+            assert Path(script.parse(script.get_parser(), list(line.words[1:])).zoo) in models
 
 
 # ---- lines ---------------------------------------------------------------------------------------------------------------
