@@ -25,9 +25,12 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 TRAINING, VALIDATION, REFERENCE = PALETTE[1], PALETTE[0], "#666666"
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+SCREEN, PRINT = 110, 220  # dots per inch
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = SCREEN) -> None:
     """Write a PNG in one step. Raises OSError if it cannot be written."""
-    write_in_one_step(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_in_one_step(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def _headline(figure: Figure, title: str) -> None:
@@ -293,7 +296,7 @@ def plot_penalties(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) ->
     axes.set(title=f"{title}: mean and deviation over pairs", xlabel=f"layer{note}", ylabel="penalty (% of accuracy)")
     figure.legend(fontsize=8, loc="outside right center")
     axes.grid(axis="y", alpha=0.25)
-    save_figure(figure, path)
+    save_figure(figure, path, PRINT)
 
 
 def plot_accuracies(
@@ -316,7 +319,7 @@ def plot_accuracies(
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("accuracy (% of test images)")
     panels[-1].legend(fontsize=8)
-    save_figure(figure, path)
+    save_figure(figure, path, PRINT)
 
 
 def plot_matrices(path: Path, title: str, matrices: Sequence[tuple[str, NDArray[np.floating], NDArray[np.floating]]]) -> None:
@@ -340,6 +343,7 @@ def plot_heat_maps(path: Path, title: str, labels: Sequence[str], maps: Mapping[
     figure = Figure(figsize=(side * len(maps) + 0.8, side + 0.5), layout="constrained")
     _headline(figure, title)
     panels = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
+    note = " (* inside a residual block)" if any(label.endswith("*") for label in labels) else ""
     for panel, (name, values) in zip(panels, maps.items(), strict=True):
         panel.set_facecolor("#BBBBBB")
         drawn = panel.imshow(values, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
@@ -349,10 +353,10 @@ def plot_heat_maps(path: Path, title: str, labels: Sequence[str], maps: Mapping[
                     panel.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
         panel.set_xticks(range(len(labels)), labels, rotation=90 if len(labels) > 8 else 0, fontsize=8)
         panel.set_yticks(range(len(labels)), labels, fontsize=8)
-        panel.set(title=name, xlabel="layer of network 2")
+        panel.set(title=name, xlabel=f"layer of network 2{note}")
     panels[0].set_ylabel("layer of network 1")
     figure.colorbar(drawn, ax=panels, label="similarity", shrink=0.8)
-    save_figure(figure, path)
+    save_figure(figure, path, PRINT)
 
 
 def plot_diagonals(path: Path, title: str, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -371,4 +375,4 @@ def plot_diagonals(path: Path, title: str, labels: Sequence[str], rows: Sequence
     axes.set(title=f"{title}, mean and deviation of pairs", xlabel=f"layer{note}", ylabel="similarity", ylim=(None, 1.02))
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right center")
-    save_figure(figure, path)
+    save_figure(figure, path, PRINT)
