@@ -3,7 +3,7 @@
 #
 #     slurm/reproduce.sh [OPTIONS OF submit.sh]       # --dry-run: says what it would submit
 #
-# WARNING: this is thousands of GPU hours. slurm/status.sh slurm/sweeps/*.txt says how it stands.
+# WARNING: this takes many GPU days. slurm/status.sh slurm/sweeps/*.txt says how it stands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 options=("$@")

@@ -52,7 +52,7 @@ class Cluster:
     """munged, slurmctld and slurmd on free ports of the loopback, with all their files in a folder of their own."""
 
     def __init__(self) -> None:
-        need("munged", "slurmctld", "slurmd", "sbatch", "srun")
+        need("munged", "slurmctld", "slurmd", "sbatch", "srun", "ps", "git")
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a short path: sockets' names have an end
         ports = {f"{name}_PORT": str(free_port()) for name in ("CTLD", "SLURMD")}
         # what an outer SLURM, or torchrun, has set is not for the jobs
