@@ -14,8 +14,9 @@ data: .venv/installed
 	$(BIN)/python -c "from common.datasets import images; \
 	    [images.load(name, split, download=True) for name in images.PUBLISHED for split in images.SPLITS]"
 
+# by files in three processes of one thread each, as those of SLURM mostly wait
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
