@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 import common.routing as routing
@@ -355,17 +355,22 @@ def n_parameters(model: RoutedNet | SoftMixture) -> dict[str, int]:
     return {"total": sum(parameter.numel() for parameter in model.parameters()), "routers": routers}
 
 
-def report(args: argparse.Namespace, data: Data, training: EpochTraining) -> dict[str, Any]:
-    """The final figures of the last epoch, and pictures."""
-    run, model, tested = training.run, training.model, training.tested
-    assert isinstance(model, RoutedNet | SoftMixture)
+def draw(data: Data, training: EpochTraining) -> None:
+    """metrics.png, weights.png, and routing.png: which task goes through which module, over time."""
+    run = training.run
     chance = {"accuracy": {"chance": 1 / data.n_labels}}
     metrics = read_metrics(training.metrics.path)
     plotting.plot_epochs(run.path / "metrics.png", run.name, metrics, ("loss", "accuracy", "routing_loss"), chance)
     traced = training.traces.by_parameter()
     shown = {name: traced[name].numpy() for name in list(traced)[:: max(1, len(traced) // N_SHOWN)]}
     plotting.plot_weights(run.path / "weights.png", run.name, training.traces.steps, shown, 1)
-    plotting.plot_routing_maps(run.path / "routing.png", run.name, tested["maps"], data.train.task_names)
+    plotting.plot_routing_maps(run.path / "routing.png", run.name, training.tested["maps"], data.train.task_names)
+
+
+def report(data: Data, training: EpochTraining) -> dict[str, Any]:
+    """The final figures of the last epoch."""
+    run, model, tested = training.run, training.model, training.tested
+    assert isinstance(model, RoutedNet | SoftMixture)
     by_task = dict(zip(data.train.task_names, tested["accuracy_by_task"], strict=True))
     return {
         "script": "routing_networks",
@@ -404,7 +409,7 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     n = len(values)
     if n < 2:
         return values[0], None
-    return statistics.fmean(values), float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return statistics.fmean(values), float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
 
 
 def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
@@ -516,7 +521,8 @@ def run_to_the_end(args: argparse.Namespace, data: Data, training: EpochTraining
         tell(run, f"stopped by {interruption.signal} after step {training.step}: --resume goes on from here")
         return EXIT_RESUMABLE
     with training.clock.paused():
-        result = report(args, data, training)
+        draw(data, training)
+    result = report(data, training)
     tell(run, report_table(result))
     run.finish(result)
     say(f"{'pictures':>22}: {', '.join(str(run.final / file) for file in ('metrics.png', 'weights.png', 'routing.png'))}")

@@ -344,6 +344,28 @@ def test_selection() -> None:
     assert selection.stop_logging_and_get_selections(add_to_old=True) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("index", [[0, 2, 1, 2, 0, 1, 3, 3, 2], [0, 0, 0, 0, 0, 0, 0, 4, 0], [1] * 9])
+def test_stacked_linear(index: list[int]) -> None:
+    """The same as a module for each, with its gradients: of groups that are alike, that are not, and of a single one."""
+    layers = [nn.Linear(6, 4) for _ in range(5)]
+    stack = R.StackedLinear(5, 6, 4)
+    stack.load_state_dict(
+        {name: torch.stack([getattr(layer, name).detach() for layer in layers]) for name in ("weight", "bias")}
+    )
+    found = []
+    for selection in (Selection(*layers), Selection(stack)):
+        xs, records = start()
+        xs.requires_grad_()
+        ys, _, _ = selection(xs, records, torch.tensor(index))
+        ys.square().sum().backward()
+        found.append((ys, xs.grad))
+    for a, b in zip(*found, strict=True):
+        assert_agrees(b, a.detach(), 1e-5)
+    for k, layer in enumerate(layers):
+        expected = torch.zeros(4, 6) if layer.weight.grad is None else layer.weight.grad
+        assert_agrees(stack.weight.grad[k], expected, 1e-5)
+
+
 def test_dispatching_and_masks() -> None:
     """Each agent decides for its own samples; inactive ones make no step; gradients reach the agents that decided."""
     xs, records = start()
@@ -454,6 +476,7 @@ BAD = {
     "mask has the shape (8,)": lambda: lost(R.REINFORCE(4, 6), mask=MASK[1:]),
     "actions holds 2: there are 2 modules": lambda: lost(Selection(nn.ReLU(), nn.Tanh()), actions=torch.full((9,), 2)),
     "actions holds -1: there are 2 modules": lambda: lost(Selection(nn.ReLU(), nn.Tanh()), actions=torch.full((9,), -1)),
+    "store_module_pointers is True": lambda: Selection(R.StackedLinear(2, 6, 6), store_module_pointers=True),
     "actions is None": lambda: lost(Selection(nn.ReLU()), actions=None),
     "modules is empty": lambda: Selection(),
     "xs is an empty batch": lambda: Initialization()(torch.zeros(0, 6)),
@@ -518,6 +541,6 @@ def test_snippets() -> None:
     assert len(space["selection"].selectable) == 2 and space["module_loss"].ndim == 0
 
 
-@pytest.mark.parametrize("name, n", [("layers", 5), ("policies", 1), ("rewards", 3), ("exploration", 1)])
+@pytest.mark.parametrize("name, n", [("layers", 5), ("policies", 1), ("grouped", 1), ("rewards", 3), ("exploration", 1)])
 def test_examples_in_docstrings(name: str, n: int) -> None:
     assert doctest.testmod(importlib.import_module(f"common.routing.{name}")) == (0, n)

@@ -44,6 +44,12 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multitask, "PER_TASK", SMALL)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is most of the time of a small run."""
+    monkeypatch.setattr(script, "draw", lambda data, training: None)
+
+
 def run(line: str) -> int:
     return exit_status(script.main, line.split())
 
@@ -102,8 +108,9 @@ def load_model(v: Vectors, net: routed.RoutedNet) -> None:
         load_agents(router.policy, v, f"param/decision{i}/policy/")
         if router.value is not None:
             load_agents(router.value, v, f"param/decision{i}/value/")
-        for k, module in enumerate(selection.selectable):
-            module.load_state_dict(v.under(f"param/selection{i}/{k}/"))
+        for name in ("weight", "bias"):
+            stored = [v[f"param/selection{i}/{k}/{name}"] for k in range(len(selection.stack))]
+            selection.stack.load_state_dict({name: torch.stack(stored)}, strict=False)
 
 
 def stored_model(name: str, model: str, kind: str) -> tuple[Vectors, routed.RoutedNet]:
@@ -253,7 +260,7 @@ def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 # ---- runs ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", routed.MODELS)
+@pytest.mark.parametrize("model", ["routed-all-fc", "per-task-all-fc", "soft-mixture"])
 def test_what_a_run_leaves(model: str, grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"{SHORT} {grey} --model {model} --results-dir {tmp_path}"
     assert run(line) == 0
@@ -284,10 +291,12 @@ def test_what_a_run_leaves(model: str, grey: str, tmp_path: Path, capsys: pytest
         "--decision RELAX --reward correct --precision bf16",
         "--decision QLearning --modules 3 --depth 2 --exploration-end 0",
         "--model dispatched --agents 2 --decision AAC --loss cross-entropy --optimizer sgd",
+        "--model per-task-1-fc --precision bf16",
+        "--model per-task-1-fc --precision bf16",
         "--model single-agent --decision EGreedyREINFORCE --depth 1 --batch-size 359",
     ],
 )
-def test_variants(more: str, grey: str, tmp_path: Path) -> None:
+def test_variants(more: str, grey: str, tmp_path: Path, no_pictures: None) -> None:
     assert run(f"{SHORT} {grey} {more} --results-dir {tmp_path}") == 0
     path = only(tmp_path)
     with open(path / "metrics.csv") as file:
@@ -295,19 +304,21 @@ def test_variants(more: str, grey: str, tmp_path: Path) -> None:
     if "exploration-end" in more:
         assert float(rows[0]["exploration"]) > float(rows[1]["exploration"]) == float(more.split()[-1])
     saved = torch.load(path / "last.pkl", weights_only=True)["model"]
+    if "per-task" in more:
+        return
     history = saved["routers.0.reward_func.history"]
     assert (history >= 0).all() and len(history) == 256
 
 
-def test_colour(tmp_path: Path) -> None:
+def test_colour(tmp_path: Path, no_pictures: None) -> None:
     write_cifar(tmp_path, "CIFAR100")
     assert run(f"--data-dir {tmp_path} --device cpu --epochs 1 --results-dir {tmp_path / 'results'}") == 0
     assert len(json.loads((only(tmp_path / "results") / "result.json").read_text())["test"]["accuracy_by_task"]) == 20
 
 
-def test_routing_learns(grey: str, tmp_path: Path) -> None:
+def test_routing_learns(grey: str, tmp_path: Path, no_pictures: None) -> None:
     """Bright classes against dark ones: chance is 0.5. Modules, routers and all."""
-    line = f"{SHORT} {grey} --epochs 16 --batch-size 20 --width 16 --loss cross-entropy --routing-lr 0.1 --drop-after 16"
+    line = f"{SHORT} {grey} --epochs 14 --batch-size 20 --width 16 --loss cross-entropy --routing-lr 0.1 --drop-after 14 --decision AAC"
     assert run(f"{line} --results-dir {tmp_path}") == 0
     result = json.loads((only(tmp_path) / "result.json").read_text())
     assert result["test"]["accuracy"] > 0.6
@@ -325,10 +336,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(grey: str, tmp_path: Path, monke
     assert all(value.isfinite().all() for value in last["model"].values())
 
 
-def test_compare(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_pictures: None) -> None:
     for seed in range(3):
-        assert run(f"{SHORT} {grey} --seed {seed} --results-dir {tmp_path}") == 0
-    assert run(f"{SHORT} {grey} --model per-task-all-fc --results-dir {tmp_path}") == 0
+        assert run(f"{SHORT} {grey} --epochs 1 --seed {seed} --results-dir {tmp_path}") == 0
+    assert run(f"{SHORT} {grey} --epochs 1 --model per-task-all-fc --results-dir {tmp_path}") == 0
     folders = sorted((tmp_path / "routing_networks").iterdir())
     capsys.readouterr()
     assert run(f"--compare {' '.join(map(str, folders))} --results-dir {tmp_path}") == 0
@@ -358,6 +369,7 @@ def run_small(line: str) -> None:
     torch.set_num_threads(1)
     multitask.PER_TASK = SMALL
     epochs.SAVE_SECONDS = 0.02  # save within epochs, too
+    script.draw = lambda data, training: None
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.exit(script.main(line.split()))
 
@@ -407,7 +419,7 @@ def case(request: pytest.FixtureRequest, grey: str, tmp_path_factory: pytest.Tem
 def test_kills_change_nothing(case: tuple[str, dict, float], tmp_path: Path) -> None:
     line, expected, duration = case
     moments, within_epochs = random.Random(0), 0
-    for _ in range(4):
+    for _ in range(3):
         before = last_saved(tmp_path)
         process = start(line, tmp_path)
         wait_until_it_trains(process, tmp_path, before)

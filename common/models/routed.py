@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.routing import Decision, Initialization, PassThrough, PerTaskAssignment, Selection, Trajectories
+from common.routing import Decision, Initialization, PassThrough, PerTaskAssignment, Selection, StackedLinear, Trajectories
 
 CHANNELS = 32
 
@@ -55,9 +55,7 @@ class RoutedNet(nn.Module):
         super().__init__()
         self.trunk, self.initialization = Trunk(in_channels), Initialization()
         self.dispatcher, self.routers, self.n_modules = dispatcher, nn.ModuleList(routers), n_modules
-        self.selections = nn.ModuleList(
-            Selection(*(nn.Linear(*size) for _ in range(n))) for size, n in zip(sizes, n_modules, strict=True)
-        )
+        self.selections = nn.ModuleList(Selection(StackedLinear(n, *size)) for size, n in zip(sizes, n_modules, strict=True))
 
     def forward(self, x: Tensor, tasks: Tensor) -> tuple[Tensor, Trajectories]:
         x, records, _ = self.initialization(self.trunk(x), tasks)

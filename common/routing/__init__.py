@@ -54,6 +54,7 @@ from common.routing.cells import RoutedLSTMCell
 from common.routing.decision import Decision
 from common.routing.exploration import annealed, set_exploration
 from common.routing.fixed import PassThrough, PerTaskAssignment
+from common.routing.grouped import StackedLinear
 from common.routing.layers import Initialization, Selection, Sequential
 from common.routing.loss import Loss
 from common.routing.policies import MLP
@@ -111,6 +112,7 @@ __all__ = [
     "RunningAverageCollaborationReward",
     "Selection",
     "Sequential",
+    "StackedLinear",
     "Trajectories",
     "annealed",
     "set_exploration",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.routing.decision import Decision
 from common.routing.fixed import PassThrough, PerTaskAssignment
-from common.routing.policies import apply_grouped
+from common.routing.grouped import StackedLinear, apply_grouped
 from common.routing.trajectories import Trajectories, check_range, checked_mask, spread
 
 
@@ -34,7 +34,8 @@ class Initialization(nn.Module):
 class Selection(nn.Module):
     """Sends each sample through the module that was decided for it: xs (B, ...), actions (B) -> ys (B, ...).
 
-    Inactive samples become zeros or, with `pass_inactive`, stay what they are.
+    Modules are given one by one, or as a StackedLinear. Inactive samples become zeros or, with `pass_inactive`, stay what they
+    are.
 
     >>> selection = Selection(nn.Identity(), nn.Tanh())
     >>> xs, records, actions = Initialization()(torch.tensor([[5.0], [0.0]]))
@@ -47,7 +48,10 @@ class Selection(nn.Module):
         super().__init__()
         if not modules:
             raise ValueError("modules is empty: Selection needs at least one module")
-        self.selectable = nn.ModuleList(modules)
+        self.stack = modules[0] if isinstance(modules[0], StackedLinear) and len(modules) == 1 else None
+        if self.stack is not None and store_module_pointers:
+            raise ValueError("store_module_pointers is True: a StackedLinear has no modules to point to")
+        self.selectable = nn.ModuleList(() if self.stack is not None else modules)
         self.name, self.store_module_pointers, self.pass_inactive = name, store_module_pointers, pass_inactive
         self._log: set[int] | None = None  # of modules that were run
         self._old: set[int] = set()
@@ -60,8 +64,10 @@ class Selection(nn.Module):
             raise ValueError("actions is None: a decision needs to come before a Selection")
         mask = checked_mask(mask, len(xs))
         active = slice(None) if mask is None else mask
-        check_range("actions", actions[active], len(self.selectable), "modules")
-        ys = spread(apply_grouped(list(self.selectable), xs[active], actions[active]), mask)
+        x, chosen = xs[active], actions[active]
+        check_range("actions", chosen, len(self.stack or self.selectable), "modules")
+        ys = apply_grouped(list(self.selectable), x, chosen) if self.stack is None else self.stack(x, chosen)
+        ys = spread(ys, mask)
         if mask is not None and self.pass_inactive:
             if ys.shape != xs.shape:
                 raise ValueError(f"pass_inactive: modules make {tuple(ys.shape)} of {tuple(xs.shape)}")
@@ -70,7 +76,7 @@ class Selection(nn.Module):
             ys = ys * records.gate.view(-1, *[1] * (ys.ndim - 1))
             records.gate = None
         if self._log is not None:
-            self._log.update(actions[active].unique().tolist())
+            self._log.update(chosen.unique().tolist())
         if self.store_module_pointers and records.steps:
             records.steps[-1].modules = list(self.selectable)
         return ys, records, actions

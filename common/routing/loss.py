@@ -86,7 +86,7 @@ class Loss(nn.Module):
     def rewards(self, records: Trajectories, final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards, returns, and discounted values of the next states, (T, B) each; 0 where a sample took no part.
 
-        Where the next decision knows no values, the return from there stands in.
+        Values are looked up if a decision bootstraps; where the next one knows none, the return from there stands in.
         """
         active = records.active()
         per_action = torch.stack([self._per_action(step) for step in records.steps])
@@ -104,8 +104,9 @@ class Loss(nn.Module):
             rewards[t] = torch.where(is_last, per_action[t] + final, per_action[t]) * here
             cum_return = torch.where(here, rewards[t] + self.discounting * cum_return, cum_return)
             returns[t] = cum_return * here
-            known = step.decision.bootstrap(step.states, step.actions)
-            value = torch.where(here, cum_return if known is None else known, value)
+            if any(earlier.decision.bootstraps for earlier in records.steps[:t]):
+                known = step.decision.bootstrap(step.states, step.actions)
+                value = torch.where(here, cum_return if known is None else known, value)
             is_last = is_last & ~here
         return rewards, returns, next_values
 

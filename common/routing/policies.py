@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def apply_grouped(functions: Sequence[Callable[[Tensor], Tensor]], xs: Tensor, index: Tensor) -> Tensor:
-    """functions[index[i]](xs[i]) for every sample i: (N, ...), (N) -> (N, ...).
-
-    Samples are sorted by function, so that each is called once, with all of its samples; one that has none is not called.
-    """
-    counts = torch.bincount(index, minlength=len(functions)).tolist()
-    if max(counts) == len(index):
-        return functions[counts.index(len(index))](xs)
-    order = index.argsort(stable=True)
-    parts = xs[order].split(counts)
-    sorted_out = torch.cat([function(part) for function, part in zip(functions, parts, strict=True) if len(part)])
-    return sorted_out[order.argsort()]
+from common.routing.grouped import apply_grouped
 
 
 class MLP(nn.Module):
