@@ -376,6 +376,9 @@ def test_dispatching_and_masks() -> None:
     alone = [layer.policy.nets[agent](xs[i : i + 1]).log_softmax(1)[0] for i, agent in enumerate(agents)]
     assert_agrees(records.steps[1].states[:6, :, 0], torch.stack(alone)[:6], 1e-5)
     assert torch.equal(records[3].steps[1].states, records.steps[1].states[3:4])
+    assert torch.equal(records[-1].steps[0].states, records.steps[0].states[8:])
+    with pytest.raises(IndexError, match="there is no sample 9: the batch has 9"):
+        records[9]
     assert not actions[6:].any() and not records.steps[1].states[6:].any()
     loss = Loss(nn.MSELoss(), NegLossReward())
     sum(loss(torch.randn(9, 2), records, torch.zeros(9, 2))).backward()
@@ -467,6 +470,8 @@ BAD = {
     "policy_storage_type is 'table'": lambda: R.REINFORCE(4, 6, policy_storage_type="table"),
     "in_features is None": lambda: R.REINFORCE(4),
     "REINFORCE takes no argument colour='red'": lambda: R.REINFORCE(4, 6, colour="red"),
+    "Selection takes no argument mask=None": lambda: Selection(nn.ReLU(), mask=None),
+    "Loss takes no argument gamma=0.9": lambda: Loss(nn.MSELoss(), NegLossReward(), gamma=0.9),
     "scale is 'both'": lambda: R.GumbelSoftmax(4, 6, scale="both"),
     "rewards has 2 entries, num_selections is 4": lambda: R.REINFORCE(4, 6, additional_reward_func=ManualReward([1, 2])),
     "prior_actions is None: with 3 agents": lambda: lost(R.REINFORCE(4, 6, 3)),

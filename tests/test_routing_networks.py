@@ -318,7 +318,8 @@ def test_colour(tmp_path: Path, no_pictures: None) -> None:
 
 def test_routing_learns(grey: str, tmp_path: Path, no_pictures: None) -> None:
     """Bright classes against dark ones: chance is 0.5. Modules, routers and all."""
-    line = f"{SHORT} {grey} --epochs 14 --batch-size 20 --width 16 --loss cross-entropy --routing-lr 0.1 --drop-after 14 --decision AAC"
+    line = f"{SHORT} {grey} --decision AAC --epochs 14 --batch-size 20 --width 16 --loss cross-entropy --routing-lr 0.1"
+    line += " --drop-after 14"
     assert run(f"{line} --results-dir {tmp_path}") == 0
     result = json.loads((only(tmp_path) / "result.json").read_text())
     assert result["test"]["accuracy"] > 0.6
@@ -360,8 +361,8 @@ def test_compare(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
 
 # RELAX draws the most; the window of collaboration is part of what is saved
 LINES = {
-    "WPL": f"{SHORT} --epochs 12 --resume",
-    "RELAX": f"{SHORT} --epochs 6 --decision RELAX --model dispatched --exploration-end 0.0 --resume",
+    "WPL": f"{SHORT} --epochs 8 --resume",
+    "RELAX": f"{SHORT} --epochs 4 --decision RELAX --model dispatched --exploration-end 0.0 --resume",
 }
 
 

@@ -153,7 +153,7 @@ class Decision(nn.Module, ABC):
         state = self.state(x, agents)
         if not self.training:
             return Choice(state, state[:, :, 0].argmax(1))
-        return Choice(state, torch.multinomial(self.behaviour(state).detach(), 1)[:, 0])
+        return Choice(state, torch.multinomial(self.behaviour(state.detach()), 1)[:, 0])
 
     def set_exploration(self, exploration: float) -> None:
         """Explore as much as that from now on, from 0 to 1. Raises ValueError outside."""
@@ -180,9 +180,8 @@ class Decision(nn.Module, ABC):
         Raises ValueError for prior actions that are missing or name no agent, and a mask without an active sample.
         """
         mask = checked_mask(mask, len(xs))
-        active = slice(None) if mask is None else mask
-        agents = self._chosen_agents(prior_actions, xs)
-        choice = self.decide(self._inputs(xs)[active], agents[active])
+        inputs, agents = self._inputs(xs), self._chosen_agents(prior_actions, xs)
+        choice = self.decide(inputs, agents) if mask is None else self.decide(inputs[mask], agents[mask])
         actions = spread(choice.action, mask)
         records.steps.append(
             Step(
@@ -195,7 +194,7 @@ class Decision(nn.Module, ABC):
             )
         )
         if self.training:  # evaluation leaves no trace
-            self.reward_func.register(self.behaviour(choice.state).detach(), choice.action)
+            self.reward_func.register(self.behaviour(choice.state.detach()), choice.action)
         ys = xs if update_target is None else update_target
         if choice.gate is not None:
             ys = self._pass_gate(ys, records, 1 + spread(choice.gate - 1, mask))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from common.routing.decision import Decision
 from common.routing.fixed import PassThrough, PerTaskAssignment
 from common.routing.grouped import StackedLinear, apply_grouped
+from common.routing.rewards import refuse_unknown
 from common.routing.trajectories import Trajectories, check_range, checked_mask, spread
 
 
@@ -44,8 +46,16 @@ class Selection(nn.Module):
             [0.]])
     """
 
-    def __init__(self, *modules: nn.Module, name: str = "", store_module_pointers: bool = False, pass_inactive: bool = False):
+    def __init__(
+        self,
+        *modules: nn.Module,
+        name: str = "",
+        store_module_pointers: bool = False,
+        pass_inactive: bool = False,
+        **unknown: Any,
+    ):
         super().__init__()
+        refuse_unknown(unknown, "Selection")
         if not modules:
             raise ValueError("modules is empty: Selection needs at least one module")
         self.stack = modules[0] if isinstance(modules[0], StackedLinear) and len(modules) == 1 else None
@@ -63,8 +73,7 @@ class Selection(nn.Module):
         if actions is None:
             raise ValueError("actions is None: a decision needs to come before a Selection")
         mask = checked_mask(mask, len(xs))
-        active = slice(None) if mask is None else mask
-        x, chosen = xs[active], actions[active]
+        x, chosen = (xs, actions) if mask is None else (xs[mask], actions[mask])
         check_range("actions", chosen, len(self.stack or self.selectable), "modules")
         ys = apply_grouped(list(self.selectable), x, chosen) if self.stack is None else self.stack(x, chosen)
         ys = spread(ys, mask)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.routing.decision import Transition
+from common.routing.rewards import refuse_unknown
 from common.routing.trajectories import Step, Trajectories
 
 
@@ -29,8 +31,10 @@ class Loss(nn.Module):
         discounting: float = 1.0,
         clear: bool = False,
         normalize_per_action_rewards: bool = True,
+        **unknown: Any,
     ):
         super().__init__()
+        refuse_unknown(unknown, "Loss")
         if not hasattr(pytorch_loss_func, "reduction"):
             raise ValueError(f"pytorch_loss_func is {pytorch_loss_func!r}: a loss module of torch with a reduction is needed")
         if not 0 <= discounting <= 1:
@@ -76,7 +80,7 @@ class Loss(nn.Module):
         for step, reward, cum_return, next_value in zip(records.steps, rewards, returns, next_values, strict=True):
             transition = Transition(step.states, step.actions, reward, cum_return, next_value, step.control)
             loss = step.decision.loss(transition)
-            total = total + torch.where(step.active, loss, torch.zeros_like(loss))
+            total = total + loss.where(step.active, 0.0)
         if self.clear:
             for step in records.steps:
                 step.decision.reward_func.clear()

@@ -63,11 +63,12 @@ class Trajectories:
     def __getitem__(self, sample: int) -> Record:
         if not -len(self) <= sample < len(self):
             raise IndexError(f"there is no sample {sample}: the batch has {len(self)}")
+        sample %= len(self)
         steps = [
             SampleStep(
                 step.actions[sample],
                 step.is_exploratory[sample],
-                step.states[sample : sample + 1] if sample != -1 else step.states[-1:],
+                step.states[sample : sample + 1],
                 None if step.modules is None else step.modules[int(step.actions[sample])],
             )
             for step in self.steps
