@@ -359,13 +359,14 @@ def plot_routing_maps(
 
 def plot_intervals(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of label, accuracy and half of its interval (or None) in per cent, a bar each, beside their level of chance."""
-    figure = Figure(figsize=(9, 0.45 * len(rows) + 1.4), layout="constrained")
+    figure = Figure(figsize=(10, 0.6 * len(rows) + 1.4), layout="constrained")
+    _headline(figure, title)
     axes = figure.subplots()
     halves = [row["half"] or 0.0 for row in rows]
     axes.errorbar([row["accuracy"] for row in rows], range(len(rows)), xerr=halves, fmt="o", color=VALIDATION, capsize=3)
-    axes.set_yticks(range(len(rows)), [f"{row['label']} (n = {row['n']})" for row in rows], fontsize=7)
-    axes.set(title=title, xlabel=f"accuracy in % (chance {rows[0]['chance']:g})")
-    axes.title.set_fontsize(10)
+    labels = [textwrap.fill(f"{row['label']} (n = {row['n']})", width=60) for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.set(xlabel=f"accuracy in % (chance {rows[0]['chance']:g})")
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.25)
     save_figure(figure, path)
