@@ -25,6 +25,7 @@ lint: .venv/installed-dev
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.clustering_data
+	$(BIN)/python -m benchmarks.routing
 	$(BIN)/python -m benchmarks.similarity
 	$(BIN)/python -m benchmarks.stitching
 	$(BIN)/python -m benchmarks.swarm_layer

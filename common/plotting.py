@@ -376,3 +376,41 @@ def plot_diagonals(path: Path, title: str, labels: Sequence[str], rows: Sequence
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right center")
     save_figure(figure, path, PRINT)
+
+
+def plot_routing_maps(
+    path: Path, title: str, epochs: Sequence[Sequence[Sequence[Sequence[float]]]], tasks: Sequence[str]
+) -> None:
+    """Which task goes through which module: a row of heat maps a layer, a column each for up to five epochs.
+
+    `epochs` holds for each epoch, for each layer, a matrix (tasks, modules) of shares.
+    """
+    shown = sorted({round(i) for i in np.linspace(0, len(epochs) - 1, min(5, len(epochs)))})
+    n_layers = len(epochs[0])
+    figure = Figure(figsize=(2.6 * len(shown) + 1.6, 2.6 * n_layers + 0.8), layout="constrained")
+    _headline(figure, title)
+    panels = figure.subplots(n_layers, len(shown), squeeze=False)
+    for column, epoch in enumerate(shown):
+        for layer, panel in enumerate(panels[:, column]):
+            drawn = panel.imshow(np.asarray(epochs[epoch][layer]), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+            panel.set_title(f"layer {layer + 1}, epoch {epoch + 1}", fontsize=9)
+            panel.set_yticks(range(len(tasks)), tasks if column == 0 else [""] * len(tasks), fontsize=6)
+    for panel in panels[-1]:
+        panel.set_xlabel("module")
+    figure.colorbar(drawn, ax=panels, label="share of the task's test images", shrink=0.6)
+    save_figure(figure, path)
+
+
+def plot_intervals(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of label, accuracy and half of its interval (or None) in per cent, a bar each, beside their level of chance."""
+    figure = Figure(figsize=(10, 0.6 * len(rows) + 1.4), layout="constrained")
+    _headline(figure, title)
+    axes = figure.subplots()
+    halves = [row["half"] or 0.0 for row in rows]
+    axes.errorbar([row["accuracy"] for row in rows], range(len(rows)), xerr=halves, fmt="o", color=VALIDATION, capsize=3)
+    labels = [textwrap.fill(f"{row['label']} (n = {row['n']})", width=60) for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.set(xlabel=f"accuracy in % (chance {rows[0]['chance']:g})")
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.25)
+    save_figure(figure, path)

@@ -71,7 +71,7 @@ class EpochTraining:
         self.writes = writes
         self.traces, self.sums = Traces(model), Sums()
         self.epoch = self.batch = self.step = 0
-        self.tested: dict[str, float] = {}  # figures of the last test
+        self.tested: dict[str, Any] = {}  # figures of the last test, plain values
         self.clock = Clock(math.inf, last["seconds"] if last else 0.0)
         self.saved_at = time.monotonic()
         if last is not None:

@@ -1,0 +1,162 @@
+"""Multi-task image networks: a shared convolutional trunk, and fully connected layers that are shared, owned, routed or mixed.
+
+Every fully connected layer has several modules, of equal size; what is between is who decides which of them a sample goes
+through (Rosenbaum et al., ICLR 2018; the names are those of the original's example models).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.routing import Decision, Initialization, PassThrough, PerTaskAssignment, Selection, StackedLinear, Trajectories
+
+CHANNELS = 32
+
+
+class Trunk(nn.Module):
+    """Four blocks of 3x3 convolution, ReLU and max-pooling, then batch norm: (B, C, H, W) -> (B, 32 (H/16) (W/16))."""
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.conv = nn.ModuleList(nn.Conv2d(n, CHANNELS, 3, padding=1) for n in (in_channels, *[CHANNELS] * 3))
+        self.batchnorm = nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.conv:
+            x = F.relu(F.max_pool2d(conv(x), 2))  # the same as ReLU first, of a quarter of the numbers
+        return self.batchnorm(x).flatten(1)
+
+
+def layer_sizes(side: int, depth: int, width: int, n_out: int) -> list[tuple[int, int]]:
+    """Inputs and outputs of the fully connected layers behind a trunk that sees side x side pixels."""
+    return list(pairwise([CHANNELS * (side // 16) ** 2, *[width] * (depth - 1), n_out]))
+
+
+class RoutedNet(nn.Module):
+    """Trunk, then in each layer a router and a selection of modules: x (B, C, H, W), tasks (B) -> (B, n_out), trajectories.
+
+    The agent that decides for a sample is the one of its task or, with a `dispatcher`, the one that this chooses; routers of
+    one agent have no choice.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        sizes: list[tuple[int, int]],
+        routers: Sequence[Decision | PerTaskAssignment],
+        n_modules: list[int],
+        dispatcher: Decision | None = None,
+    ):
+        super().__init__()
+        self.trunk, self.initialization = Trunk(in_channels), Initialization()
+        self.dispatcher, self.routers, self.n_modules = dispatcher, nn.ModuleList(routers), n_modules
+        self.selections = nn.ModuleList(Selection(StackedLinear(n, *size)) for size, n in zip(sizes, n_modules, strict=True))
+
+    def forward(self, x: Tensor, tasks: Tensor) -> tuple[Tensor, Trajectories]:
+        x, records, _ = self.initialization(self.trunk(x), tasks)
+        agents = tasks
+        if self.dispatcher is not None:
+            x, records, agents = self.dispatcher(x, records)
+        for layer, (router, selection) in enumerate(zip(self.routers, self.selections, strict=True)):
+            x = F.relu(x) if layer else x
+            x, records, actions = router(x, records, agents)
+            x, records, _ = selection(x, records, actions)
+        return x, records
+
+    def routing(self, records: Trajectories, tasks: Tensor) -> list[Tensor]:
+        """What module each sample went through, a layer each: (B, modules) of zeros and ones."""
+        steps = iter(records.steps if self.dispatcher is None else records.steps[1:])
+        choices = []
+        for router, n in zip(self.routers, self.n_modules, strict=True):
+            if isinstance(router, Decision):
+                actions = next(steps).actions
+            else:
+                actions = torch.zeros_like(tasks) if isinstance(router, PassThrough) else tasks
+            choices.append(F.one_hot(actions, n))
+        return choices
+
+    def routing_parameters(self) -> list[nn.Parameter]:
+        """What the decisions learn."""
+        parts = [self.dispatcher, *self.routers]
+        return [p for part in parts if part is not None for p in part.parameters()]
+
+
+class MixedLayer(nn.Module):
+    """sum_k w_k (W_k x + b_k), the weights w a softmax of a learned row of the task: inputs (B, D), tasks (B) -> (B, E)."""
+
+    def __init__(self, n_in: int, n_out: int, n_modules: int, n_tasks: int):
+        super().__init__()
+        modules = [nn.Linear(n_in, n_out) for _ in range(n_modules)]
+        self.weight = nn.Parameter(torch.stack([module.weight.detach() for module in modules]))  # (K, E, D)
+        self.bias = nn.Parameter(torch.stack([module.bias.detach() for module in modules]))  # (K, E)
+        self.table = nn.Parameter(torch.zeros(n_tasks, n_modules))
+
+    def forward(self, x: Tensor, tasks: Tensor) -> Tensor:
+        outputs = torch.einsum("bd,ked->bke", x, self.weight) + self.bias
+        return (F.softmax(self.table, 1)[tasks][:, :, None] * outputs).sum(1)
+
+
+class SoftMixture(nn.Module):
+    """Trunk, then layers that mix the outputs of all their modules with weights of the task; nothing is decided."""
+
+    def __init__(self, in_channels: int, sizes: list[tuple[int, int]], n_modules: int, n_tasks: int):
+        super().__init__()
+        self.trunk, self.initialization = Trunk(in_channels), Initialization()
+        self.layers = nn.ModuleList(MixedLayer(*size, n_modules, n_tasks) for size in sizes)
+
+    def forward(self, x: Tensor, tasks: Tensor) -> tuple[Tensor, Trajectories]:
+        x, records, _ = self.initialization(self.trunk(x), tasks)
+        for i, layer in enumerate(self.layers):
+            x = layer(F.relu(x) if i else x, tasks)
+        return x, records
+
+    def routing(self, records: Trajectories, tasks: Tensor) -> list[Tensor]:
+        """The weight of each module for each sample, a layer each: (B, modules)."""
+        return [F.softmax(table.detach(), 1)[tasks] for table in self.routing_parameters()]
+
+    def routing_parameters(self) -> list[nn.Parameter]:
+        """The tables of weights."""
+        return [layer.table for layer in self.layers if isinstance(layer, MixedLayer)]
+
+
+MODELS = ("per-task-all-fc", "per-task-1-fc", "routed-all-fc", "dispatched", "single-agent", "soft-mixture")
+
+
+def make(
+    model: str,
+    in_channels: int,
+    sizes: list[tuple[int, int]],
+    n_tasks: int,
+    n_modules: int,
+    n_agents: int,
+    make_decision: Callable[..., Decision],
+) -> RoutedNet | SoftMixture:
+    """One of MODELS. `make_decision(n, in_features, n_agents, storage)` makes a layer that decides among n.
+
+    Per-task models have a module for each task. Of `dispatched`, the dispatcher sees the features, its agents have tables;
+    `single-agent` sees the input of each layer, and neither knows the task. Raises ValueError for another name.
+    """
+    depth = len(sizes)
+    if model == "soft-mixture":
+        return SoftMixture(in_channels, sizes, n_modules, n_tasks)
+    if model == "per-task-all-fc":
+        return RoutedNet(in_channels, sizes, [PerTaskAssignment()] * depth, [n_tasks] * depth)
+    if model == "per-task-1-fc":
+        routers = [*[PassThrough()] * (depth - 1), PerTaskAssignment()]
+        return RoutedNet(in_channels, sizes, routers, [*[1] * (depth - 1), n_tasks])
+    if model == "routed-all-fc":
+        decisions = [make_decision(n_modules, n_in, n_tasks, "tabular") for n_in, _ in sizes]
+        return RoutedNet(in_channels, sizes, decisions, [n_modules] * depth)
+    if model == "dispatched":
+        dispatcher = make_decision(n_agents, sizes[0][0], 1, "approx")
+        decisions = [make_decision(n_modules, n_in, n_agents, "tabular") for n_in, _ in sizes]
+        return RoutedNet(in_channels, sizes, decisions, [n_modules] * depth, dispatcher)
+    if model == "single-agent":
+        decisions = [make_decision(n_modules, n_in, 1, "approx") for n_in, _ in sizes]
+        return RoutedNet(in_channels, sizes, decisions, [n_modules] * depth)
+    raise ValueError(f"there is no model {model!r}: choose from {', '.join(MODELS)}")

@@ -1,0 +1,54 @@
+"""What agents keep their policies and values in: networks of the input, or tables that know nothing but the agent."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.routing.grouped import apply_grouped
+
+
+class MLP(nn.Module):
+    """Linear maps with a ReLU between them: (N, in_dim) -> (N, out_dim).
+
+    >>> MLP(6, 4, hidden=(8, 5))(torch.zeros(2, 6)).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden: Sequence[int] = ()):
+        super().__init__()
+        sizes = [in_dim, *hidden, out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class Networks(nn.Module):
+    """A network for each of A agents: inputs (N, D), agents (N) -> (N, K). `net` is copied; without one, MLPs are made."""
+
+    def __init__(self, num_agents: int, in_dim: int, out_dim: int, hidden: Sequence[int], net: nn.Module | None = None):
+        super().__init__()
+        made = (MLP(in_dim, out_dim, hidden) if net is None else copy.deepcopy(net) for _ in range(num_agents))
+        self.nets = nn.ModuleList(made)
+
+    def forward(self, x: Tensor, agents: Tensor) -> Tensor:
+        return apply_grouped(list(self.nets), x, agents)
+
+
+class Tables(nn.Module):
+    """A row for each of A agents: inputs are ignored, agents (N) -> (N, K)."""
+
+    def __init__(self, num_agents: int, out_dim: int, initial: float):
+        super().__init__()
+        self.table = nn.Parameter(torch.full((num_agents, out_dim), initial))
+
+    def forward(self, x: Tensor, agents: Tensor) -> Tensor:
+        return F.embedding(agents, self.table)
