@@ -39,7 +39,7 @@ from common.routing import Decision, Loss, Trajectories
 from common.run import checkpoint, options
 from common.run.checkpoint import write_in_one_step
 from common.run.directory import RunDirectory, environment
-from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks
+from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks, tell
 from common.run.epochs import EpochTraining, Sums, load_last
 from common.run.interruption import Interruption
 from common.run.memory import keep_freed_memory
@@ -339,11 +339,6 @@ def epoch_line(row: dict[str, float | int], chance: float) -> str:
         f"{chance:g}) | routing loss {row['train_routing_loss']:.4f}, entropy {row['policy_entropy']:.3f}, modules used "
         f"{row['modules_used']:.2f}, overlap of tasks {row['task_overlap']:.2f} | lr {row['lr']:.3g}"
     )
-
-
-def tell(run: RunDirectory, text: str) -> None:
-    run.log(text)
-    say(text)
 
 
 # ---- what is left of a run -----------------------------------------------------------------------------------------------

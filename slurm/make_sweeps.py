@@ -25,6 +25,12 @@ ZOO_CHUNKS, CROSSVAL_CHUNKS = 4, 8
 RANKS = (1, 2, 4)
 MULTIPLIERS = (0.0001, 0.001, 0.01, 0.1)
 
+DECISIONS = (
+    "WPL", "REINFORCE", "REINFORCEBl1", "REINFORCEBl2", "EGreedyREINFORCE", "ActorCritic", "AAC", "BootstrapAAC", "EGreedyAAC",
+    "QLearning", "SARSA", "AdvantageLearning", "BootstrapAdvantageLearning", "GumbelSoftmax", "RELAX",
+)  # fmt: skip
+OTHER_MODELS = ("dispatched", "single-agent", "soft-mixture", "per-task-all-fc", "per-task-1-fc")
+
 
 def amortised_clustering() -> Iterator[str]:
     """The published line of the SWARM model, and the models it is compared with, of the same width and budget."""
@@ -95,6 +101,14 @@ def projections() -> Iterator[str]:
     yield "cifar10_projections.py --repeats=10"
 
 
+def routing() -> Iterator[str]:
+    """CIFAR-100 in 20 tasks: every way to learn decisions, and the models that decide nothing, or otherwise."""
+    kinds = [f"--decision {decision}" for decision in DECISIONS] + [f"--model {model}" for model in OTHER_MODELS]
+    for kind in kinds:
+        for seed in SEEDS:
+            yield f"routing_networks.py --data CIFAR100-MTL {kind} --seed {seed}"
+
+
 def sweep(comment: str, lines: Iterable[str]) -> str:
     return "".join(f"# {text}\n" for text in comment.split("\n")) + "\n" + "".join(f"{line}\n" for line in lines)
 
@@ -117,6 +131,7 @@ def sweeps() -> dict[str, str]:
         ),
         "alignment.txt": sweep("Alignment by architecture and measure. Needs the networks of zoo.txt", alignment()),
         "projections.txt": sweep("The rotation test", projections()),
+        "routing.txt": sweep("Routing by decision, and its baselines, five seeds each", routing()),
     }
 
 

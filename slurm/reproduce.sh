@@ -26,3 +26,4 @@ submit stitching "${after_zoo[@]}"
 submit stitching_crossval "${after_zoo[@]}"
 submit alignment "${after_zoo[@]}"
 submit projections
+submit routing

@@ -243,6 +243,7 @@ def final_figures(result: dict[str, Any]) -> str:
     found = []
     for name, *path in (
         ("accuracy", "model", "accuracy"),
+        ("accuracy", "test", "accuracy"),
         ("bits", "test", "bits"),
         ("linear probe", "linear_probe", "top_1"),
         ("online head", "test", "track_head_top_1_mean"),
