@@ -89,6 +89,7 @@ def test_a_run_longer_than_its_limit(cluster: Cluster, submitting: Submitting, u
     """
     project = submitting(SHORT[0], LONG)
     job = project.submit("--hold", "--time=1")
+    cluster.call("scontrol", "update", f"JobId={job}_1", "TimeLimit=30")  # the signal is for the other one
     cluster.call("scontrol", "release", f"{job}_1")
     wait_until(lambda: project.states()[1] == "finished", "the short run")
     cluster.call("scontrol", "release", f"{job}_2")
