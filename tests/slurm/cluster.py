@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian puts daemons
 TICK = 30.0  # seconds between two looks of slurmctld at time limits
 SITE = f"""\
 # shellcheck shell=bash disable=SC2034
-SBATCH_OPTIONS=(--time=5 --cpus-per-task=1)
+SBATCH_OPTIONS=(--time=30 --cpus-per-task=1)
 MAX_AT_ONCE=4
 MAX_REQUEUES=5
 PYTHON={sys.executable}
@@ -41,7 +42,7 @@ def need(*commands: str) -> None:
         pytest.skip(f"{', '.join(missing)} not found")
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what}: not after {seconds:g} s"
@@ -60,15 +61,21 @@ class Cluster:
         self.environment = inherited | ports | {
             "PATH": PATH, "SLURM_CONF": str(self.folder / "etc" / "slurm.conf"), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
+        # also if these tests are killed
+        stop = f"tail --pid={os.getpid()} -f /dev/null; {HERE}/stop.sh {self.folder}; rm -r {self.folder}"
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.watcher = subprocess.Popen(["sh", "-c", stop], env=self.environment, start_new_session=True, **quiet)
         self.call(str(HERE / "start.sh"), str(self.folder))
 
     def stop(self) -> None:
+        os.killpg(self.watcher.pid, signal.SIGKILL)
+        self.watcher.wait()
         self.call(str(HERE / "stop.sh"), str(self.folder))
         shutil.rmtree(self.folder)
 
     def call(self, *command: str, cwd: Path = ROOT) -> str:
         """What a command that has to succeed prints."""
-        done = subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -89,7 +96,7 @@ class Cluster:
     def running(self) -> int:
         return len(self.call("squeue", "-h", "-r", "-t", "running,completing", "-o", "%i").splitlines())
 
-    def wait(self, *jobs: str, seconds: float = 90) -> None:
+    def wait(self, *jobs: str, seconds: float = 180) -> None:
         """Until all tasks of some jobs are over."""
         wait_until(lambda: not self.call("squeue", "-h", "-j", ",".join(jobs)), f"the end of {jobs}", seconds)
 
@@ -154,7 +161,7 @@ class Project:
     def call(self, script: str, *options: str, own: Sequence[str] = (), status: int = 0) -> tuple[str, str]:
         """What it prints, once it has ended with this status."""
         process = self.start(script, *options, own=own)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == status, out + err
         return out, err
 

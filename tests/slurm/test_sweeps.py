@@ -183,7 +183,7 @@ def test_ctrl_c_saves_what_runs_here(alone: Alone) -> None:
     process = project.start("local.sh")
     trains(project)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode != 0
     wait_until(lambda: project.states() == {1: "resumable"}, "the save")
     assert "stopped by SIG" in project.run_output()
@@ -200,7 +200,7 @@ def test_requeues_have_an_end(alone: Alone) -> None:
     process = subprocess.Popen(command, cwd=project.folder, env=project.environment | job, stdout=subprocess.PIPE, text=True)
     trains(project)
     process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "was requeued 5 times" in out and "back into the queue" not in out
 
 
@@ -210,7 +210,7 @@ def test_what_would_be_submitted(alone: Alone) -> None:
     files = sorted(project.folder.rglob("*"))
     out, err = project.call("submit.sh", "--time=1:00:00", "--partition=gpu", own=["--dry-run", "--at-once", "7"])
     assert out == "JOB\n" and "--array=2,3%7" in err and f"    2  {SHORT[0]} --resume auto --data-dir data\n" in err
-    assert err.index("--time=5") < err.index("--time=1:00:00") < err.index("array.slurm")  # the last one counts
+    assert err.index("--time=30") < err.index("--time=1:00:00") < err.index("array.slurm")  # the last one counts
     assert [path for path in sorted(project.folder.rglob("*")) if "__pycache__" not in str(path)] == files
 
 
