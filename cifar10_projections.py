@@ -43,8 +43,8 @@ from common.symmetry.rotations import GROUPS, random_element, transform_layer
 
 ARCHITECTURES = {"relu": "mCNN_k", "sigmoid": "mCNN_k_sigmoid"}
 LAYERS = (0, 2, 5, 8)  # convolutions, by their places in the network; the last one is published nowhere
-UNNAMED = ("results_dir", "data_dir", "resume", "overwrite", "dry_run", "progress", "name")
-FREE = ("results_dir", "data_dir", "resume", "overwrite", "progress", "dry_run")  # a test that goes on may have others
+UNNAMED = ("results_dir", "data_dir", "resume", "overwrite", "dry_run", "progress", "name", "draw")
+FREE = ("results_dir", "data_dir", "resume", "overwrite", "progress", "dry_run", "draw")  # a test that goes on may have others
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -73,6 +73,7 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help="go on with a test that was interrupted")
     own.add_argument("--overwrite", action="store_true", help="replace a test of the same name")
     own.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
+    own.add_argument("--draw", metavar="RUN", help="instead: figure and table of a finished test, from its result.json")
     return parser
 
 
@@ -230,7 +231,7 @@ def read_cell(folder: Path, cell: Cell) -> dict[str, Any]:
 
 
 def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDirectory) -> dict[str, Any]:
-    """All figures; also metrics.csv, a row per epoch, penalties.csv and penalties.png."""
+    """All figures; also metrics.csv, a row per epoch."""
     found = [read_cell(run.path / "cells", cell) for cell in cells]
     rows = []
     for figures in found:
@@ -238,10 +239,6 @@ def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDi
         rows += [of_cell | row for row in figures.pop("epochs")]
     write_table(run.path / "metrics.csv", rows)
     penalties = penalties_of(args, found)
-    write_table(run.path / "penalties.csv", penalties)
-    title = f"Rotation test on {args.dataset}: mean and deviation of {args.repeats} matrices"
-    bars = [row | {"kind": f"{row['activation']}, {row['group']}", "inside_block": False} for row in penalties]
-    plotting.plot_penalties(run.path / "penalties.png", title, bars)
     chosen_by = (
         f"{len(data.selection)} training images that were left out" if args.select == "validation" else "the test images"
     )
@@ -257,6 +254,29 @@ def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDi
         "penalties": penalties,
         "cells": found,
     }
+
+
+def draw(result: dict[str, Any], folder: Path) -> None:
+    """penalties.csv and penalties.png, from a test's result alone."""
+    rows = result["penalties"]
+    write_table(folder / "penalties.csv", rows)
+    title = f"rotation test on {result['dataset']}: mean and deviation of {rows[0]['n']}"
+    bars = [row | {"kind": f"{row['activation']}, {row['group']}", "inside_block": False} for row in rows]
+    plotting.plot_penalties(folder / "penalties.png", title, bars)
+
+
+def draw_again(parser: argparse.ArgumentParser, place: str) -> int:
+    """--draw: the figure and the table of a finished test."""
+    path = Path(place) / "result.json"
+    if not path.is_file():
+        parser.error(f"{place} is no finished test: it has no result.json")
+    result = json.loads(path.read_text())
+    if result.get("script") != "cifar10_projections":
+        parser.error(f"{place} is a run of another script")
+    with refusing(parser):
+        draw(result, path.parent)
+    say(report_table(result))
+    return 0
 
 
 def penalties_of(args: argparse.Namespace, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -303,6 +323,8 @@ def report_table(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args, name = parse(parser, argv)
+    if args.draw is not None:
+        return draw_again(parser, args.draw)
     if args.dry_run:
         print(name)
         return 0
@@ -337,6 +359,7 @@ def main(argv: list[str] | None = None) -> int:
                 tell(run, f"stopped by {interruption.signal}: --resume goes on from here")
                 return EXIT_RESUMABLE
             result = report(args, cells, data, run)
+            draw(result, run.path)
             tell(run, report_table(result))
             run.finish(result)
     say(f"figures: {run.final / 'result.json'}, {run.final / 'penalties.png'}")

@@ -531,7 +531,7 @@ def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         rows = [{"kind": result["kind"], **of} for result in results for of in result["layers"]]
         write_table(folder / "penalties.csv", rows)
         title = f"{results[0]['arch']} on {results[0]['dataset']}"
-        plotting.plot_penalties(folder / "penalties.png", title, rows)
+        plotting.plot_penalties(folder / "penalties.png", f"{title}: mean and deviation over pairs", rows)
         for kind, axis in (("rank", "rank"), ("lasso", "sparsity")):
             some = [row for row in rows if row["kind"].startswith(f"{kind} ")]
             if some:

@@ -277,7 +277,7 @@ def _edges(centres: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 def plot_penalties(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Stitching penalties, a group of bars a layer, a bar a joint: rows of kind, layer, inside_block, penalty, deviation."""
+    """Penalties, a group of bars a layer, a bar a kind: rows of kind, layer, inside_block, penalty, deviation."""
     layers = sorted({row["layer"] for row in rows})
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     inside = {row["layer"] for row in rows if row["inside_block"]}
@@ -293,7 +293,8 @@ def plot_penalties(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) ->
     axes.axhline(0, color=REFERENCE, linewidth=0.8)
     axes.set_xticks(range(len(layers)), [f"{layer}*" if layer in inside else str(layer) for layer in layers])
     note = " (* inside a residual block)" if inside else ""
-    axes.set(title=f"{title}: mean and deviation over pairs", xlabel=f"layer{note}", ylabel="penalty (% of accuracy)")
+    _headline(figure, title)
+    axes.set(xlabel=f"layer{note}", ylabel="penalty (% of accuracy)")
     figure.legend(fontsize=8, loc="outside right center")
     axes.grid(axis="y", alpha=0.25)
     save_figure(figure, path, PRINT)

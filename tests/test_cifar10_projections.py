@@ -61,6 +61,20 @@ def test_what_a_test_leaves(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert run(f"{line} --resume", data, tmp_path) == 0 and "nothing to do" in capsys.readouterr().out
 
 
+def test_drawing_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{SMALL} --repeats 1 --activations relu --layers 0", data, tmp_path) == 0
+    path = directory(tmp_path)
+    before = (path / "penalties.csv").read_text()
+    for name in ("penalties.csv", "penalties.png"):
+        (path / name).unlink()
+    capsys.readouterr()
+    assert script.main(["--draw", str(path)]) == 0
+    assert (path / "penalties.csv").read_text() == before and (path / "penalties.png").exists()
+    assert "relu layer 0 orthogonal" in capsys.readouterr().out
+    assert exit_status(script.main, ["--draw", str(tmp_path)]) == 2
+    assert "is no finished test" in capsys.readouterr().err
+
+
 def test_the_front_stays_as_it_was_trained(data: Path, tmp_path: Path) -> None:
     """Also its matrix; the rest moves. And what is drawn differs from run to run, and not from start to start."""
     args, _ = script.parse(script.get_parser(), f"{SMALL} --data-dir {data}".split())
