@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disk
 from common.run.interruption import Interrupted, Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least
-from common.run.records import write_json, write_table
+from common.run.records import RecordError, read_results, write_json, write_table
 from common.seeds import seed_of
 from common.symmetry.similarity import ESTIMATORS, features_of, layer_similarities
 from common.symmetry.stitching import Place, joints_of
@@ -170,7 +171,7 @@ def compare_networks(
     def features(network: nn.Module, part: slice) -> list[Tensor]:
         interruption.check()
         x = data.preprocessing.normalise(data.test.images[part])
-        return [as_channels(of) for of in features_of(network, x, names)]
+        return [as_maps(of) for of in features_of(network, x, names)]
 
     found = layer_similarities(
         MEASURES[args.similarity],
@@ -185,9 +186,12 @@ def compare_networks(
     return matrices | {"dead": [found.dead1.tolist(), found.dead2.tolist()]}
 
 
-def as_channels(features: Tensor) -> Tensor:
-    """Channels second: tokens of a transformer (B, T, C) become (B, C, T)."""
-    return features.transpose(1, 2) if features.ndim == 3 else features
+def as_maps(features: Tensor) -> Tensor:
+    """Channels second: tokens of a transformer (B, h w, C) become the square maps (B, C, h, w) that they were."""
+    if features.ndim != 3:
+        return features
+    side = math.isqrt(features.shape[1])
+    return features.transpose(1, 2).unflatten(2, (side, side))
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------------
@@ -242,8 +246,9 @@ def stems_of(pairs: list[tuple[int, int]]) -> list[str]:
 def report(args: argparse.Namespace, pairs: list[tuple[int, int]], places: list[Place], run: RunDirectory) -> dict[str, Any]:
     """Mean and deviation (n - 1) over pairs of all figures; also similarity.csv and similarity.png."""
     reference, *found = [json.loads((run.path / f"{stem}.json").read_text()) for stem in stems_of(pairs)]
-    means = {of: np.mean([figures[of] for figures in found], axis=0) for of in VALUES}
-    deviations = {of: np.std([figures[of] for figures in found], axis=0, ddof=1) if len(found) > 1 else None for of in VALUES}
+    values = {of: np.array([figures[of] for figures in found], float) for of in VALUES}  # null becomes NaN
+    means = {of: values[of].mean(0) for of in VALUES}
+    deviations = {of: values[of].std(0, ddof=1) if len(found) > 1 else None for of in VALUES}
     layers = [
         {"index": place.index, "name": place.name, "inside_block": place.inside_block, "channels": place.channels}
         for place in places
@@ -314,22 +319,20 @@ def report_table(result: dict[str, Any]) -> str:
 
 def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """--compare: diagonals.csv and .png of several finished runs of one architecture, and all their heat maps in one figure."""
-    results = []
-    for place in args.compare:
-        path = Path(place) / "result.json"
-        if not path.is_file():
-            parser.error(f"{place} is no finished run: it has no result.json")
-        results.append(json.loads(path.read_text()))
-    if any(result.get("script") != "cifar10_alignment" for result in results):
-        parser.error("--compare takes runs of cifar10_alignment.py")
+    with refusing(parser, RecordError):
+        results = read_results(args.compare, "cifar10_alignment")
     if len({(result["arch"], result["dataset"], tuple(labels_of(result))) for result in results}) > 1:
         parser.error("these runs are not of the same layers of one architecture on one data set: compare like with like")
-    results.sort(key=lambda result: tuple(MEASURES).index(result["similarity"]))
+    results.sort(key=lambda result: (tuple(MEASURES).index(result["similarity"]), result["estimator"] or ""))
+    names = [result["similarity"] + (" (median)" if result["estimator"] == "median" else "") for result in results]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        parser.error(f"two of these runs are of {twice}: compare one of each")
     arch, dataset, labels = results[0]["arch"], results[0]["dataset"], labels_of(results[0])
     folder = Path(args.results_dir) / "cifar10_alignment" / f"figures-{arch}-{dataset}"
     rows = [
         {
-            "similarity": result["similarity"] + (" (median)" if result["estimator"] == "median" else ""),
+            "similarity": name,
             "layer": label,
             "mean": result["published"][i][i],
             "deviation": None if result["published_deviation"] is None else result["published_deviation"][i][i],
@@ -337,14 +340,14 @@ def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             "untrained": result["untrained"][i][i],
             "n": len(result["pairs"]),
         }
-        for result in results
+        for name, result in zip(names, results, strict=True)
         for i, label in enumerate(labels)
     ]
     with refusing(parser):
         folder.mkdir(parents=True, exist_ok=True)
         write_table(folder / "diagonals.csv", rows)
         plotting.plot_diagonals(folder / "diagonals.png", f"{arch} on {dataset}: layers with themselves", labels, rows)
-        maps = {result["similarity"]: np.array(result["published"], float) for result in results}
+        maps = {name: np.array(result["published"], float) for name, result in zip(names, results, strict=True)}
         plotting.plot_heat_maps(folder / "similarities.png", f"{arch} on {dataset}, means of pairs", labels, maps)
     for result in results:
         say(report_table(result))
@@ -369,6 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         with refusing(parser, DataError, ZooError, ValueError):
             if run.check(resume=args.resume, overwrite=args.overwrite) == "finished":
+                run.check_same(vars(args), FREE)
                 run.finish_interrupted_rename()
                 say(f"the run {run.final} has finished: nothing to do")
                 return 0
@@ -377,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
             networks = zoo.load_members(args.zoo, args.arch, {number for pair in pairs for number in pair}, n_classes)
             places = places_of(args, next(iter(networks.values())))
             data = load_data(args, device)
-            noted = vars(args) | {"data": data.test.fingerprint()}
+            noted = vars(args) | {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": data.test.fingerprint()}
             if not args.overwrite:
                 run.check_same(noted, FREE)
             run.open(noted, overwrite=args.overwrite, to_stdout=False)

@@ -37,7 +37,7 @@ from common.run.epochs import Sums
 from common.run.interruption import Interrupted, Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real
-from common.run.records import write_json, write_table
+from common.run.records import RecordError, read_results, write_json, write_table
 from common.seeds import generator_of, seed_of
 from common.symmetry.rotations import GROUPS, random_element, transform_layer
 
@@ -267,14 +267,10 @@ def draw(result: dict[str, Any], folder: Path) -> None:
 
 def draw_again(parser: argparse.ArgumentParser, place: str) -> int:
     """--draw: the figure and the table of a finished test."""
-    path = Path(place) / "result.json"
-    if not path.is_file():
-        parser.error(f"{place} is no finished test: it has no result.json")
-    result = json.loads(path.read_text())
-    if result.get("script") != "cifar10_projections":
-        parser.error(f"{place} is a run of another script")
+    with refusing(parser, RecordError):
+        (result,) = read_results([place], "cifar10_projections")
     with refusing(parser):
-        draw(result, path.parent)
+        draw(result, Path(place))
     say(report_table(result))
     return 0
 
@@ -336,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         with refusing(parser, DataError):
             if run.check(resume=args.resume, overwrite=args.overwrite) == "finished":
+                run.check_same(vars(args), FREE)
                 run.finish_interrupted_rename()
                 say(f"the run {run.final} has finished: nothing to do")
                 return 0

@@ -43,7 +43,7 @@ from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disk
 from common.run.interruption import Interrupted, Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real
-from common.run.records import write_json, write_table
+from common.run.records import RecordError, read_results, write_json, write_table
 from common.seeds import generator_of, seed_of
 from common.symmetry.joints import Birkhoff, Full, Joint, Lasso, LowRank, Wreath
 from common.symmetry.stitching import Place, StitchedModel, joints_of, reestimate_statistics, restore_statistics, stitch
@@ -132,9 +132,12 @@ KINDS = ("wreath", "birkhoff", "lowrank", "lasso")
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Options that can work together, with those of the recipe, or the parser's error."""
-    recipe = parser.parse_args(argv).recipe
-    if recipe is not None:
-        parser.set_defaults(**RECIPES[recipe])
+    typed = parser.parse_args(argv)
+    if typed.recipe is not None:
+        defaults = RECIPES[typed.recipe]
+        if any(getattr(typed, kind) and kind not in defaults for kind in KINDS):  # in place of the recipe's
+            defaults = {name: value for name, value in defaults.items() if name not in (*KINDS, "alpha")}
+        parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.compare:
         return args
@@ -152,8 +155,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     for option in ("alternating", "pgd_hook"):
         if getattr(args, option) and not args.birkhoff:
             parser.error(f"--{option} is for --birkhoff")
-    if args.alpha == "crossval" and not args.birkhoff:
-        parser.error("--alpha crossval is for --birkhoff")
+    for option, of in (("alpha", "birkhoff"), ("multiplier", "lasso"), ("threshold", "lasso"), ("bn_batches", "bn_epoch")):
+        if getattr(args, option) != parser.get_default(option) and not getattr(args, of):
+            parser.error(f"--{option.replace('bn_', 'bn-')} {getattr(args, option)} is for --{of}")
     if args.stitch_epochs < 2 and has_warmup(args):
         parser.error("--stitch_epochs 1 cannot be halved: take at least 2, or --nopermwarmup")
     if args.resume and args.overwrite:
@@ -216,7 +220,12 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Splits:
 def pairs_of(args: argparse.Namespace) -> list[tuple[int, int]]:
     """Pairs of numbers of networks, those of this chunk. Raises ZooError if the zoo has too few."""
     pairs = zoo.pairs_of(args.zoo, args.pairs, args.retrain_repeats, args.seed)
-    return pairs[len(pairs) * args.chunk // args.num_chunks : len(pairs) * (args.chunk + 1) // args.num_chunks]
+    chunk = pairs[len(pairs) * args.chunk // args.num_chunks : len(pairs) * (args.chunk + 1) // args.num_chunks]
+    if not chunk:
+        raise ZooError(
+            f"chunk {args.chunk} of {args.num_chunks} has none of the {len(pairs)} pairs: fewer chunks, or more pairs"
+        )
+    return chunk
 
 
 # ---- one cell: a pair, a layer, a run ------------------------------------------------------------------------------------
@@ -270,7 +279,10 @@ def train_cell(
         optimizers = make_optimizers(joint, lr, alternating=args.alternating)
         schedules = [] if args.noschedule else [make_schedule(optimizer, epochs) for optimizer in optimizers]
         for epoch in range(epochs):
+            rate = optimizers[0].param_groups[0]["lr"]
             loss = train_epoch(args, cell, stitched, data, optimizers, half * epochs + epoch, interruption)
+            if not math.isfinite(loss):
+                raise SystemExit(f"the loss of {cell.stem} in epoch {epoch} is not finite: a smaller --stitch_lr may help")
             for schedule in schedules:
                 schedule.step()
             before = None
@@ -279,7 +291,7 @@ def train_cell(
                 batches = data.batches(args.batch_size, generator_of(args.seed, *key))
                 before = reestimate_statistics(stitched, (x for x, _ in islice(batches, args.bn_batches or None)))
             value = accuracy(stitched, data.selection, data.preprocessing)
-            rows.append({"half": half, "epoch": epoch, "train_loss": loss, "val_accuracy": value, "lr": lr})
+            rows.append({"half": half, "epoch": epoch, "train_loss": loss, "val_accuracy": value, "lr": rate})
             if value > best["val_accuracy"]:
                 state = {name: tensor.clone() for name, tensor in stitched.state_dict().items()}
                 best = {"val_accuracy": value, "state": state, "half": half, "epoch": epoch}
@@ -434,7 +446,7 @@ def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDi
         rows += [of_cell | row for row in figures["epochs"]]
     write_table(run.path / "metrics.csv", rows)
     draw_matrices(cells, folder, run)
-    selected = choose_runs(args, found)
+    selected = choose_runs(args.select, found)
     for figures in found:
         del figures["epochs"]
     protocol = "best epoch, and best of a layer's runs, by " + (
@@ -448,6 +460,7 @@ def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDi
         "kind": kind_of(args),
         "seed": args.seed,
         "zoo": args.zoo,
+        "select": args.select,
         "protocol": f"{protocol}; accuracies are of the test images",
         "device": str(data.test.images.device),
         "training_images": len(data.training),
@@ -456,9 +469,9 @@ def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDi
     }
 
 
-def choose_runs(args: argparse.Namespace, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def choose_runs(select: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each pair and layer, the run that --select takes for the best."""
-    by = "accuracy" if args.select == "test" else "val_accuracy"
+    by = "accuracy" if select == "test" else "val_accuracy"
     best: dict[tuple[int, ...], dict[str, Any]] = {}
     for figures in found:
         key = (*figures["pair"], figures["layer"])
@@ -512,17 +525,26 @@ def draw_matrices(cells: list[Cell], folder: Path, run: RunDirectory) -> None:
 # ---- figures of several runs ---------------------------------------------------------------------------------------------
 
 
+def with_chunks_together(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One result for each kind of joint: those of one kind are chunks, whose pairs are put together. Raises RecordError."""
+    if len({(result["arch"], result["dataset"]) for result in results}) > 1:
+        raise RecordError("these runs are not of one architecture on one data set: compare like with like")
+    together: dict[str, dict[str, Any]] = {}
+    for result in results:
+        known = together.setdefault(result["kind"], result | {"cells": []})
+        known["cells"] = known["cells"] + result["cells"]
+    for kind, result in together.items():
+        cells = [(*cell["pair"], cell["layer"], cell["run"]) for cell in result["cells"]]
+        if len(set(cells)) < len(cells):
+            raise RecordError(f"two of these runs have joined the same pair by {kind}: compare one of them")
+        result["layers"] = by_layer(choose_runs(result["select"], result["cells"]))
+    return list(together.values())
+
+
 def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """--compare: penalties.csv and .png of several finished runs, accuracy by rank, accuracy by sparsity."""
-    results = []
-    for place in args.compare:
-        path = Path(place) / "result.json"
-        if not path.is_file():
-            parser.error(f"{place} is no finished run: it has no result.json")
-        results.append(json.loads(path.read_text()))
-    of_what = {(result.get("arch"), result.get("dataset")) for result in results}
-    if len(of_what) > 1 or any(result.get("script") != "cifar10_stitching" for result in results):
-        parser.error("these runs are not of one architecture, one data set and this script: compare like with like")
+    with refusing(parser, RecordError):
+        results = with_chunks_together(read_results(args.compare, "cifar10_stitching"))
     order = ["full", "permutation", "permutation (cross-validated)", "softsort"]
     results.sort(key=lambda result: (order.index(result["kind"]) if result["kind"] in order else 9, result["kind"]))
     folder = Path(args.results_dir) / "cifar10_stitching" / f"figures-{results[0]['arch']}-{results[0]['dataset']}"
@@ -562,6 +584,7 @@ def main(argv: list[str] | None = None) -> int:
     with Interruption() as interruption, run_directory as run:
         with refusing(parser, DataError, ZooError, ValueError):
             if run.check(resume=args.resume, overwrite=args.overwrite) == "finished":
+                run.check_same(vars(args), FREE)
                 run.finish_interrupted_rename()
                 say(f"the run {run.final} has finished: nothing to do")
                 return 0
@@ -570,7 +593,7 @@ def main(argv: list[str] | None = None) -> int:
             networks = zoo.load_members(args.zoo, args.arch, {number for pair in pairs for number in pair}, n_classes)
             places = places_of(args, next(iter(networks.values())))
             data = load_data(args, device)
-            noted = vars(args) | {"data": data.fingerprint}
+            noted = vars(args) | {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": data.fingerprint}
             if not args.overwrite:
                 run.check_same(noted, FREE)
             run.open(noted, overwrite=args.overwrite, to_stdout=False)

@@ -99,7 +99,8 @@ def test_tokens_of_a_transformer_have_their_channels(place: Path, tmp_path: Path
     network = zoo.load(place / "cct_2_3x2_32" / "0.pt", "cct_2_3x2_32")
     images = Preprocessing("MNIST").normalise(as_rgb_32(smooth(40, seed=1)[:8]).images)
     (tokens,) = features_of(network, images, [result["layers"][-1]["name"]])
-    assert script.as_channels(tokens).shape[1] == 128
+    maps = script.as_maps(tokens)
+    assert maps.shape[1] == 128 and torch.equal(maps[:, :, 2, 3], tokens[:, 2 * maps.shape[3] + 3])
 
 
 def test_a_run_goes_on_where_it_stood(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +117,6 @@ def test_a_run_goes_on_where_it_stood(place: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(script, "compare_networks", interrupted)
     assert run(line, place, tmp_path / "parts") == 75
-    assert run(f"{line} --resume --images 20", place, tmp_path / "parts2") in (0, 75)
     begun[:] = [0, 0, 0]
     assert run(f"{line} --resume", place, tmp_path / "parts") == 0
     assert len(begun) == 3 + 2  # untrained and run0 are not computed again
@@ -124,9 +124,39 @@ def test_a_run_goes_on_where_it_stood(place: Path, tmp_path: Path, monkeypatch: 
     assert {name: value for name, value in parts.items() if name != "zoo"} == {n: v for n, v in whole.items() if n != "zoo"}
 
 
+def test_a_run_goes_on_with_the_same_networks_and_options_alone(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A zoo that has grown would draw other pairs; one that was trained anew has other weights."""
+    folder = tmp_path / "zoo"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.pt").write_bytes((place / "mCNN" / f"{i}.pt").read_bytes())
+    line = f"--repeats 2 --zoo {folder} --name mine"
+    compare = script.compare_networks
+    monkeypatch.setattr(script, "compare_networks", lambda *a: signal.raise_signal(signal.SIGTERM) or compare(*a))
+    assert run(line, place, tmp_path) == 75
+    capsys.readouterr()
+    assert run(f"{line} --similarity cka --resume", place, tmp_path) == 2
+    assert "was begun with similarity procrustes, not cka: --name NAME starts another" in capsys.readouterr().err
+    for i in (3, 4, 5):
+        (folder / f"{i}.pt").write_bytes((place / "mCNN" / "3.pt").read_bytes())
+    assert run(f"{line} --resume", place, tmp_path) == 2 and "was begun with drawn_pairs" in capsys.readouterr().err
+    for i in (3, 4, 5):
+        (folder / f"{i}.pt").unlink()
+    (folder / "0.pt").write_bytes((place / "mCNN" / "3.pt").read_bytes())
+    assert run(f"{line} --resume", place, tmp_path) == 2 and "was begun with networks" in capsys.readouterr().err
+    (folder / "0.pt").write_bytes((place / "mCNN" / "0.pt").read_bytes())
+    monkeypatch.undo()
+    assert run(f"{line} --resume", place, tmp_path) == 0
+    assert run(f"{line} --similarity cka --resume", place, tmp_path) == 2  # it has finished, but as something else
+    assert "was begun with similarity procrustes" in capsys.readouterr().err
+
+
 def test_comparing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for measure in ("cka", "procrustes"):
         assert run(f"--similarity {measure} --pairs 0-1 2-3", place, tmp_path) == 0
+    assert run("--similarity cka --estimator median --pairs 0-1 2-3", place, tmp_path) == 0
     runs = [str(path) for path in (tmp_path / "cifar10_alignment").iterdir()]
     capsys.readouterr()
     assert exit_status(script.main, ["--compare", *runs, "--results-dir", str(tmp_path)]) == 0
@@ -134,15 +164,34 @@ def test_comparing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {path.name for path in folder.iterdir()} == {"diagonals.csv", "diagonals.png", "similarities.png"}
     with open(folder / "diagonals.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["similarity"] for row in rows] == ["procrustes"] * 4 + ["cka"] * 4 and {row["n"] for row in rows} == {"2"}
-    assert exit_status(script.main, ["--compare", str(tmp_path), "--results-dir", str(tmp_path)]) == 2
-    assert "no finished run" in capsys.readouterr().err
+    assert [row["similarity"] for row in rows] == ["procrustes"] * 4 + [*["cka"] * 4, *["cka (median)"] * 4] and {
+        row["n"] for row in rows
+    } == {"2"}
+    runs = [
+        str(path) for path in (tmp_path / "cifar10_alignment").iterdir()
+    ]  # with the figures' directory: as the README has it
+    assert exit_status(script.main, ["--compare", *runs, "--results-dir", str(tmp_path)]) == 0
+    capsys.readouterr()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for content, message in (
+        (None, "no finished run"),
+        ("{", "is damaged"),
+        ('{"script": "train_ssl"}', "no run of cifar10_al"),
+    ):
+        if content:
+            (broken / "result.json").write_text(content)
+        assert exit_status(script.main, ["--compare", str(broken), "--results-dir", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+    assert exit_status(script.main, ["--compare", runs[0], runs[0], "--results-dir", str(tmp_path)]) == 2
 
 
 BAD = {
     "--similarity cosine": "invalid choice: 'cosine'",
     "--estimator median": "--estimator median is for --similarity cka",
     "--pairs 0-9": "the zoo has no 9.pt",
+    "--pairs 0-1 0-1": "--pairs 0-1 0-1 names a pair twice",
+    "--zoo ZOO/widths --pairs 0-1": "1.pt is not like 0.pt: 0.weight is (3, 3, 3, 3) there, not (2, 3, 3, 3)",
     "--repeats 13": "4 networks make 12 pairs, not 13",
     "--pairs 0-1 --layers 4": "--layers 4: mCNN has 3 6 10 14",
     "--pairs 0-1 --images 41": "--images 41 is more than the 40 test images",
@@ -157,10 +206,10 @@ BAD = {
 
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input_is_one_line(line: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for zoo_of, numbers, classes in (("one", [0], 10), ("broken", [0, 1], 10), ("classes", [0, 1], 7)):
+    for zoo_of, numbers, classes in (("one", [0], 10), ("broken", [0, 1], 10), ("classes", [0, 1], 7), ("widths", [0, 1], 10)):
         (tmp_path / zoo_of).mkdir()
         for i in numbers:
-            state = zoo.make("mCNN", classes, width=2).state_dict()
+            state = zoo.make("mCNN", classes, width=2 + (zoo_of == "widths" and i == 1)).state_dict()
             if zoo_of == "broken" and i == 1:
                 state["0.weight"][0] = torch.nan
             torch.save(state, tmp_path / zoo_of / f"{i}.pt")

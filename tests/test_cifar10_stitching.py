@@ -171,6 +171,48 @@ def test_a_sweep_goes_on_where_it_stood(place: Path, tmp_path: Path, monkeypatch
     assert "stopped by SIGTERM" in log and log.count("% of test images (parents") == 3
 
 
+def test_a_finished_sweep_is_not_taken_for_another(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "--nopermwarmup --pairs 0-1 --layers 3 --name mine --lowrank"
+    assert run(f"{line} --rank 1", place, tmp_path) == 0
+    assert run(f"{line} --rank 1 --resume", place, tmp_path) == 0
+    capsys.readouterr()
+    assert run(f"{line} --rank 2 --resume", place, tmp_path) == 2
+    assert "was begun with rank 1, not 2: --name NAME starts another" in capsys.readouterr().err
+
+
+def test_chunks_are_put_together(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The figures of two chunks are those of the sweep that was not cut."""
+    line = "--recipe crossval --stitch_repeats 2 --layers 14 --retrain_repeats 2"
+    assert run(line, place, tmp_path / "whole") == 0
+    for chunk in range(2):
+        assert run(f"{line} --num_chunks 2 --chunk {chunk}", place, tmp_path / "parts") == 0
+    tables = []
+    for folder in ("whole", "parts"):
+        runs = [str(path) for path in sorted((tmp_path / folder / "cifar10_stitching").iterdir())]
+        assert exit_status(script.main, ["--compare", *runs, "--results-dir", str(tmp_path / folder)]) == 0
+        tables.append((tmp_path / folder / "cifar10_stitching" / "figures-mCNN-mnist" / "penalties.csv").read_text())
+    assert tables[0] == tables[1] and tables[0].count("\n") == 2
+    assert exit_status(script.main, ["--compare", runs[0], runs[0], "--results-dir", str(tmp_path)]) == 2
+    assert "have joined the same pair" in capsys.readouterr().err
+
+
+def test_a_typed_joint_takes_the_place_of_the_recipes() -> None:
+    args = script.parse(script.get_parser(), "--recipe Grelu --arch mCNN --lowrank --rank 2".split())
+    assert args.lowrank and not args.birkhoff and args.alpha == 1e-3 and args.noschedule and args.bn_epoch
+
+
+def test_rates_of_a_schedule_are_those_of_the_epochs(place: Path, tmp_path: Path) -> None:
+    assert run("--nopermwarmup --pairs 0-1 --layers 3 --stitch_epochs 4", place, tmp_path) == 0
+    with open(directory(tmp_path) / "metrics.csv") as file:
+        assert [float(row["lr"]) for row in csv.DictReader(file)] == [0.001, 0.0005, 0.00025, 0.000125]
+
+
+def test_a_loss_that_is_not_finite_is_no_result(place: Path, tmp_path: Path) -> None:
+    assert run("--birkhoff --alpha 1e39 --nopermwarmup --pairs 0-1 --layers 3", place, tmp_path) == 1
+    (part,) = (tmp_path / "cifar10_stitching").iterdir()
+    assert part.name.endswith(".part") and not list((part / "cells").iterdir())
+
+
 def test_comparing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("full", "permutation", "rank 1", "rank 2", "lasso 0.01"):
         assert run(f"{KINDS[kind]} --pairs 0-1 2-3 --layers 3 6", place, tmp_path) == 0
@@ -197,6 +239,11 @@ BAD = {
     "--arch mCNN --alternating": "--alternating is for --birkhoff",
     "--arch mCNN --alpha crossval": "--alpha crossval is for --birkhoff",
     "--arch mCNN --birkhoff --alpha much": "'much' is not a number",
+    "--arch mCNN --alpha 0.1": "--alpha 0.1 is for --birkhoff",
+    "--arch mCNN --multiplier 7": "--multiplier 7.0 is for --lasso",
+    "--arch mCNN --birkhoff --threshold 0.5": "--threshold 0.5 is for --lasso",
+    "--arch mCNN --birkhoff --bn-batches 3": "--bn-batches 3 is for --bn_epoch",
+    "--arch mCNN --zoo ZOO --pairs 0-1 --num_chunks 4 --chunk 0": "chunk 0 of 4 has none of the 1 pairs",
     "--arch mCNN --stitch_epochs 1": "cannot be halved",
     "--arch mCNN --zoo ZOO --pairs 0-1 --layers 4": "--layers 4: mCNN has joints at 3 6 10 14",
     "--arch mCNN --zoo ZOO --pairs 0-1 --lowrank --rank 3": "--rank 3 is above the 2 channels of layer 3",

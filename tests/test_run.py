@@ -21,6 +21,7 @@ from common.run.clock import Clock
 from common.run.directory import RunDirectory, RunError
 from common.run.ending import refusing
 from common.run.interruption import Interruption
+from common.run.records import write_json
 from common.run.traces import N_RECORDS, Metrics, Traces, read_metrics
 from tests.reference import DATA
 
@@ -497,3 +498,11 @@ def test_traces_stay_bounded_evenly_spaced_and_resumable() -> None:
     resumed.load_state_dict(old)
     assert resumed.numbers == traces.numbers
     assert resumed.steps == traces.steps and torch.equal(resumed.by_parameter()["0.bias"], by_parameter["0.bias"])
+
+
+def test_records_are_json_that_everybody_reads(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"matrix": [[math.nan, 1.0], (math.inf, 2)], "n": 3})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
+        "matrix": [[None, 1.0], [None, 2]],
+        "n": 3,
+    }

@@ -6,6 +6,7 @@ in both.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 
@@ -101,7 +102,12 @@ def pairs_of(folder: str | Path, chosen: list[str] | None, n: int, seed: int) ->
     numbers = sorted(int(path.stem) for path in Path(folder).glob("*.pt") if path.stem.isdigit())
     if len(numbers) < 2:
         raise ZooError(f"{folder} holds {len(numbers)} networks (0.pt, 1.pt, ...): two are needed; train_zoo.py makes them")
-    return [read_pair(text, numbers) for text in chosen] if chosen else draw_pairs(numbers, n, seed)
+    if not chosen:
+        return draw_pairs(numbers, n, seed)
+    pairs = [read_pair(text, numbers) for text in chosen]
+    if len(set(pairs)) < len(pairs):
+        raise ZooError(f"--pairs {' '.join(chosen)} names a pair twice")
+    return pairs
 
 
 def read_pair(text: str, numbers: list[int]) -> tuple[int, int]:
@@ -116,7 +122,7 @@ def read_pair(text: str, numbers: list[int]) -> tuple[int, int]:
 
 
 def draw_pairs(numbers: list[int], n: int, seed: int) -> list[tuple[int, int]]:
-    """n ordered pairs, all different; no network comes again before all have come. Raises ZooError if there are not so many.
+    """n ordered pairs, all different, in rounds in which no network comes twice. Raises ZooError if there are not so many.
 
     >>> draw_pairs([0, 1, 2, 3], 2, seed=0)
     [(3, 1), (0, 2)]
@@ -132,10 +138,23 @@ def draw_pairs(numbers: list[int], n: int, seed: int) -> list[tuple[int, int]]:
 
 
 def load_members(folder: str | Path, arch: str, numbers: set[int], n_classes: int) -> dict[int, nn.Module]:
-    """The saved models of some numbers, which tell `n_classes` apart. Raises ZooError."""
+    """The saved models of some numbers, of equal shapes, which tell `n_classes` apart. Raises ZooError."""
     members = {number: load(Path(folder) / f"{number}.pt", arch) for number in sorted(numbers)}
     for number, model in members.items():
         classes = next(reversed(model.state_dict().values())).shape[0]
         if classes != n_classes:
             raise ZooError(f"{folder}/{number}.pt tells {classes} classes apart, the images have {n_classes}: --dataset")
+        why_not = difference(model.state_dict(), members[min(numbers)].state_dict())
+        if why_not:
+            raise ZooError(f"{folder}/{number}.pt is not like {min(numbers)}.pt: {why_not}")
     return members
+
+
+def fingerprint(members: dict[int, nn.Module]) -> str:
+    """16 hex digits that other weights, or other numbers of members, do not have."""
+    content = hashlib.sha256()
+    for number, model in members.items():
+        content.update(str(number).encode())
+        for tensor in model.state_dict().values():
+            content.update(tensor.contiguous().numpy().data)
+    return content.hexdigest()[:16]

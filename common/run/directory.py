@@ -182,15 +182,15 @@ class RunDirectory:
             self._lock = None
 
     def check_same(self, args: dict[str, Any], free: Container[str]) -> None:
-        """Raises RunError if an unfinished run was begun with other options than these, those in `free` aside."""
-        path = self.part / ARGS
+        """Raises RunError if what is there of the run was begun with other options than these, those in `free` aside."""
+        path = self.path / ARGS
         if not path.exists():
             return
         before = json.loads(path.read_text())
         for name, value in args.items():
-            if name not in free and before.get(name) != value:
+            if name not in free and name in before and before[name] != json.loads(json.dumps(value)):
                 raise RunError(
-                    f"{self.part} was begun with {name} {before.get(name)}, not {value}: {self.another} starts another"
+                    f"{self.path} was begun with {name} {before.get(name)}, not {value}: {self.another} starts another"
                 )
 
 

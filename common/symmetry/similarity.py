@@ -276,8 +276,7 @@ class ChannelProducts:
             for j, y in enumerate(maps2):
                 size = _common_size(x, y)
                 a, b = smaller1[i][size].flatten(2), smaller2[j][size].flatten(2)
-                # the sum over images of a product each: no copy of the features in another order
-                product = torch.addbmm(a.new_zeros(x.shape[1], y.shape[1]), a, b.mT).double()
+                product = _summed_products(a, b)
                 self.products[i, j] = self.products[i, j] + product if (i, j) in self.products else product
 
     def similarities(self, measure: str) -> Similarities:
@@ -294,6 +293,14 @@ class ChannelProducts:
                 live[i, j] = of(products[live1][:, live2], squares1[i][live1], squares2[j][live2])
         dead1, dead2 = (torch.tensor([int((square == 0).sum()) for square in squares]) for squares in self.squares)
         return Similarities(published, live, dead1, dead2)
+
+
+def _summed_products(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over images of a @ b.T, in float64: (B, C1, P), (B, C2, P) -> (C1, C2). No copy of the features in another order."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    at_once = max(1, 2**22 // (a.shape[1] * b.shape[1]))  # products of 16 MB in float32
+    parts = zip(a.to(dtype).split(at_once), b.to(dtype).split(at_once), strict=True)
+    return sum((torch.bmm(x, y.mT).sum(0, dtype=torch.float64) for x, y in parts), a.new_zeros((), dtype=torch.float64))
 
 
 def _common_size(x: Tensor, y: Tensor) -> tuple[int, int]:
