@@ -296,11 +296,14 @@ class ChannelProducts:
 
 
 def _summed_products(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over images of a @ b.T, in float64: (B, C1, P), (B, C2, P) -> (C1, C2). No copy of the features in another order."""
+    """Sum over images of a @ b.T: (B, C1, P), (B, C2, P) -> (C1, C2), float64. A single precision sum has about 1,000 terms."""
     dtype = torch.promote_types(a.dtype, b.dtype)
-    at_once = max(1, 2**22 // (a.shape[1] * b.shape[1]))  # products of 16 MB in float32
-    parts = zip(a.to(dtype).split(at_once), b.to(dtype).split(at_once), strict=True)
-    return sum((torch.bmm(x, y.mT).sum(0, dtype=torch.float64) for x, y in parts), a.new_zeros((), dtype=torch.float64))
+    P = a.shape[2]
+    total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
+    for x, y in zip(a.to(dtype).split(max(1, 1024 // P)), b.to(dtype).split(max(1, 1024 // P)), strict=True):
+        # one product: of a single image as it lies, of several small ones side by side, which is a copy of these alone
+        total += x.transpose(0, 1).flatten(1) @ y.transpose(0, 1).flatten(1).T
+    return total
 
 
 def _common_size(x: Tensor, y: Tensor) -> tuple[int, int]:
