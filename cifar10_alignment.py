@@ -35,7 +35,7 @@ from common.models import zoo
 from common.models.zoo import ZooError
 from common.run import checkpoint, options
 from common.run.directory import RunDirectory
-from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks, tell
+from common.run.ending import EXIT_RESUMABLE, has_finished, open_run, refusing, say, surviving_full_disks, tell
 from common.run.interruption import Interrupted, Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least
@@ -244,7 +244,7 @@ def stems_of(pairs: list[tuple[int, int]]) -> list[str]:
 
 
 def report(args: argparse.Namespace, pairs: list[tuple[int, int]], places: list[Place], run: RunDirectory) -> dict[str, Any]:
-    """Mean and deviation (n - 1) over pairs of all figures; also similarity.csv and similarity.png."""
+    """Mean and deviation (n - 1) over pairs of all figures."""
     reference, *found = [json.loads((run.path / f"{stem}.json").read_text()) for stem in stems_of(pairs)]
     values = {of: np.array([figures[of] for figures in found], float) for of in VALUES}  # null becomes NaN
     means = {of: values[of].mean(0) for of in VALUES}
@@ -371,20 +371,15 @@ def main(argv: list[str] | None = None) -> int:
         RunDirectory(args.results_dir, "cifar10_alignment", name, another="--name NAME") as run,
     ):
         with refusing(parser, DataError, ZooError, ValueError):
-            if run.check(resume=args.resume, overwrite=args.overwrite) == "finished":
-                run.check_same(vars(args), FREE)
-                run.finish_interrupted_rename()
-                say(f"the run {run.final} has finished: nothing to do")
+            if has_finished(run, args, FREE):
                 return 0
             pairs = zoo.pairs_of(args.zoo, args.pairs, args.repeats, args.seed)
             n_classes = images.N_CLASSES[images.BY_OPTION[args.dataset]]
             networks = zoo.load_members(args.zoo, args.arch, {number for pair in pairs for number in pair}, n_classes)
             places = places_of(args, next(iter(networks.values())))
             data = load_data(args, device)
-            noted = vars(args) | {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": data.test.fingerprint()}
-            if not args.overwrite:
-                run.check_same(noted, FREE)
-            run.open(noted, overwrite=args.overwrite, to_stdout=False)
+            made_from = {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": data.test.fingerprint()}
+            open_run(run, args, made_from, FREE)
         with surviving_full_disks(run):
             tell(run, f"{len(pairs)} pairs, {len(places)} layers, {len(data.test)} images on {device}: {args.similarity}")
             if not sweep(args, pairs, networks, data, run, interruption):

@@ -32,7 +32,7 @@ from common.models import zoo
 from common.run import checkpoint, options
 from common.run.classifier import RECIPES, accuracy, evaluate, learning_rate, make_optimizer, training_step
 from common.run.directory import RunDirectory
-from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks, tell
+from common.run.ending import EXIT_RESUMABLE, has_finished, open_run, refusing, say, surviving_full_disks, tell
 from common.run.epochs import Sums
 from common.run.interruption import Interrupted, Interruption
 from common.run.memory import keep_freed_memory
@@ -331,10 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         RunDirectory(args.results_dir, "cifar10_projections", name, another="--name NAME") as run,
     ):
         with refusing(parser, DataError):
-            if run.check(resume=args.resume, overwrite=args.overwrite) == "finished":
-                run.check_same(vars(args), FREE)
-                run.finish_interrupted_rename()
-                say(f"the run {run.final} has finished: nothing to do")
+            if has_finished(run, args, FREE):
                 return 0
             data = load_splits(
                 images.BY_OPTION[args.dataset],
@@ -345,10 +342,7 @@ def main(argv: list[str] | None = None) -> int:
                 subset=args.subset,
                 select=args.select,
             )
-            noted = vars(args) | {"data": data.fingerprint}
-            if not args.overwrite:
-                run.check_same(noted, FREE)
-            run.open(noted, overwrite=args.overwrite, to_stdout=False)
+            open_run(run, args, {"data": data.fingerprint}, FREE)
         with surviving_full_disks(run):
             cells = cells_of(args)
             tell(run, f"{len(cells)} trainings on {len(data.training)} images, device {device}, seed {args.seed}")

@@ -39,7 +39,7 @@ from common.run import checkpoint, options
 from common.run.checkpoint import write_in_one_step
 from common.run.classifier import accuracy
 from common.run.directory import RunDirectory
-from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks, tell
+from common.run.ending import EXIT_RESUMABLE, has_finished, open_run, refusing, say, surviving_full_disks, tell
 from common.run.interruption import Interrupted, Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real
@@ -583,20 +583,14 @@ def main(argv: list[str] | None = None) -> int:
     run_directory = RunDirectory(args.results_dir, "cifar10_stitching", name, another="--name NAME")
     with Interruption() as interruption, run_directory as run:
         with refusing(parser, DataError, ZooError, ValueError):
-            if run.check(resume=args.resume, overwrite=args.overwrite) == "finished":
-                run.check_same(vars(args), FREE)
-                run.finish_interrupted_rename()
-                say(f"the run {run.final} has finished: nothing to do")
+            if has_finished(run, args, FREE):
                 return 0
             pairs = pairs_of(args)
             n_classes = images.N_CLASSES[images.BY_OPTION[args.dataset]]
             networks = zoo.load_members(args.zoo, args.arch, {number for pair in pairs for number in pair}, n_classes)
             places = places_of(args, next(iter(networks.values())))
             data = load_data(args, device)
-            noted = vars(args) | {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": data.fingerprint}
-            if not args.overwrite:
-                run.check_same(noted, FREE)
-            run.open(noted, overwrite=args.overwrite, to_stdout=False)
+            open_run(run, args, {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": data.fingerprint}, FREE)
         with surviving_full_disks(run):
             cells = cells_of(args, pairs, places)
             tell(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from common.run.checkpoint import CheckpointError
 from common.run.directory import RunDirectory, RunError
@@ -45,6 +46,30 @@ def surviving_full_disks(run: RunDirectory) -> Iterator[None]:
         saved = "what was saved before is intact, and" if run.last.exists() else "nothing was saved yet;"
         print(f"stopped: {what}; {saved} {run.dash}resume auto goes on from there", file=sys.stderr)
         sys.exit(EXIT_RESUMABLE)
+
+
+def has_finished(run: RunDirectory, args: argparse.Namespace, free: Container[str]) -> bool:
+    """Whether there is nothing left to do, which is then said. Raises RunError if what is there is not to be gone on with.
+
+    A run of the same name that was made with other options, those in `free` aside, is not taken for this one.
+    """
+    if run.check(resume=args.resume, overwrite=args.overwrite) != "finished":
+        return False
+    run.check_same(vars(args), free)
+    run.finish_interrupted_rename()
+    say(f"the run {run.final} has finished: nothing to do")
+    return True
+
+
+def open_run(run: RunDirectory, args: argparse.Namespace, made_from: dict[str, Any], free: Container[str]) -> None:
+    """Open a run's directory for these options and what it is `made_from` (data, networks). Raises RunError.
+
+    A run that was begun with others, options in `free` aside, is not gone on with.
+    """
+    noted = vars(args) | made_from
+    if not args.overwrite:
+        run.check_same(noted, free)
+    run.open(noted, overwrite=args.overwrite, to_stdout=False)
 
 
 def tell(run: RunDirectory, text: str) -> None:
