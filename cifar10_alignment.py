@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -224,13 +225,13 @@ def sweep(
         matrix = torch.tensor(found["published"])
         checkpoint.save(matrix.float(), run.path / f"{stem}.pt")
         write_json(path, {"pair": None if i == 0 else list(pair), **found})
-        reference = json.loads((run.path / "untrained.json").read_text())["published"]
+        reference = diagonal_of(json.loads((run.path / "untrained.json").read_text()), "published")
         tell(
             run,
             f"[{i}/{len(pairs)}] {'two untrained networks' if i == 0 else f'pair {pair[0]}-{pair[1]}'}: "
             f"{args.similarity} of layers with themselves "
             + ", ".join(f"{matrix[k, k]:.3f}" for k in range(len(places)))
-            + (f" (untrained {', '.join(f'{reference[k][k]:.3f}' for k in range(len(places)))})" if i else "")
+            + (f" (untrained {', '.join(f'{reference[k]:.3f}' for k in range(len(places)))})" if i else "")
             + f"; dead channels {sum(map(sum, found['dead']))}",
         )
         if interruption.signal:
@@ -294,6 +295,13 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     )
 
 
+def diagonal_of(record: dict[str, Any], name: str) -> NDArray[np.floating]:
+    """Layers with themselves (L), of a record that was read: null is NaN there, and so is a deviation where there is none."""
+    if record[name] is None:
+        return np.full(len(record["published"]), np.nan)
+    return np.array(record[name], float).diagonal()
+
+
 def labels_of(result: dict[str, Any]) -> list[str]:
     """Layers by index, with a star inside a residual block."""
     return [f"{layer['index']}{'*' * layer['inside_block']}" for layer in result["layers"]]
@@ -304,12 +312,14 @@ def report_table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['similarity']} of layers with themselves: mean, deviation, live channels alone, untrained (* inside a block)"
     ]
-    for i, label in enumerate(labels_of(result)):
-        deviation = "" if result["published_deviation"] is None else f" +- {result['published_deviation'][i][i]:.3f}"
-        dead, channels = np.mean(result["layers"][i]["dead_channels"]), result["layers"][i]["channels"]
+    columns = zip(
+        *(diagonal_of(result, name) for name in ("published", "published_deviation", "live", "untrained")), strict=True
+    )
+    for label, layer, (mean, deviation, live, untrained) in zip(labels_of(result), result["layers"], columns, strict=True):
+        spread = "" if np.isnan(deviation) else f" +- {deviation:.3f}"
         lines.append(
-            f"  layer {label:>4} {result['published'][i][i]:.3f}{deviation}  live {result['live'][i][i]:.3f}  "
-            f"untrained {result['untrained'][i][i]:.3f}  ({dead:.3g} of {channels} channels dead)"
+            f"  layer {label:>4} {mean:.3f}{spread}  live {live:.3f}  untrained {untrained:.3f}  "
+            f"({np.mean(layer['dead_channels']):.3g} of {layer['channels']} channels dead)"
         )
     return "\n".join(lines)
 
@@ -334,10 +344,10 @@ def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         {
             "similarity": name,
             "layer": label,
-            "mean": result["published"][i][i],
-            "deviation": None if result["published_deviation"] is None else result["published_deviation"][i][i],
-            "live": result["live"][i][i],
-            "untrained": result["untrained"][i][i],
+            "mean": diagonal_of(result, "published")[i],
+            "deviation": diagonal_of(result, "published_deviation")[i],
+            "live": diagonal_of(result, "live")[i],
+            "untrained": diagonal_of(result, "untrained")[i],
             "n": len(result["pairs"]),
         }
         for name, result in zip(names, results, strict=True)

@@ -367,7 +367,7 @@ def plot_diagonals(path: Path, title: str, labels: Sequence[str], rows: Sequence
     for i, name in enumerate(dict.fromkeys(row["similarity"] for row in rows)):
         own = [row for row in rows if row["similarity"] == name]
         places = [labels.index(row["layer"]) for row in own]
-        deviations = [row["deviation"] or 0.0 for row in own]
+        deviations = np.nan_to_num([row["deviation"] for row in own])  # of a single pair there is none
         colour = PALETTE[i % len(PALETTE)]
         axes.errorbar(places, [row["mean"] for row in own], deviations, marker="o", capsize=3, label=name, color=colour)
         axes.plot(places, [row["untrained"] for row in own], linestyle=":", color=colour, label=f"{name}, untrained")

@@ -92,6 +92,21 @@ def test_dead_channels_are_reported(place: Path, tmp_path: Path) -> None:
     assert result["live"][0][0] < result["published"][0][0]
 
 
+def test_layers_that_are_dead_have_no_similarity(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """null in JSON, nan in what is printed, grey in the picture; nothing fails on them."""
+    (tmp_path / "zoo").mkdir()
+    for i in range(2):
+        state = zoo.load(place / "mCNN" / f"{i}.pt", "mCNN").state_dict()
+        state["1.weight"].zero_()
+        state["1.bias"].zero_()
+        torch.save(state, tmp_path / "zoo" / f"{i}.pt")
+    assert run(f"--similarity cka --pairs 0-1 --zoo {tmp_path / 'zoo'}", place, tmp_path) == 0
+    path = directory(tmp_path)
+    result = json.loads((path / "result.json").read_text(), parse_constant=pytest.fail)
+    assert result["published"][0][0] is None and "layer    3 nan" in capsys.readouterr().out
+    assert exit_status(script.main, ["--compare", str(path), "--results-dir", str(tmp_path)]) == 0
+
+
 def test_tokens_of_a_transformer_have_their_channels(place: Path, tmp_path: Path) -> None:
     assert run("--similarity ortho_procrustes --pairs 0-1 --images 8", place, tmp_path, "cct_2_3x2_32") == 0
     result = json.loads((directory(tmp_path) / "result.json").read_text())
