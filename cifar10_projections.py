@@ -15,13 +15,14 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import plotting
@@ -30,6 +31,7 @@ from common.datasets.classification import Splits, load_splits
 from common.datasets.images import DataError
 from common.models import zoo
 from common.run import checkpoint, options
+from common.run.checkpoint import CheckpointError
 from common.run.classifier import RECIPES, accuracy, evaluate, learning_rate, make_optimizer, training_step
 from common.run.directory import RunDirectory
 from common.run.ending import EXIT_RESUMABLE, has_finished, open_run, refusing, say, surviving_full_disks, tell
@@ -142,45 +144,72 @@ def make_network(args: argparse.Namespace, cell: Cell, folder: Path, device: tor
 
 
 def train(
-    args: argparse.Namespace, network: nn.Module, data: Splits, key: tuple[int, ...], interruption: Interruption
+    args: argparse.Namespace,
+    network: nn.Module,
+    data: Splits,
+    key: tuple[int, ...],
+    last: Path,
+    interruption: Interruption,
 ) -> dict[str, Any]:
     """Train what is not frozen; leaves the weights of the best epoch. `key` and the seed decide the order of the images.
 
-    Raises Interrupted if a signal comes.
+    After each epoch all that is needed to go on is in the file `last`, from which a training that was interrupted does go on.
+    Raises Interrupted if a signal comes, CheckpointError.
     """
     optimizer = make_optimizer(network, args.recipe, args.lr)
-    n_batches = len(data.training) // args.batch_size
     best: dict[str, Any] = {"accuracy": -math.inf}
     rows: list[dict[str, Any]] = []
-    for epoch in range(args.epochs):
-        network.train()
-        sums = Sums()
-        for batch, (x, labels) in enumerate(data.batches(args.batch_size, generator_of(args.seed, *key, epoch))):
-            interruption.check()
-            rate = learning_rate(args.recipe, args.lr, epoch * n_batches + batch, n_batches, args.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            sums.add(len(x), training_step(network, optimizer, x, labels, args.precision))
+    if last.exists():
+        state = checkpoint.load(last, ("model", "optimizer", "best", "epochs"))
+        checkpoint.load_model(network, state, last)
+        optimizer.load_state_dict(state["optimizer"])
+        best, rows = state["best"], state["epochs"]
+    for epoch in range(len(rows), args.epochs):
+        batches = data.batches(args.batch_size, generator_of(args.seed, *key, epoch))
+        means = train_epoch(args, network, optimizer, batches, epoch, len(data.training) // args.batch_size, interruption)
         selected = evaluate(network, data.selection, data.preprocessing, args.precision, interruption)
         if selected is None:
             raise Interrupted
-        means = sums.means()
         if not math.isfinite(means["loss"]):
             raise SystemExit(f"the loss in epoch {epoch + 1} is not finite: a smaller --lr may help")
-        figures = {"train_loss": means["loss"], "train_accuracy": 100 * means["accuracy"], "lr": rate}
+        figures = {"train_loss": means["loss"], "train_accuracy": 100 * means["accuracy"], "lr": means["lr"]}
         rows.append({"epoch": epoch + 1, **figures, "val_loss": selected["loss"], "val_accuracy": 100 * selected["accuracy"]})
         if selected["accuracy"] > best["accuracy"]:
-            state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-            best = {"accuracy": selected["accuracy"], "epoch": epoch + 1, "state": state}
-    network.load_state_dict(best["state"])
+            weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+            best = {"accuracy": selected["accuracy"], "epoch": epoch + 1, "weights": weights}
+        state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "best": best, "epochs": rows}
+        checkpoint.save(state, last)
+    network.load_state_dict(best["weights"])
     return {"best_epoch": best["epoch"], "val_accuracy": 100 * best["accuracy"], "epochs": rows}
+
+
+def train_epoch(
+    args: argparse.Namespace,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    epoch: int,
+    n_batches: int,
+    interruption: Interruption,
+) -> dict[str, float]:
+    """Mean loss and accuracy while it was trained on, and the rate of the last step. Raises Interrupted."""
+    network.train()
+    sums, rate = Sums(), 0.0
+    for batch, (x, labels) in enumerate(batches):
+        interruption.check()
+        rate = learning_rate(args.recipe, args.lr, epoch * n_batches + batch, n_batches, args.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        sums.add(len(x), training_step(network, optimizer, x, labels, args.precision))
+    return sums.means() | {"lr": rate}
 
 
 def run_cell(args: argparse.Namespace, cell: Cell, data: Splits, folder: Path, interruption: Interruption) -> dict[str, Any]:
     """Train a cell and write what came out: figures as .json, of a network that others start from also the weights."""
     network = make_network(args, cell, folder, data.device)
     # the same images for all groups, so that they differ in the matrix alone
-    found = train(args, network, data, (cell.layer, cell.run, int(cell.group is not None)), interruption)
+    last = folder / f"{cell.stem}.last.pkl"
+    found = train(args, network, data, (cell.layer, cell.run, int(cell.group is not None)), last, interruption)
     test = accuracy(network, data.test, data.preprocessing)
     figures = {
         "activation": cell.activation,
@@ -195,6 +224,7 @@ def run_cell(args: argparse.Namespace, cell: Cell, data: Splits, folder: Path, i
             {name: value.cpu().contiguous() for name, value in network.state_dict().items()}, folder / f"{cell.stem}.pt"
         )
     write_json(folder / f"{cell.stem}.json", figures)
+    last.unlink()
     return figures
 
 
@@ -214,6 +244,8 @@ def sweep(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDir
             found = run_cell(args, cell, data, folder, interruption)
         except Interrupted:
             return False
+        except CheckpointError as error:
+            raise SystemExit(f"{error}; without the file, that training begins again") from None
         baseline = read_cell(folder, Cell(cell.activation))["accuracy"]
         what = f"{cell.group} behind layer {cell.layer}, run {cell.run}" if cell.group else "untouched"
         tell(

@@ -89,7 +89,7 @@ def test_the_front_stays_as_it_was_trained(data: Path, tmp_path: Path) -> None:
     other = script.make_network(args, script.Cell("relu", "orthogonal", 2, 0), tmp_path, torch.device("cpu")).state_dict()
     assert torch.equal(again["2.transform.weight"], before["2.transform.weight"])
     assert not torch.equal(other["2.transform.weight"], before["2.transform.weight"])
-    script.train(args, network, splits, (2, 1, 1), script.Interruption())
+    script.train(args, network, splits, (2, 1, 1), tmp_path / "last.pkl", script.Interruption())
     changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(int(name.partition(".")[0]) > 2 for name in changed)
 
@@ -114,6 +114,28 @@ def test_a_test_goes_on_where_it_stood(data: Path, tmp_path: Path, monkeypatch: 
     assert begun[2:] == ["relu_orthogonal_layer_2_run_0", "relu_orthogonal_layer_2_run_1"]  # not the network again
     parts = json.loads((directory(tmp_path / "parts") / "result.json").read_text())
     assert parts["cells"] == whole["cells"] and parts["penalties"] == whole["penalties"]
+
+
+def test_a_training_goes_on_with_its_next_epoch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly: losses, accuracies and the weights of the network come out as if nobody had interrupted it."""
+    line = f"{SMALL} --activations relu --layers 2 --groups orthogonal --epochs 3 --repeats 1"
+    assert run(line, data, tmp_path / "whole") == 0
+    step, steps = script.training_step, []
+
+    def interrupted(*arguments: object) -> object:
+        steps.append(len(steps))
+        if len(steps) in (8, 31):  # of 5 an epoch, in the second epoch of the network, and in the third of its rest
+            signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(script, "training_step", interrupted)
+    assert [run(f"{line} --resume", data, tmp_path / "parts") for _ in range(3)] == [75, 75, 0]
+    assert len(steps) == 30 + 3 + 3  # what an interrupted epoch had done is done again
+    parts, whole = directory(tmp_path / "parts"), directory(tmp_path / "whole")
+    assert (parts / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    weights = [torch.load(path / "cells" / "relu.pt", weights_only=True) for path in (parts, whole)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert not list((parts / "cells").glob("*.last.pkl"))
 
 
 BAD = {
