@@ -403,3 +403,15 @@ def test_large_blocks_of_images_are_summed_exactly() -> None:
     for of in (wreath_procrustes, ortho_procrustes):
         assert of(x, x) > 1 - 1e-4
     assert wreath_procrustes(x[:8].double(), x[:8]) > 1 - 1e-4
+
+
+@pytest.mark.parametrize("channel_axis", [0, 4, -4, -5])
+def test_an_axis_without_channels_is_refused(channel_axis: int) -> None:
+    x = torch.rand(5, 3, 4, 4)
+    with pytest.raises(ValueError, match=f"channel_axis is {channel_axis}: features of shape"):
+        wreath_procrustes(x, x, channel_axis=channel_axis)
+
+
+def test_a_block_holds_an_image_at_least() -> None:
+    with pytest.raises(ValueError, match="block is 0: at least 1 image"):
+        measures.layer_similarities("wreath_cka", lambda part: [], lambda part: [], 5, block=0)

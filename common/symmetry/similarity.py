@@ -70,6 +70,8 @@ def layer_similarities(
     _check_names(measure, estimator)
     if n_images < 1:
         raise ValueError(f"there must be images to compare, not {n_images}")
+    if block < 1:
+        raise ValueError(f"block is {block}: at least 1 image")
     blocks = [slice(start, min(start + block, n_images)) for start in range(0, n_images, block)]
     disable = None if progress else True  # None: where there is no terminal
     if measure.endswith("procrustes"):
@@ -181,6 +183,11 @@ def similarity(
     """
     if len(features1) != len(features2):
         raise ValueError(f"features are of different numbers of images: {len(features1)}, {len(features2)}")
+    for features in (features1, features2):
+        if channel_axis in (0, -features.ndim) or not -features.ndim <= channel_axis < features.ndim:
+            raise ValueError(
+                f"channel_axis is {channel_axis}: features of shape {tuple(features.shape)} have no channels there"
+            )
     x, y = features1.movedim(channel_axis, 1), features2.movedim(channel_axis, 1)
     found = layer_similarities(
         measure, lambda part: [x[part]], lambda part: [y[part]], len(x), estimator=estimator, centered=centered, block=TILE
