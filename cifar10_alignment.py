@@ -42,7 +42,8 @@ from common.run.memory import keep_freed_memory
 from common.run.options import at_least
 from common.run.records import RecordError, read_results, write_json, write_table
 from common.seeds import seed_of
-from common.symmetry.similarity import ESTIMATORS, features_of, layer_similarities
+from common.symmetry.measures import ESTIMATORS, features_of
+from common.symmetry.similarity import layer_similarities
 from common.symmetry.stitching import Place, joints_of
 
 # the original's names; the last is the suite's own
@@ -172,7 +173,7 @@ def compare_networks(
     def features(network: nn.Module, part: slice) -> list[Tensor]:
         interruption.check()
         x = data.preprocessing.normalise(data.test.images[part])
-        return [as_maps(of) for of in features_of(network, x, names)]
+        return [tokens_as_maps(of) for of in features_of(network, x, names)]
 
     found = layer_similarities(
         MEASURES[args.similarity],
@@ -187,7 +188,7 @@ def compare_networks(
     return matrices | {"dead": [found.dead1.tolist(), found.dead2.tolist()]}
 
 
-def as_maps(features: Tensor) -> Tensor:
+def tokens_as_maps(features: Tensor) -> Tensor:
     """Channels second: tokens of a transformer (B, h w, C) become the square maps (B, C, h, w) that they were."""
     if features.ndim != 3:
         return features

@@ -33,9 +33,9 @@ from benchmarks.swarm_layer import peak_resident, seconds
 from common.matching import best_matching
 from common.models import zoo
 from common.run.memory import keep_freed_memory
+from common.symmetry.measures import features_of
 from common.symmetry.similarity import (
     TILE,
-    features_of,
     layer_similarities,
     linear_cka,
     ortho_procrustes,

@@ -12,7 +12,7 @@ import cifar10_alignment as script
 from common.datasets.augmentation import Preprocessing, as_rgb_32
 from common.models import zoo
 from common.symmetry import similarity
-from common.symmetry.similarity import features_of
+from common.symmetry.measures import features_of
 from tests.command_lines import assert_one_line_and_nothing_made, exit_status
 from tests.small_images import smooth, write_mnist
 
@@ -114,7 +114,7 @@ def test_tokens_of_a_transformer_have_their_channels(place: Path, tmp_path: Path
     network = zoo.load(place / "cct_2_3x2_32" / "0.pt", "cct_2_3x2_32")
     images = Preprocessing("MNIST").normalise(as_rgb_32(smooth(40, seed=1)[:8]).images)
     (tokens,) = features_of(network, images, [result["layers"][-1]["name"]])
-    maps = script.as_maps(tokens)
+    maps = script.tokens_as_maps(tokens)
     assert maps.shape[1] == 128 and torch.equal(maps[:, :, 2, 3], tokens[:, 2 * maps.shape[3] + 3])
 
 

@@ -1,19 +1,12 @@
 """Random elements of groups, and networks with one in them: the original's values, and what each group is."""
 
-import doctest
-
 import pytest
 import torch
 from torch import nn
 
 from common.models import cnn
-from common.symmetry import rotations
 from common.symmetry.rotations import GROUPS, TransformedLayer, random_element, transform_layer
 from tests.reference import Vectors, assert_agrees
-
-
-def test_examples_in_docstrings() -> None:
-    assert doctest.testmod(rotations) == (0, 4)
 
 
 @pytest.mark.parametrize("group", ["orthogonal", "Grelu"])

@@ -11,19 +11,15 @@ from torch import nn
 
 from benchmarks.plain_similarity import plain_ortho_procrustes, plain_wreath_cka, plain_wreath_procrustes
 from common.models import zoo
-from common.symmetry import similarity as measures
+from common.symmetry.cka import Kernels, KernelSums, channel_kernel, unbiased_hsic
+from common.symmetry.measures import MEASURES, features_of
+from common.symmetry.procrustes import ChannelProducts
 from common.symmetry.similarity import (
-    MEASURES,
-    ChannelProducts,
-    Kernels,
-    channel_kernel,
-    features_of,
     layer_similarities,
     linear_cka,
     ortho_cka,
     ortho_procrustes,
     similarity,
-    unbiased_hsic,
     wreath_cka,
     wreath_procrustes,
 )
@@ -279,8 +275,8 @@ def test_no_more_than_three_blocks_of_images_are_held(monkeypatch):
     """And no kernel: of 300 images in blocks of 10, no sum has N^2 entries."""
     x = random_features(300, 2)
     made = []
-    add = measures.KernelSums.add
-    monkeypatch.setattr(measures.KernelSums, "add", lambda self, *args: (add(self, *args), made.append((self, args[2])))[0])
+    add = KernelSums.add
+    monkeypatch.setattr(KernelSums, "add", lambda self, *args: (add(self, *args), made.append((self, args[2])))[0])
     asked = []
 
     def features(part):
@@ -414,4 +410,4 @@ def test_an_axis_without_channels_is_refused(channel_axis: int) -> None:
 
 def test_a_block_holds_an_image_at_least() -> None:
     with pytest.raises(ValueError, match="block is 0: at least 1 image"):
-        measures.layer_similarities("wreath_cka", lambda part: [], lambda part: [], 5, block=0)
+        layer_similarities("wreath_cka", lambda part: [], lambda part: [], 5, block=0)

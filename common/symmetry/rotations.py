@@ -40,7 +40,11 @@ def random_element(group: str, n: int, generator: torch.Generator | None = None)
 
 
 class TransformedLayer(nn.Module):
-    """A convolution or linear layer, then a fixed matrix (C, C) on its C output channels."""
+    """A convolution or linear layer, then a fixed matrix (C, C) on its C output channels.
+
+    >>> TransformedLayer(nn.Linear(3, 4), torch.eye(4))(torch.zeros(2, 3)).shape
+    torch.Size([2, 4])
+    """
 
     def __init__(self, original_op: nn.Conv2d | nn.Linear, matrix: Tensor):
         super().__init__()

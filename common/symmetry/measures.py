@@ -1,0 +1,91 @@
+"""What all measures of similarity share: their names, features of layers as maps of channels, and what comes out.
+
+Features are (N, C, H, W), (N, C, P) or (N, C): N images, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+MEASURES = ("wreath_procrustes", "wreath_cka", "ortho_procrustes", "ortho_cka", "linear_cka")
+ESTIMATORS = ("max", "median")
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Between L1 layers of network 1 and L2 layers of network 2."""
+
+    published: Tensor  # (L1, L2), float64; NaN where a layer has nothing to compare, all its channels being dead
+    live: Tensor  # (L1, L2), float64: the same of live channels alone
+    dead1: Tensor  # (L1), int64: how many channels are dead
+    dead2: Tensor  # (L2)
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, images: Tensor, layers: list[str]) -> list[Tensor]:
+    """What the modules of these names give for a batch of images, in the mode that the model is in.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten())
+    >>> [tuple(x.shape) for x in features_of(net, torch.zeros(2, 3, 32, 32), ["1", "2"])]
+    [(2, 8, 30, 30), (2, 7200)]
+    """
+    found: dict[str, Tensor] = {}
+    hooks = []
+    for name in layers:
+
+        def keep(module: nn.Module, inputs: object, output: Tensor, name: str = name) -> None:
+            found[name] = output
+
+        hooks.append(model.get_submodule(name).register_forward_hook(keep))
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[name] for name in layers]
+
+
+def check_names(measure: str, estimator: str) -> None:
+    """Raises ValueError for what is not in MEASURES or ESTIMATORS."""
+    if measure not in MEASURES:
+        raise ValueError(f"there is no measure {measure!r}: choose from {', '.join(MEASURES)}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"there is no estimator {estimator!r}: choose from {', '.join(ESTIMATORS)}")
+
+
+def layer_name(network: int, layer: int) -> str:
+    """What a layer is called in errors."""
+    return f"network {network}, layer {layer} (from 0)"
+
+
+def as_maps(features: Tensor, layer: str) -> Tensor:
+    """(N, C, H, W) of at least single precision, from (N, C), (N, C, P) or (N, C, H, W)."""
+    if not 2 <= features.ndim <= 4:
+        raise ValueError(f"{layer}: features of shape {tuple(features.shape)} are not (N, C), (N, C, P) or (N, C, H, W)")
+    maps = features[(...,) + (None,) * (4 - features.ndim)]
+    return maps if maps.dtype == torch.float64 else maps.float()
+
+
+def maps_of(features1: list[Tensor], features2: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers of both networks as maps (N, C, H, W), all of the same images."""
+    maps1, maps2 = (
+        [as_maps(x, layer_name(k, i)) for i, x in enumerate(features)] for k, features in ((1, features1), (2, features2))
+    )
+    numbers = {len(maps) for maps in maps1 + maps2}
+    if len(numbers) > 1:
+        raise ValueError(f"features are of different numbers of images: {', '.join(map(str, sorted(numbers)))}")
+    return maps1, maps2
+
+
+def check_finite(sums: Tensor, features: Tensor, layer: str) -> None:
+    """Raise ValueError unless sums of features are finite, which they are not if a feature is not."""
+    if not sums.isfinite().all():
+        wrong = features[~features.isfinite()]
+        values = ", ".join(sorted({f"{value:g}" for value in wrong.tolist()}))
+        which = (
+            f"{len(wrong)} of {features.numel()} features are {values}" if values else "features are too large to be squared"
+        )
+        raise ValueError(f"{layer}: {which}")
