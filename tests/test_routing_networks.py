@@ -4,9 +4,9 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import sys
-import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from common.datasets.images import DataError, ImageSet
 from common.models import routed
 from common.run import epochs
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
+from tests.interruptions import disturb, stands_within_an_epoch
 from tests.reference import Vectors, assert_agrees
 from tests.small_images import smooth, write_mnist
 from tests.test_images import write_cifar
@@ -292,7 +293,6 @@ def test_what_a_run_leaves(model: str, grey: str, tmp_path: Path, capsys: pytest
         "--decision QLearning --modules 3 --depth 2 --exploration-end 0",
         "--model dispatched --agents 2 --decision AAC --loss cross-entropy --optimizer sgd",
         "--model per-task-1-fc --precision bf16",
-        "--model per-task-1-fc --precision bf16",
         "--model single-agent --decision EGreedyREINFORCE --depth 1 --batch-size 359",
     ],
 )
@@ -399,15 +399,6 @@ def outcome(results: Path) -> dict:
     return {"result": result, "rows": rows, "weights": weights, "files": sorted(file.name for file in path.iterdir())}
 
 
-def wait_until_it_trains(process: BaseProcess, results: Path, before: int) -> None:
-    while process.is_alive() and last_saved(results) <= before:
-        time.sleep(0.002)
-
-
-def last_saved(results: Path) -> int:
-    return max((last.stat().st_mtime_ns for last in results.glob("routing_networks/*.part/last.pkl")), default=0)
-
-
 @pytest.fixture(scope="module", params=LINES)
 def case(request: pytest.FixtureRequest, grey: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, float]:
     """A line, what it leaves undisturbed, and how many seconds it trains."""
@@ -419,32 +410,25 @@ def case(request: pytest.FixtureRequest, grey: str, tmp_path_factory: pytest.Tem
 
 def test_kills_change_nothing(case: tuple[str, dict, float], tmp_path: Path) -> None:
     line, expected, duration = case
-    moments, within_epochs = random.Random(0), 0
-    for _ in range(3):
-        before = last_saved(tmp_path)
-        process = start(line, tmp_path)
-        wait_until_it_trains(process, tmp_path, before)
-        time.sleep(moments.uniform(0, duration / 6))
-        process.kill()
-        process.join()
-        for last in tmp_path.glob("routing_networks/*.part/last.pkl"):
-            within_epochs += torch.load(last, weights_only=True)["progress"][1] > 0
-        if process.exitcode == 0:
+    moments, longest, within_epochs = random.Random(0), duration / 2, 0
+    for _ in range(20):
+        status = disturb(lambda: start(line, tmp_path), tmp_path, moments.uniform(0, longest), signal.SIGKILL)
+        within_epochs += stands_within_an_epoch(tmp_path)
+        if within_epochs == 2:
             break
-    assert within_epochs, "kills came too early, or too late: choose other moments"
+        if status == 0:  # it has come to its end in spite of all: once more, sooner
+            assert outcome(tmp_path) == expected
+            shutil.rmtree(tmp_path / "routing_networks")
+            longest /= 2
+    assert within_epochs == 2, "kills came too early, or too late: choose other moments"
     finish(line, tmp_path)
     assert outcome(tmp_path) == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_stop_with_75(number: signal.Signals, case: tuple[str, dict, float], tmp_path: Path) -> None:
-    line, expected, duration = case
-    process = start(line, tmp_path)
-    wait_until_it_trains(process, tmp_path, 0)
-    time.sleep(duration / 4)
-    os.kill(process.pid, number)
-    process.join(60)
-    assert process.exitcode == 75
+    line, expected, _ = case
+    assert disturb(lambda: start(line, tmp_path), tmp_path, 0, number) == 75
     assert f"stopped by {number.name}" in (only(tmp_path) / "log").read_text()
     finish(line, tmp_path)
     assert outcome(tmp_path) == expected

@@ -1,13 +1,10 @@
 """train_zoo.py as its users run it: the published line and training run, bad input, what it leaves, signals, kills, locks."""
 
-import contextlib
 import csv
 import json
-import os
 import random
 import shutil
 import signal
-import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from common.run.interruption import Interruption
 from common.run.lock import release_lock, take_lock
 from common.run.schedule import halving
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
+from tests.interruptions import disturb, stands_within_an_epoch
 from tests.reference import Vectors, assert_agrees
 from tests.small_images import smooth, write_mnist
 from tests.test_images import write_cifar
@@ -280,21 +278,6 @@ def outcome(out: Path) -> dict:
     return left
 
 
-def wait_until_it_trains(process: BaseProcess, out: Path, before: int) -> None:
-    """Until last.pkl is another than the one of time `before`: importing is over."""
-    while process.is_alive() and last_saved(out) <= before:
-        time.sleep(0.002)
-
-
-def last_saved(out: Path) -> int:
-    """When last.pkl of any model was last written."""
-    times = [0]
-    for last in out.glob("*.last.pkl"):
-        with contextlib.suppress(FileNotFoundError):
-            times.append(last.stat().st_mtime_ns)
-    return max(times)
-
-
 @pytest.fixture(scope="module", params=LINES)
 def case(request: pytest.FixtureRequest, grey: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, float]:
     """A line, what it leaves undisturbed, and how many seconds it trains."""
@@ -306,20 +289,17 @@ def case(request: pytest.FixtureRequest, grey: str, tmp_path_factory: pytest.Tem
 
 def test_kills_change_nothing(case: tuple[str, dict, float], tmp_path: Path) -> None:
     line, expected, duration = case
-    out, moments, kills, within_epochs = tmp_path / "zoo", random.Random(0), 0, 0
-    while kills < 6:
-        before = last_saved(out)
-        process = start(line, out)
-        wait_until_it_trains(process, out, before)
-        time.sleep(moments.uniform(0, duration / 4))
-        process.kill()
-        process.join()
-        within_epochs += any(torch.load(last, weights_only=True)["progress"][1] > 0 for last in out.glob("*.last.pkl"))
-        if process.exitcode == 0:  # it has come to its end in spite of all: once more
+    out, moments, longest, within_epochs = tmp_path / "zoo", random.Random(0), duration / 2, 0
+    for _ in range(20):
+        status = disturb(lambda: start(line, out), out, moments.uniform(0, longest), signal.SIGKILL)
+        within_epochs += stands_within_an_epoch(out)
+        if within_epochs == 4:
+            break
+        if status == 0:  # it has come to its end in spite of all: once more, sooner
             assert outcome(out) == expected
             shutil.rmtree(out)
-        kills += process.exitcode == -signal.SIGKILL
-    assert within_epochs >= 2, "kills came too early, or too late: choose other moments"
+            longest /= 2
+    assert within_epochs == 4, "kills came too early, or too late: choose other moments"
     finish(line, out)
     assert outcome(out) == expected
 
@@ -328,17 +308,11 @@ def test_kills_change_nothing(case: tuple[str, dict, float], tmp_path: Path) -> 
 def test_signals_stop_with_75(number: signal.Signals, case: tuple[str, dict, float], tmp_path: Path) -> None:
     line, expected, duration = case
     out, moments, stopped = tmp_path / "zoo", random.Random(int(number)), 0
-    for _ in range(2):
-        before = last_saved(out)
-        process = start(line, out)
-        wait_until_it_trains(process, out, before)
-        time.sleep(moments.uniform(0, duration / 5))
-        if process.is_alive():
-            os.kill(process.pid, number)
-        process.join(60)
-        if process.exitcode == 0:
+    for seconds in (0, moments.uniform(0, duration / 5)):
+        status = disturb(lambda: start(line, out), out, seconds, number)
+        if status == 0:
             break
-        assert process.exitcode == 75
+        assert status == 75
         stopped += 1
     assert stopped and not list(out.glob("*.lock"))
     finish(line, out)
