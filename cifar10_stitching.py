@@ -105,7 +105,9 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--layers", type=at_least(1), nargs="+", help="indices of joints [all, the last first]")
     own.add_argument("--pairs", nargs="+", metavar="I-J", help="numbers of networks [drawn by the seed]")
     own.add_argument("--batch-size", type=at_least(2), default=32, help="[%(default)s]")
-    own.add_argument("--bn-batches", type=at_least(0), default=100, help="of --bn_epoch; 0: a whole epoch [%(default)s]")
+    own.add_argument(
+        "--bn_batches", "--bn-batches", type=at_least(0), default=100, help="of --bn_epoch; 0: a whole epoch [%(default)s]"
+    )
     own.add_argument(
         "--threshold", type=real(0), default=1e-3, help="of --lasso: smaller weights are 0 in evaluation [%(default)s]"
     )

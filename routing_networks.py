@@ -15,7 +15,6 @@ README.md says what each logged quantity means.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -44,6 +43,7 @@ from common.run.epochs import EpochTraining, Sums, load_last
 from common.run.interruption import Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real
+from common.run.records import RecordError, read_results
 from common.run.traces import read_metrics
 from common.seeds import generator_of, seed_of
 
@@ -409,20 +409,14 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """--compare: runs that differ by their seed alone are one row; the table, table.md and comparison.png."""
-    results = []
-    for place in args.compare:
-        path = Path(place) / "result.json"
-        if not path.is_file():
-            parser.error(f"{place} is no finished run: it has no result.json")
-        results.append(json.loads(path.read_text()))
-        if results[-1].get("script") != "routing_networks":
-            parser.error(f"{place} is a run of another script")
+    with refusing(parser, RecordError):
+        results = read_results(args.compare, "routing_networks")
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         label = "-".join(part for part in result["name"].split("-") if not part.startswith("seed."))
         groups.setdefault(label, []).append(result)
     rows = [row_of(label, of) for label, of in sorted(groups.items())]
-    folder = Path(args.results_dir) / "routing_networks" / "comparison"
+    folder = Path(args.results_dir) / "routing_networks" / f"figures-{results[0]['options']['data']}"
     with refusing(parser):
         folder.mkdir(parents=True, exist_ok=True)
         text = comparison_table(rows)

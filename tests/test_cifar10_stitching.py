@@ -16,7 +16,7 @@ from tests.small_images import smooth, write_mnist
 
 KINDS = {
     "full": "--recipe standard",
-    "permutation": "--recipe Grelu --bn-batches 2",
+    "permutation": "--recipe Grelu --bn_batches 2",
     "permutation (cross-validated)": "--recipe crossval --stitch_repeats 2",
     "softsort": "--wreath --noschedule",
     "rank 1": "--recipe lowrank --rank 1",

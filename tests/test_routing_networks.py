@@ -56,7 +56,7 @@ def run(line: str) -> int:
 
 
 def only(results: Path) -> Path:
-    (found,) = (path for path in (results / "routing_networks").iterdir() if path.name != "comparison")
+    (found,) = (results / "routing_networks").iterdir()
     return found
 
 
@@ -198,7 +198,7 @@ def test_mixture_by_hand() -> None:
     out = layer(x, tasks)
     for i in range(6):
         weights = layer.table[tasks[i]].softmax(0)
-        expected = sum(weights[k] * (layer.weight[k] @ x[i] + layer.bias[k]) for k in range(4))
+        expected = sum(weights[k] * (layer.maps.weight[k] @ x[i] + layer.maps.bias[k]) for k in range(4))
         assert_agrees(out[i], expected, 1e-5)
 
 
@@ -343,8 +343,10 @@ def test_compare(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert run(f"{SHORT} {grey} --epochs 1 --model per-task-all-fc --results-dir {tmp_path}") == 0
     folders = sorted((tmp_path / "routing_networks").iterdir())
     capsys.readouterr()
+    figures = tmp_path / "routing_networks" / "figures-MNIST-MTL"
     assert run(f"--compare {' '.join(map(str, folders))} --results-dir {tmp_path}") == 0
-    table = (tmp_path / "routing_networks" / "comparison" / "table.md").read_text()
+    assert run(f"--compare {' '.join(map(str, folders))} {figures} --results-dir {tmp_path}") == 0  # as a shell's * does next
+    table = (figures / "table.md").read_text()
     accuracies = [
         100 * json.loads((folder / "result.json").read_text())["test"]["accuracy"]
         for folder in folders
@@ -354,7 +356,7 @@ def test_compare(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     half = 4.302653 * (sum((a - mean) ** 2 for a in accuracies) / 2) ** 0.5 / 3**0.5
     assert f"| 3 | {mean:.2f} ± {half:.2f} |" in table and "seed" not in table
     assert table.startswith("| run | n |") and table in capsys.readouterr().out
-    assert (tmp_path / "routing_networks" / "comparison" / "comparison.png").exists()
+    assert (figures / "comparison.png").exists()
 
 
 # ---- interruptions -------------------------------------------------------------------------------------------------------

@@ -91,13 +91,11 @@ class MixedLayer(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, n_modules: int, n_tasks: int):
         super().__init__()
-        modules = [nn.Linear(n_in, n_out) for _ in range(n_modules)]
-        self.weight = nn.Parameter(torch.stack([module.weight.detach() for module in modules]))  # (K, E, D)
-        self.bias = nn.Parameter(torch.stack([module.bias.detach() for module in modules]))  # (K, E)
+        self.maps = StackedLinear(n_modules, n_in, n_out)
         self.table = nn.Parameter(torch.zeros(n_tasks, n_modules))
 
     def forward(self, x: Tensor, tasks: Tensor) -> Tensor:
-        outputs = torch.einsum("bd,ked->bke", x, self.weight) + self.bias
+        outputs = torch.einsum("bd,ked->bke", x, self.maps.weight) + self.maps.bias
         return (F.softmax(self.table, 1)[tasks][:, :, None] * outputs).sum(1)
 
 
