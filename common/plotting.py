@@ -402,6 +402,34 @@ def plot_routing_maps(
     save_figure(figure, path)
 
 
+def plot_over_time(
+    path: Path,
+    title: str,
+    measure: str,
+    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    levels: Mapping[str, float],
+) -> None:
+    """Curves of (label, minutes, values), several of a label faint below their mean; `levels` to judge them by."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    _headline(figure, title)
+    axes = figure.subplots()
+    for i, label in enumerate(dict.fromkeys(label for label, *_ in curves)):
+        own = [(minutes, values) for other, minutes, values in curves if other == label]
+        colour = PALETTE[i % len(PALETTE)]
+        for minutes, values in own:
+            axes.plot(minutes, values, color=colour, alpha=0.3 if len(own) > 1 else 1, linewidth=1)
+        begin, end = max(minutes[0] for minutes, _ in own), min(minutes[-1] for minutes, _ in own)
+        grid = np.linspace(begin, max(begin, end), 200)
+        mean = np.mean([np.interp(grid, minutes, values) for minutes, values in own], axis=0)
+        name = textwrap.fill(f"{label} (n = {len(own)})", width=40)
+        axes.plot(grid, mean, color=colour, linewidth=2, linestyle=("-", "--", ":")[i // len(PALETTE) % 3], label=name)
+    _references(axes, levels)
+    axes.set(xlabel="minutes of training", ylabel=measure)
+    axes.grid(alpha=0.25)
+    figure.legend(fontsize=8, loc="outside right center")
+    save_figure(figure, path)
+
+
 def plot_intervals(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of label, accuracy and half of its interval (or None) in per cent, a bar each, beside their level of chance."""
     figure = Figure(figsize=(10, 0.6 * len(rows) + 1.4), layout="constrained")

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import fcntl
 import hashlib
 import importlib
 import io
@@ -32,7 +30,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
@@ -40,18 +37,14 @@ sys.path.insert(0, str(CODE))
 from common.run.checkpoint import write_in_one_step  # noqa: E402
 from common.run.directory import ARGS, RESULT, RunDirectory  # noqa: E402
 from common.run.ending import EXIT_RESUMABLE  # noqa: E402
+from common.run.figures import figures_of, last_row  # noqa: E402
+from common.run.lock import is_locked  # noqa: E402
 
 RESULTS = Path("results")
 PLACE = RESULTS / "slurm"
 STATES = ("finished", "running", "waiting", "failed", "resumable", "new")
 # what a job adds, or what belongs to the site; -overwrite would throw away what a requeued run has saved
 NOT_IN_SWEEPS = ("resume", "overwrite", "results_dir", "data_dir", "dataset_root", "dry_run", "to_stdout")
-# columns of metrics.csv worth a place in the table, the best first
-COLUMNS = (
-    "val_accuracy", "val_bits", "validation_accuracy", "test_accuracy", "test_track_head_top_1_mean", "train_total_loss",
-    "train_loss",
-)  # fmt: skip
-N_COLUMNS = 2
 LOG_LINES = 5  # of a failed run
 
 
@@ -207,18 +200,6 @@ def has_model(line: Line, index: int) -> bool:
     return (line.run.final / f"{index}.pt").exists() and not (line.run.final / f"{index}.last.pkl").exists()
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock. (The look takes it for an instant, which run_line.sh waits out.)"""
-    if not path.exists():
-        return False
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 # ---- figures -------------------------------------------------------------------------------------------------------------
 
 
@@ -230,53 +211,13 @@ def figures(line: Line) -> str:
         parts = [f"{done} of {len(line.models)} models", *(last_row(line.run.final / f"{index}.csv", {}) for index in begun)]
         return "; ".join(part for part in parts if part)
     if (line.run.path / RESULT).exists():
-        return final_figures(json.loads((line.run.path / RESULT).read_text()))
+        found = figures_of(json.loads((line.run.path / RESULT).read_text()))
+        return ", ".join(f"{name} {figure.mean:.4g}" for name, figure in found.items())
     done = [*line.run.path.glob("cells/*.json"), *line.run.path.glob("run*.json")]  # joints, trainings, pairs
     if done:
         return f"{len(done)} done"
     args = line.run.path / ARGS
     return last_row(line.run.path / "metrics.csv", json.loads(args.read_text()) if args.exists() else {})
-
-
-def final_figures(result: dict[str, Any]) -> str:
-    """The figures of a finished run that a paper's table has."""
-    found = []
-    for name, *path in (
-        ("accuracy", "model", "accuracy"),
-        ("accuracy", "test", "accuracy"),
-        ("bits", "test", "bits"),
-        ("linear probe", "linear_probe", "top_1"),
-        ("online head", "test", "track_head_top_1_mean"),
-    ):
-        value: Any = result
-        for part in path:
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            found.append(f"{name} {value:.4g}")
-    if "penalty" in (result.get("layers") or [{}])[0]:
-        found.append("penalties " + " ".join(f"{layer['penalty']:.3g}" for layer in result["layers"]))
-    if result.get("script") == "cifar10_alignment":
-        found.append("diagonal " + " ".join(f"{row[i]:.3f}" for i, row in enumerate(result["published"])))
-    if result.get("script") == "cifar10_projections":
-        found.append("penalties " + " ".join(f"{row['group']} {row['penalty']:.3g}" for row in result["penalties"]))
-    return ", ".join(found)
-
-
-def last_row(path: Path, args: dict[str, Any]) -> str:
-    """Epoch, figures and time of the last row of a table of epochs; the time to go, where the options of the run tell it."""
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    if not rows or None in rows[-1].values() or not rows[-1].keys() >= {"epoch", "seconds"}:
-        return ""
-    row = rows[-1]
-    epoch, seconds = float(row["epoch"]), float(row["seconds"])
-    shown = [f"{name} {float(row[name]):.4g}" for name in COLUMNS if name in row and row[name] != "nan"][:N_COLUMNS]
-    to_go = None
-    if args.get("wc"):
-        to_go = max(0.0, 60 * args["wc"] - seconds)
-    elif args.get("epochs") and epoch:
-        to_go = seconds / epoch * max(0.0, args["epochs"] - epoch)
-    left = "" if to_go is None else f", {to_go / 60:.1f} to go"
-    return f"epoch {epoch:g}, {', '.join(shown)}, {seconds / 60:.1f} min{left}"
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from common.run.lock import release_lock, take_lock
 from common.run.records import write_json
 
 ARGS, RESULT, LOCK = "args.json", "result.json", "lock"  # the presence of a result means finished
+FAILED = "failed: "  # begins the last line of the log of a run that ended in an error
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -47,6 +48,9 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        failed = isinstance(error, Exception) or (isinstance(error, SystemExit) and isinstance(error.code, str))
+        if failed and self._log is not None:  # for who looks at the directory alone
+            self.log(f"{FAILED}{' '.join(str(error).split()) or type(error).__name__}")
         self.close()
 
     @property

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import TextIO
+
+LOOKS, SECONDS = 5, 0.01  # is_locked takes a lock for an instant: try again before taking it for somebody's
 
 
 def take_lock(path: Path) -> TextIO | None:
@@ -14,15 +17,26 @@ def take_lock(path: Path) -> TextIO | None:
 
     None if another process has it, or has just removed it. Raises OSError if there is no place for it.
     """
-    try:
-        lock = open(path, "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # whoever had it may have removed or renamed it after it was opened here
-        if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            return lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
+    lock = open(path, "w")
+    for _ in range(LOOKS):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # whoever had it may have removed or renamed it after it was opened here
+            return lock if os.path.samestat(os.fstat(lock.fileno()), path.stat()) else None
+        time.sleep(SECONDS)
     return None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock. False where there is no file that can be opened."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def release_lock(lock: TextIO, path: Path) -> None:

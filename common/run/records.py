@@ -19,15 +19,16 @@ class RecordError(Exception):
 
 def write_json(path: Path, content: Any) -> None:
     """A JSON file that is easy to read; what is not finite becomes null, which every reader knows. Raises OSError."""
-    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
     write_in_one_step(path, lambda file: file.write(text.encode()))
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """Plain values in which what is not finite has become None."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

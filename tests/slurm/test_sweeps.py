@@ -140,7 +140,7 @@ def test_a_run_through_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "1 line: 1 failed" in out and "exit status 2" in out and "| line 8\n" in out and "| line 3\n" not in out
 
     part.rename(final)
-    (final / "result.json").write_text(json.dumps({"model": {"accuracy": 0.8}}))
+    (final / "result.json").write_text(json.dumps({"script": "amortised_clustering", "model": {"accuracy": 0.8}}))
     assert sweep.state_of(line, {}) == "finished"  # whatever is noted about earlier starts
     assert sweep.figures(line) == "accuracy 0.8"
 

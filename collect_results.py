@@ -1,0 +1,390 @@
+"""All runs below a directory, collected: tables over seeds, the papers' figures, and a page to look through them.
+
+    python collect_results.py                 # results/: finished, running, stopped, failed and broken runs
+    python collect_results.py DIR --watch     # again every 30 seconds, until Ctrl-C
+
+writes DIR/index.html, which a browser opens as it lies, and for each experiment DIR/tables/<script>.csv, .md and .png. Runs
+that differ by their seed alone are one row: mean, standard deviation (n - 1) and n of each figure. README.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from cifar10_alignment import labels_of
+from cifar10_stitching import with_chunks_together
+from common import plotting
+from common.run.checkpoint import write_in_one_step
+from common.run.collected import MISSHAPEN, Run, find_runs, is_run
+from common.run.ending import refusing, say
+from common.run.figures import Figure, value_at
+from common.run.interruption import Interruption
+from common.run.options import OneLineParser, at_least
+from common.run.page import write_page
+from common.run.records import RecordError, finite, write_table
+
+# what tells the rows of an experiment apart in the first place, as its paper's figure does
+MAIN = {
+    "amortised_clustering": ("type",),
+    "swarm_transformer": ("data",),
+    "train_ssl": ("model", "tx", "equi_tx"),
+    "train_zoo": ("arch", "dataset"),
+    "cifar10_stitching": ("arch", "dataset", "kind"),
+    "cifar10_alignment": ("arch", "dataset", "similarity"),
+    "routing_networks": ("data", "model", "decision"),
+}
+N_DRAWN = 40  # rows of a figure
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="collect_results.py", description=__doc__)
+    parser.add_argument("place", nargs="?", default="results", metavar="DIR", help="where the runs are [%(default)s]")
+    parser.add_argument("--out", metavar="DIR", help="where index.html and tables/ go [the same]")
+    parser.add_argument(
+        "--watch", nargs="?", type=at_least(1), const=30, metavar="SECONDS", help="again and again, until Ctrl-C [%(const)s]"
+    )
+    return parser
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Runs of an experiment that differ by their seed alone."""
+
+    options: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.state == "finished"]
+
+    def figure(self, name: str) -> Figure | None:
+        """Mean, deviation and n over seeds; of a single run, over what it repeats within itself."""
+        found = [run.figures[name] for run in self.finished if name in run.figures]
+        if len(found) < 2:
+            return found[0] if found else None
+        means = [figure.mean for figure in found]
+        return Figure(statistics.fmean(means), statistics.stdev(means), len(means))
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    groups: dict[str, Group] = {}
+    for run in runs:
+        key = repr(sorted(run.options.items(), key=lambda item: item[0]))
+        groups.setdefault(key, Group(run.options, [])).runs.append(run)
+    return list(groups.values())
+
+
+def varying(runs: Sequence[Run]) -> list[str]:
+    """Options that are not the same in all runs, in the order of the command line's help."""
+    names = dict.fromkeys(name for run in runs for name in run.options)
+    return [name for name in names if len({repr(run.options.get(name)) for run in runs}) > 1]
+
+
+def figure_names(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.figures))
+
+
+def table_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row for each group: options that vary, figures as (mean, deviation, n), parameters, training time, device, runs."""
+    names, rows = varying(runs), []
+    for group in group_runs(runs):
+        minutes = [run.minutes for run in group.finished if run.minutes is not None]
+        row: dict[str, Any] = {name: group.options.get(name) for name in names}
+        row |= {"runs": len(group.finished), "not finished": len(group.runs) - len(group.finished)}
+        row |= {name: group.figure(name) for name in figure_names(runs)}
+        row["parameters"] = next((run.parameters for run in group.finished if run.parameters), None)
+        row["minutes"] = statistics.fmean(minutes) if minutes else None
+        row["device"] = ", ".join(sorted({run.device for run in group.runs if run.device}))
+        rows.append(row)
+    return rows
+
+
+def for_csv(row: dict[str, Any]) -> dict[str, Any]:
+    """A figure becomes three columns."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Figure):
+            flat |= {name: value.mean, f"{name}, deviation": value.deviation, f"{name}, n": value.n}
+        else:
+            flat[name] = value
+    return flat
+
+
+def as_text(value: Any) -> str:
+    """A cell for people."""
+    match value:
+        case None:
+            return ""
+        case Figure(mean, deviation):
+            return f"{mean:.4g}" + ("" if deviation is None else f" ± {deviation:.2g}")
+        case bool():
+            return str(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}"
+        case _:
+            return str(value)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A table whose cells show what they hold, whatever that is."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(re.sub(r"([\\|<>*`\[\]])", r"\\\1", " ".join(cell.split())) for cell in cells) + " |"
+
+    head = list(rows[0])
+    return "\n".join(
+        [line(head), "| --- " * len(head) + "|", *(line([as_text(value) for value in row.values()]) for row in rows)]
+    )
+
+
+# ---- the papers' figures -------------------------------------------------------------------------------------------------
+
+
+def draw(script: str, groups: Sequence[Group], folder: Path) -> list[Path]:
+    """What the experiment's paper shows, from finished runs: the files. Raises RecordError, and MISSHAPEN for such results."""
+    path = folder / f"{script}.png"
+    results = [run.result for group in groups for run in group.finished]
+    match script:
+        case "amortised_clustering":
+            levels = {name: mean_level(results, f"{name}.cross_entropy") for name in ("chance", "oracle")}
+            draw_over_time(path, "clustering: validation loss over training time", "cross entropy", "val_loss", groups, levels)
+        case "swarm_transformer":
+            levels = {
+                name: mean_level(results, f"validation.levels.{name}", scale=1 / np.log(2))
+                for name in ("chance", "by position")
+            }
+            draw_over_time(path, "images: bits per dimension over training time", "validation bits", "val_bits", groups, levels)
+        case "train_ssl":
+            draw_points(path, "linear probe by transformation", "linear probe %", "chance_top_1", groups)
+        case "train_zoo" | "routing_networks":
+            draw_points(path, f"{script}: test accuracy", "test accuracy", "chance_accuracy", groups, scale=100)
+        case "cifar10_stitching":
+            return draw_penalties_of_joints(results, folder)
+        case "cifar10_alignment":
+            return draw_similarities(results, folder)
+        case "cifar10_projections":
+            for i, result in enumerate(results):
+                bars = [
+                    row | {"kind": f"{row['activation']}, {row['group']}", "inside_block": False} for row in result["penalties"]
+                ]
+                plotting.plot_penalties(folder / f"{script}-{i}.png", f"rotation test on {result['dataset']}", bars)
+            return [folder / f"{script}-{i}.png" for i in range(len(results))]
+        case _:
+            return []
+    return [path]
+
+
+def labels(groups: Sequence[Group], script: str) -> list[str]:
+    """Names for the groups: values of the main options, and others only where these do not tell them apart."""
+    main = MAIN[script]
+    short = [" ".join(str(group.options.get(name)) for name in main) for group in groups]
+    others = [name for name in varying([run for group in groups for run in group.runs]) if name not in main]
+    return [
+        label if short.count(label) == 1 else f"{label}, {', '.join(f'{name} {group.options.get(name)}' for name in others)}"
+        for label, group in zip(short, groups, strict=True)
+    ]
+
+
+def mean_level(results: Sequence[dict[str, Any]], place: str, scale: float = 1.0) -> float | None:
+    """A level to judge by that each run has measured for its own data."""
+    found = [value for result in results if (value := value_at(result, place)) is not None]
+    return scale * statistics.fmean(found) if found else None
+
+
+def draw_over_time(
+    path: Path, title: str, measure: str, column: str, groups: Sequence[Group], levels: dict[str, float | None]
+) -> None:
+    """A measure of metrics.csv over minutes, a colour a group."""
+    curves: list[tuple[str, list[float], list[float]]] = []
+    for label, group in zip(labels(groups, path.stem), groups, strict=True):
+        for run in group.finished:
+            both = zip(run.metrics.get("seconds", []), run.metrics.get(column, []), strict=False)
+            points = [(s / 60, value) for s, value in both if s is not None and value is not None]
+            if points:
+                curves.append((label, [x for x, _ in points], [y for _, y in points]))
+    if not curves:
+        raise RecordError(f"none of the runs has {column} in its metrics.csv")
+    plotting.plot_over_time(path, title, measure, curves, {name: level for name, level in levels.items() if level is not None})
+
+
+def draw_points(path: Path, title: str, figure: str, chance: str, groups: Sequence[Group], scale: float = 1.0) -> None:
+    """A figure's mean and deviation, in per cent, a row a group, the best first."""
+    rows: list[dict[str, Any]] = []
+    for label, group in zip(labels(groups, path.stem), groups, strict=True):
+        found = group.figure(figure)
+        if found is not None:
+            half = None if found.deviation is None else scale * found.deviation
+            level = value_at(group.finished[0].result, chance) or 0.0
+            rows.append({"label": label, "accuracy": scale * found.mean, "half": half, "n": found.n, "chance": scale * level})
+    if not rows:
+        raise RecordError(f"none of the runs has measured {figure}")
+    rows.sort(key=lambda row: -row["accuracy"])
+    plotting.plot_intervals(path, f"{title}, mean and standard deviation", rows[:N_DRAWN])
+
+
+def draw_penalties_of_joints(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Penalties by layer, a figure for each kind of networks."""
+    files: list[Path] = []
+    for kind in sorted({(of["arch"], of["dataset"], of["zoo"]) for of in results}):
+        own = with_chunks_together([of for of in results if (of["arch"], of["dataset"], of["zoo"]) == kind])
+        rows = [{"kind": of["kind"], **layer} for of in own for layer in of["layers"]]
+        files.append(new_file(folder, "cifar10_stitching", *kind[:2], taken=files))
+        plotting.plot_penalties(files[-1], f"{kind[0]} on {kind[1]}: stitching penalty, mean and deviation over pairs", rows)
+    return files
+
+
+def draw_similarities(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Heat maps beside each other, a figure for each kind of networks."""
+    files: list[Path] = []
+    for kind in sorted({(of["arch"], of["dataset"], tuple(labels_of(of))) for of in results}):
+        maps: dict[str, Any] = {}
+        for of in results:
+            if (of["arch"], of["dataset"], tuple(labels_of(of))) == kind:
+                again = f", seed {of['seed']}" if of["similarity"] in maps else ""
+                maps[of["similarity"] + again] = np.array(of["published"], float)
+        files.append(new_file(folder, "cifar10_alignment", *kind[:2], taken=files))
+        plotting.plot_heat_maps(files[-1], f"{kind[0]} on {kind[1]}: similarity, means of pairs", list(kind[2]), maps)
+    return files
+
+
+def new_file(folder: Path, script: str, *of: str, taken: Sequence[Path]) -> Path:
+    """A picture's place, none of those that are taken; what comes from a run is no path."""
+    stem = "-".join([script, *(file_stem(part) for part in of)])
+    numbered = [folder / f"{stem}.png", *(folder / f"{stem}-{i}.png" for i in range(2, len(taken) + 2))]
+    return next(path for path in numbered if path not in taken)
+
+
+def file_stem(text: str) -> str:
+    return re.sub(r"\W+", "_", text)
+
+
+# ---- everything together -------------------------------------------------------------------------------------------------
+
+
+class Collection:
+    """What is below a directory, written out: tables, figures, page."""
+
+    def __init__(self, place: Path, out: Path):
+        self.place, self.out, self.tables = place, out, out / "tables"
+        self.pictures: dict[str, list[Path]] = {}  # of each experiment
+        self.drawn: dict[str, list[tuple[str, str]]] = {}  # finished runs that they show
+
+    def write(self, watch: int | None) -> list[Run]:
+        """Read all runs and write what they come to. Raises OSError if there is no place for it."""
+        runs = list(find_runs(self.place))
+        self.tables.mkdir(parents=True, exist_ok=True)
+        experiments = [
+            self.write_experiment(script, [run for run in runs if run.script == script]) for script in scripts_of(runs)
+        ]
+        data = {
+            "place": str(self.place),
+            "collected": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            "watch": watch,
+            "experiments": experiments,
+            "runs": [self.for_page(run) for run in runs],
+        }
+        write_page(self.out / "index.html", finite(data))
+        return runs
+
+    def write_experiment(self, script: str, runs: list[Run]) -> dict[str, Any]:
+        """The tables and figures of one; what the page needs of them."""
+        rows, name = table_of(runs), file_stem(script)
+        write_table(self.tables / f"{name}.csv", [for_csv(row) for row in rows])
+        text = markdown(rows) + "\n"
+        write_in_one_step(self.tables / f"{name}.md", lambda file: file.write(text.encode(errors="replace")))
+        finished = [(run.path, run.written) for run in runs if run.state == "finished"]
+        if finished and self.drawn.get(script) != finished:
+            try:
+                self.pictures[script] = draw(script, [group for group in group_runs(runs) if group.finished], self.tables)
+            except (RecordError, *MISSHAPEN) as error:
+                say(f"{script}: no figure: {error}")
+            self.drawn[script] = finished
+        pictures = [{"name": path.name, "source": self.address(path)} for path in self.pictures.get(script, [])]
+        groups = [list(rows[0]), *([as_text(value) for value in row.values()] for row in rows)]
+        return {
+            "script": script, "varying": varying(runs), "figures": figure_names(runs), "pictures": pictures, "groups": groups
+        }  # fmt: skip
+
+    def for_page(self, run: Run) -> dict[str, Any]:
+        """A run without what the page does not show."""
+        files = [{"name": name, "source": self.address(self.place / run.folder / name)} for name in run.files]
+        shown = asdict(run) | {"name": run.name, "protocol": run.result.get("protocol"), "files": files}
+        shown["pictures"] = [file for file in files if file["name"].endswith(".png")]
+        shown["metrics"] = {
+            name: [None if value is None else float(f"{value:.5g}") for value in values] for name, values in run.metrics.items()
+        }
+        del shown["result"], shown["folder"]
+        return shown
+
+    def address(self, path: Path) -> str:
+        """Where the page finds a file."""
+        return quote(os.path.relpath(path, self.out))
+
+
+def scripts_of(runs: Sequence[Run]) -> list[str]:
+    return sorted({run.script for run in runs})
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """A line an experiment."""
+    lines = []
+    for script in scripts_of(runs):
+        states = [run.state for run in runs if run.script == script]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        lines.append(f"{script:>22}: {counts}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    place, out = Path(args.place), Path(args.out or args.place)
+    if not place.is_dir():
+        parser.error(f"{place} is no directory: name the one that runs are in, as --results-dir did")
+    if is_run(place, os.listdir(place)):
+        parser.error(f"{place} is a run itself: name the directory above it")
+    collection = Collection(place, out)
+    with refusing(parser):
+        if args.watch is None:
+            if next(find_runs(place), None) is None:
+                parser.error(f"there is no run below {place}")
+            say(summary(collection.write(None)))
+        else:
+            watch(collection, args.watch)
+    say(f"{out / 'index.html'}, {out / 'tables'}/")
+    return 0
+
+
+def watch(collection: Collection, seconds: int) -> None:
+    """Collect again and again, until a signal comes; what is left behind then reloads itself no more."""
+    with Interruption() as interruption:
+        say(f"{collection.out / 'index.html'} is written every {seconds} seconds, until Ctrl-C")
+        while not interruption.signal:
+            states = [run.state for run in collection.write(seconds)]
+            say(f"{datetime.now():%H:%M:%S}  {len(states)} runs, {states.count('running')} at work")
+            until = time.monotonic() + seconds
+            while not interruption.signal and time.monotonic() < until:
+                time.sleep(0.1)
+        collection.write(None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

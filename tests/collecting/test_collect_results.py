@@ -1,0 +1,266 @@
+"""collect_results.py: what it finds in directories of all kinds, tables over seeds, the papers' figures, bad input."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import amortised_clustering
+import collect_results as script
+from common.run.collected import find_runs, read_curves
+from common.run.directory import RunDirectory
+from common.run.lock import take_lock
+from tests.collecting.runs import OPTIONS, metrics, write_clustering
+from tests.command_lines import assert_one_line_and_nothing_made, exit_status
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def collect(place: Path, *options: str) -> int:
+    return exit_status(script.main, [str(place), *options])
+
+
+def states(place: Path) -> dict[str, tuple[str, str]]:
+    return {run.path: (run.state, run.note) for run in find_runs(place)}
+
+
+# ---- what is found -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_each_state(tmp_path: Path) -> None:
+    runs = tmp_path / "amortised_clustering"
+    write_clustering(runs / "done", 0.5)
+    for name in ("at work", "stopped", "failed", "killed early"):
+        path = runs / f"{name}.part"
+        path.mkdir()
+        (path / "args.json").write_text(json.dumps(OPTIONS))
+        (path / "log").write_text("it begins\n" + ("failed: the loss of epoch 2 is not finite\n" if name == "failed" else ""))
+        if name != "killed early":
+            (path / "last.pkl").write_bytes(b"a checkpoint")
+            (path / "metrics.csv").write_text(metrics(0.5, 60, 2) + "3,30")  # the last row is half-written
+    (runs / "empty.part").mkdir()
+    lock = take_lock(runs / "at work.part" / "lock")
+    assert lock is not None
+    found = states(tmp_path)
+    lock.close()
+    assert {path.partition("/")[2]: state for path, (state, _) in found.items()} == {
+        "done": "finished", "at work.part": "running", "stopped.part": "stopped", "failed.part": "failed",
+        "killed early.part": "failed", "empty.part": "failed",
+    }  # fmt: skip
+    assert found["amortised_clustering/failed.part"][1] == "failed: the loss of epoch 2 is not finite"
+    assert "before it saved anything" in found["amortised_clustering/empty.part"][1]
+    assert states(tmp_path)["amortised_clustering/at work.part"][0] == "stopped"  # nobody holds it any more
+    run = next(run for run in find_runs(tmp_path) if run.state == "stopped")
+    assert run.metrics["step"] == [10, 20] and run.script == "amortised_clustering" and run.name == "at work"
+
+
+DEEP = "[" * 100_000
+BROKEN = {
+    "no JSON": '{"script": "amort',
+    "no object": "[1, 2]",
+    "empty": "",
+    "too deep": DEEP,
+    "binary": "\x00\ufffd\x01",
+    "of another form": '{"script": "cifar10_stitching", "layers": [3]}',
+    "alignment without maps": '{"script": "cifar10_alignment", "published_deviation": null, "layers": [{"index": 1}]}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_broken_results_are_rows_that_say_so(content: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    whole = write_clustering(tmp_path / "amortised_clustering" / "whole", 0.5)
+    broken = write_clustering(tmp_path / "amortised_clustering" / "broken", 0.5)
+    (broken / "result.json").write_text(content)
+    (run,) = (run for run in find_runs(tmp_path) if run.path.endswith("broken"))
+    assert run.state == "broken" and "result.json" in run.note
+    assert collect(tmp_path) == 0 and "1 broken" in capsys.readouterr().out
+    assert "Traceback" not in capsys.readouterr().err and whole.exists()
+
+
+def test_odd_contents_are_survived(tmp_path: Path) -> None:
+    for i, (file, content) in enumerate(
+        {
+            "args.json": "{", "metrics.csv": "epoch,step\n1,nan\nx,y\n", "log": "\ud800".encode("utf8", "surrogatepass"),
+            "result.json": json.dumps({"script": "../../etc", "seconds": "long", "parameters": [], "model": 3, "name": None}),
+        }.items()
+    ):  # fmt: skip
+        path = write_clustering(tmp_path / "amortised_clustering" / str(i), 0.5)
+        (path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.symlink(tmp_path, tmp_path / "amortised_clustering" / "around")
+    (tmp_path / "amortised_clustering" / "4").mkdir()
+    os.symlink("nowhere", tmp_path / "amortised_clustering" / "4" / "result.json")
+    (tmp_path / "a file").write_text("no directory")
+    assert collect(tmp_path) == 0
+    found = states(tmp_path)
+    assert (
+        len(found) == 5 and found["amortised_clustering/0"][0] == "broken" and "args.json" in found["amortised_clustering/0"][1]
+    )
+    assert found["amortised_clustering/4"][0] == "broken"
+    assert sorted(path.name for path in (tmp_path / "tables").glob("*.csv")) == ["_etc.csv", "amortised_clustering.csv"]
+
+
+def test_curves_are_thinned_out_and_end_before_what_is_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text(metrics(0.5, 60, 1000) + "1001,100")
+    curves = read_curves(path)
+    assert len(curves["epoch"]) == 200 and curves["epoch"][0] == 1 and curves["epoch"][-1] == 1000
+    path.write_text("epoch,val_loss\n1,2\n2,nan\n3,inf\n4,1\n")
+    assert read_curves(path)["val_loss"] == [2, None, None, 1]
+    path.write_text("run,epoch,val_loss\n0,1,2\n0,2,2\n1,1,2\n")  # of several trainings
+    assert read_curves(path) == {}
+
+
+def test_an_error_is_told_in_the_log(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path, "amortised_clustering", "fails") as run:
+        run.open({"type": "Swarm"}, overwrite=False, to_stdout=False)
+        run.last.write_bytes(b"a checkpoint")
+        1 / 0  # noqa: B018
+    assert states(tmp_path) == {"amortised_clustering/fails.part": ("failed", "failed: division by zero")}
+
+
+def test_models_of_a_zoo_are_runs(tmp_path: Path) -> None:
+    zoo = tmp_path / "zoo" / "cifar10-mCNN"
+    zoo.mkdir(parents=True)
+    for index, accuracy in enumerate((0.8, 0.9)):
+        record = {"script": "train_zoo", "model": index, "options": {"arch": "mCNN", "seed": 0}, "test": {"accuracy": accuracy}}
+        (zoo / f"{index}.json").write_text(json.dumps(record))
+    (zoo / "2.last.pkl").write_bytes(b"a checkpoint")
+    (zoo / "2.csv").write_text(metrics(0.5, 60, 2))
+    (zoo / "3.json").write_text("{")
+    runs = {run.name: run for run in find_runs(tmp_path)}
+    assert {name: run.state for name, run in runs.items()} == {
+        "zoo/cifar10-mCNN/0": "finished", "zoo/cifar10-mCNN/1": "finished", "zoo/cifar10-mCNN/2": "stopped",
+        "zoo/cifar10-mCNN/3": "broken",
+    }  # fmt: skip
+    assert runs["zoo/cifar10-mCNN/1"].seed == 1 and runs["zoo/cifar10-mCNN/1"].options == {"arch": "mCNN"}
+
+
+# ---- tables and figures --------------------------------------------------------------------------------------------------
+
+
+def test_tables_over_seeds(tmp_path: Path) -> None:
+    runs = tmp_path / "amortised_clustering"
+    for seed, loss in enumerate((0.4, 0.5, 0.9)):
+        write_clustering(runs / f"swarm{seed}", loss, seed=seed, seconds=60 * (seed + 1))
+    write_clustering(runs / "lstm", 0.7, type="LS|TM <b>", seed=5)
+    stopped = write_clustering(runs / "swarm3.part", 0.1, seed=3)
+    (stopped / "result.json").unlink()
+    (stopped / "last.pkl").write_bytes(b"a checkpoint")
+    assert collect(tmp_path) == 0
+    with open(tmp_path / "tables" / "amortised_clustering.csv") as file:
+        rows = {row["type"]: row for row in csv.DictReader(file)}
+    swarm, lstm = rows["Swarm"], rows["LS|TM <b>"]
+    assert float(swarm["cross entropy"]) == pytest.approx(0.6) and float(swarm["cross entropy, deviation"]) == pytest.approx(
+        0.07**0.5
+    )
+    assert (swarm["cross entropy, n"], swarm["runs"], swarm["not finished"]) == ("3", "3", "1")
+    assert float(swarm["minutes"]) == pytest.approx(2) and swarm["parameters"] == "9226" and swarm["device"] == "CPU, 1 thread"
+    assert lstm["cross entropy, deviation"] == "" and lstm["cross entropy, n"] == "1"
+    assert "lr" not in swarm and "seed" not in swarm  # what does not vary, and what is averaged over
+    table = (tmp_path / "tables" / "amortised_clustering.md").read_text()
+    assert "| 0.6 ± 0.26 |" in table and r"| LS\|TM \<b\> |" in table
+    assert (tmp_path / "tables" / "amortised_clustering.png").stat().st_size > 10_000
+
+
+def test_a_real_run(tmp_path: Path) -> None:
+    line = f"-type SetLinear -tasks 20 -bs 5 -max_epochs 3 -results_dir {tmp_path}"
+    assert exit_status(amortised_clustering.main, line.split()) == 0
+    (run,) = find_runs(tmp_path)
+    result = json.loads((tmp_path / run.path / "result.json").read_text())
+    assert run.state == "finished" and run.options["type"] == "SetLinear" and run.seed == 0
+    assert run.figures["cross entropy"].mean == result["model"]["cross_entropy"] and run.metrics["epoch"] == [1, 2, 3]
+    assert run.files[:3] == ["metrics.png", "weights.png", "samples.png"]
+
+
+def test_what_is_committed(tmp_path: Path) -> None:
+    """All committed runs are read, every paper's figure is drawn, and the committed tables are those of these runs."""
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z", "results"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git, so nobody knows what is committed")
+    for name in filter(None, listed.stdout.split("\0")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    results, out = tmp_path / "results", tmp_path / "out"
+    assert collect(results, "--out", str(out)) == 0
+    assert {state for state, _ in states(results).values()} == {"finished"}
+    drawn = {path.name.partition("-")[0].removesuffix(".png") for path in (out / "tables").glob("*.png")}
+    tables = {path.stem: path.read_text() for path in (out / "tables").glob("*.md")}
+    assert drawn == set(tables) - {"deepsets_exercise"} and len(drawn) == 8
+    assert tables == {path.stem: path.read_text() for path in (results / "curated" / "tables").glob("*.md")}
+
+
+def test_chunks_of_a_sweep_are_one_figure_and_differing_kinds_of_networks_several(tmp_path: Path) -> None:
+    source = json.loads((ROOT / "results" / "stitching" / "full" / "result.json").read_text())
+    for name, arch, cells in (("0", "mCNN", 0), ("1", "mCNN", 1), ("2", "../mCNN", 0)):
+        path = tmp_path / "cifar10_stitching" / name
+        path.mkdir(parents=True)
+        chunk = [cell for i, cell in enumerate(source["cells"]) if i // 4 % 2 == cells]
+        (path / "result.json").write_text(json.dumps(source | {"arch": arch, "cells": chunk}))
+    assert collect(tmp_path) == 0
+    assert sorted(path.name for path in (tmp_path / "tables").glob("*.png")) == [
+        "cifar10_stitching-_mCNN-fashionmnist.png", "cifar10_stitching-mCNN-fashionmnist.png",
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("once", "again"):  # the same pairs twice
+        path = tmp_path / "cifar10_stitching" / name
+        path.mkdir(parents=True)
+        (path / "result.json").write_text((ROOT / "results" / "stitching" / "full" / "result.json").read_text())
+    assert collect(tmp_path) == 0
+    assert "cifar10_stitching: no figure: two of these runs have joined the same pair" in capsys.readouterr().out
+
+
+def test_five_hundred_runs_within_ten_seconds(tmp_path: Path) -> None:
+    for i in range(500):
+        kind = ("Swarm", "LSTM", "SetLinear", "SetTransformer")[i % 4]
+        write_clustering(tmp_path / "amortised_clustering" / str(i), 0.5 + i / 1000, type=kind, lr=i // 20, seed=i, n_rows=300)
+    began = time.monotonic()
+    assert collect(tmp_path) == 0
+    assert time.monotonic() - began < 10
+
+
+# ---- command line --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = write_clustering(tmp_path / "run", 0.5)
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    for place, options, message in (
+        (tmp_path / "nowhere", [], "nowhere is no directory"),
+        (run, [], "is a run itself: name the directory above it"),
+        (tmp_path / "empty", [], "there is no run below"),
+        (tmp_path, ["--watch", "0"], "--watch"),
+    ):
+        status = collect(place, "--out", str(out), *options)
+        assert_one_line_and_nothing_made(status, message, out, capsys)
+    out.write_text("a file")
+    assert collect(tmp_path, "--out", str(out)) == 2 and "cannot use" in capsys.readouterr().err
+
+
+def test_watching_until_a_signal(tmp_path: Path) -> None:
+    page = tmp_path / "index.html"
+    command = [sys.executable, "collect_results.py", str(tmp_path), "--watch", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    def wait_for(text: str) -> None:
+        until = time.monotonic() + 60
+        while not (page.exists() and text in page.read_text()):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+
+    wait_for('"runs":[]')  # nothing is there yet
+    write_clustering(tmp_path / "amortised_clustering" / "first", 0.5)
+    wait_for('"path":"amortised_clustering/first"')
+    assert '"watch":1' in page.read_text()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and '"watch":null' in page.read_text() and "1 runs, 0 at work" in out
