@@ -373,7 +373,8 @@ def plot_diagonals(path: Path, title: str, labels: Sequence[str], rows: Sequence
         axes.plot(places, [row["untrained"] for row in own], linestyle=":", color=colour, label=f"{name}, untrained")
     note = " (* inside a residual block)" if any(label.endswith("*") for label in labels) else ""
     axes.set_xticks(range(len(labels)), labels)
-    axes.set(title=f"{title}, mean and deviation of pairs", xlabel=f"layer{note}", ylabel="similarity", ylim=(None, 1.02))
+    _headline(figure, f"{title}, mean and deviation of pairs")
+    axes.set(xlabel=f"layer{note}", ylabel="similarity", ylim=(None, 1.02))
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right center")
     save_figure(figure, path, PRINT)
@@ -409,7 +410,10 @@ def plot_over_time(
     curves: Sequence[tuple[str, Sequence[float], Sequence[float]]],
     levels: Mapping[str, float],
 ) -> None:
-    """Curves of (label, minutes, values), several of a label faint below their mean; `levels` to judge them by."""
+    """Curves of (label, minutes, values), several of a label faint below their mean; `levels` to judge them by.
+
+    A level far above the curves, as chance is, stands in the legend alone.
+    """
     figure = Figure(figsize=(10, 5), layout="constrained")
     _headline(figure, title)
     axes = figure.subplots()
@@ -423,8 +427,9 @@ def plot_over_time(
         mean = np.mean([np.interp(grid, minutes, values) for minutes, values in own], axis=0)
         name = textwrap.fill(f"{label} (n = {len(own)})", width=40)
         axes.plot(grid, mean, color=colour, linewidth=2, linestyle=("-", "--", ":")[i // len(PALETTE) % 3], label=name)
+    top = max(max(values) for *_, values in curves)
     _references(axes, levels)
-    axes.set(xlabel="minutes of training", ylabel=measure)
+    axes.set(xlabel="minutes of training", ylabel=measure, ylim=(None, 1.05 * top))
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right center")
     save_figure(figure, path)
