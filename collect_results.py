@@ -15,6 +15,7 @@ import re
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -29,9 +30,11 @@ from cifar10_stitching import with_chunks_together
 from common import plotting
 from common.run.checkpoint import write_in_one_step
 from common.run.collected import MISSHAPEN, Run, find_runs, is_run
+from common.run.directory import RunError
 from common.run.ending import refusing, say
 from common.run.figures import Figure, value_at
 from common.run.interruption import Interruption
+from common.run.lock import release_lock, take_lock
 from common.run.options import OneLineParser, at_least
 from common.run.page import write_page
 from common.run.records import RecordError, finite, write_table
@@ -46,7 +49,8 @@ MAIN = {
     "cifar10_alignment": ("arch", "dataset", "similarity"),
     "routing_networks": ("data", "model", "decision"),
 }
-N_DRAWN = 40  # rows of a figure
+N_CURVES, N_ROWS = 20, 40  # of a figure; the best ones
+SAME_LEVEL = 0.2  # by how much a level, such as an oracle's loss, may differ from run to run
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -74,7 +78,7 @@ class Group:
         return [run for run in self.runs if run.state == "finished"]
 
     def figure(self, name: str) -> Figure | None:
-        """Mean, deviation and n over seeds; of a single run, over what it repeats within itself."""
+        """Mean, deviation and n over runs; of a single one, over what it repeats within itself."""
         found = [run.figures[name] for run in self.finished if name in run.figures]
         if len(found) < 2:
             return found[0] if found else None
@@ -83,11 +87,12 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    groups: dict[str, Group] = {}
+    """Groups in the order of their first runs. What a finished run alone knows of its options (kind) does not divide them."""
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        key = repr(sorted(run.options.items(), key=lambda item: item[0]))
-        groups.setdefault(key, Group(run.options, [])).runs.append(run)
-    return list(groups.values())
+        key = repr(sorted((name, repr(value)) for name, value in run.options.items() if name != "kind"))
+        groups.setdefault(key, []).append(run)
+    return [Group(max(of, key=lambda run: len(run.options)).options, of) for of in groups.values()]
 
 
 def varying(runs: Sequence[Run]) -> list[str]:
@@ -147,7 +152,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A table whose cells show what they hold, whatever that is."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(re.sub(r"([\\|<>*`\[\]])", r"\\\1", " ".join(cell.split())) for cell in cells) + " |"
+        return "| " + " | ".join(re.sub(r"([\\|<>&~*`\[\]])", r"\\\1", " ".join(cell.split())) for cell in cells) + " |"
 
     head = list(rows[0])
     return "\n".join(
@@ -164,12 +169,11 @@ def draw(script: str, groups: Sequence[Group], folder: Path) -> list[Path]:
     results = [run.result for group in groups for run in group.finished]
     match script:
         case "amortised_clustering":
-            levels = {name: mean_level(results, f"{name}.cross_entropy") for name in ("chance", "oracle")}
+            levels = {name: level(results, f"{name}.cross_entropy") for name in ("chance", "oracle")}
             draw_over_time(path, "clustering: validation loss over training time", "cross entropy", "val_loss", groups, levels)
         case "swarm_transformer":
             levels = {
-                name: mean_level(results, f"validation.levels.{name}", scale=1 / np.log(2))
-                for name in ("chance", "by position")
+                name: level(results, f"validation.levels.{name}", scale=1 / np.log(2)) for name in ("chance", "by position")
             }
             draw_over_time(path, "images: bits per dimension over training time", "validation bits", "val_bits", groups, levels)
         case "train_ssl":
@@ -193,36 +197,42 @@ def draw(script: str, groups: Sequence[Group], folder: Path) -> list[Path]:
 
 
 def labels(groups: Sequence[Group], script: str) -> list[str]:
-    """Names for the groups: values of the main options, and others only where these do not tell them apart."""
+    """Names for the groups: values of the main options, and others only where these do not tell them apart. No mathematics."""
     main = MAIN[script]
     short = [" ".join(str(group.options.get(name)) for name in main) for group in groups]
     others = [name for name in varying([run for group in groups for run in group.runs]) if name not in main]
-    return [
+    full = [
         label if short.count(label) == 1 else f"{label}, {', '.join(f'{name} {group.options.get(name)}' for name in others)}"
         for label, group in zip(short, groups, strict=True)
     ]
+    return [label.replace("$", r"\$") for label in full]
 
 
-def mean_level(results: Sequence[dict[str, Any]], place: str, scale: float = 1.0) -> float | None:
-    """A level to judge by that each run has measured for its own data."""
+def level(results: Sequence[dict[str, Any]], place: str, scale: float = 1.0) -> float | None:
+    """A level to judge by that each run has measured for its own data; None where these have none in common."""
     found = [value for result in results if (value := value_at(result, place)) is not None]
-    return scale * statistics.fmean(found) if found else None
+    if not found or max(found) - min(found) > SAME_LEVEL * abs(max(found)):
+        return None
+    return scale * statistics.fmean(found)
 
 
 def draw_over_time(
     path: Path, title: str, measure: str, column: str, groups: Sequence[Group], levels: dict[str, float | None]
 ) -> None:
-    """A measure of metrics.csv over minutes, a colour a group."""
-    curves: list[tuple[str, list[float], list[float]]] = []
+    """A measure of metrics.csv, less of which is better, over minutes, a colour a group."""
+    curves: dict[str, list[tuple[list[float], list[float]]]] = {}
     for label, group in zip(labels(groups, path.stem), groups, strict=True):
         for run in group.finished:
             both = zip(run.metrics.get("seconds", []), run.metrics.get(column, []), strict=False)
             points = [(s / 60, value) for s, value in both if s is not None and value is not None]
             if points:
-                curves.append((label, [x for x, _ in points], [y for _, y in points]))
+                curves.setdefault(label, []).append(([x for x, _ in points], [y for _, y in points]))
     if not curves:
         raise RecordError(f"none of the runs has {column} in its metrics.csv")
-    plotting.plot_over_time(path, title, measure, curves, {name: level for name, level in levels.items() if level is not None})
+    best = sorted(curves, key=lambda label: statistics.fmean(values[-1] for _, values in curves[label]))[:N_CURVES]
+    shown = [(label, *curve) for label in best for curve in curves[label]]
+    known = {name: level for name, level in levels.items() if level is not None}
+    plotting.plot_over_time(path, title + best_of(len(best), len(curves)), measure, shown, known)
 
 
 def draw_points(path: Path, title: str, figure: str, chance: str, groups: Sequence[Group], scale: float = 1.0) -> None:
@@ -232,12 +242,17 @@ def draw_points(path: Path, title: str, figure: str, chance: str, groups: Sequen
         found = group.figure(figure)
         if found is not None:
             half = None if found.deviation is None else scale * found.deviation
-            level = value_at(group.finished[0].result, chance) or 0.0
-            rows.append({"label": label, "accuracy": scale * found.mean, "half": half, "n": found.n, "chance": scale * level})
+            by_chance = level([run.result for run in group.finished], chance, scale)
+            rows.append({"label": label, "accuracy": scale * found.mean, "half": half, "n": found.n, "chance": by_chance})
     if not rows:
         raise RecordError(f"none of the runs has measured {figure}")
     rows.sort(key=lambda row: -row["accuracy"])
-    plotting.plot_intervals(path, f"{title}, mean and standard deviation", rows[:N_DRAWN])
+    shown = rows[:N_ROWS]
+    plotting.plot_intervals(path, f"{title}, mean and standard deviation{best_of(len(shown), len(rows))}", shown)
+
+
+def best_of(shown: int, all_of_them: int) -> str:
+    return f" (the {shown} best of {all_of_them})" if shown < all_of_them else ""
 
 
 def draw_penalties_of_joints(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -273,7 +288,15 @@ def new_file(folder: Path, script: str, *of: str, taken: Sequence[Path]) -> Path
 
 
 def file_stem(text: str) -> str:
-    return re.sub(r"\W+", "_", text)
+    """A text as part of a file's name; what had to be changed for that gets a number of its own."""
+    if re.fullmatch(r"\w{1,80}", text, re.ASCII):
+        return text
+    return f"{re.sub(r'[^a-zA-Z0-9]+', '_', text)[:60]}-{zlib.crc32(text.encode(errors='replace')):08x}"
+
+
+def printable(text: str) -> str:
+    """A text on one line that every terminal can show."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
 
 
 # ---- everything together -------------------------------------------------------------------------------------------------
@@ -285,12 +308,22 @@ class Collection:
     def __init__(self, place: Path, out: Path):
         self.place, self.out, self.tables = place, out, out / "tables"
         self.pictures: dict[str, list[Path]] = {}  # of each experiment
-        self.drawn: dict[str, list[tuple[str, str]]] = {}  # finished runs that they show
+        self.drawn: dict[str, list[tuple[str, float]]] = {}  # finished runs that they show
 
     def write(self, watch: int | None) -> list[Run]:
-        """Read all runs and write what they come to. Raises OSError if there is no place for it."""
+        """Read all runs and write what they come to. Raises OSError if there is no place for it, RunError if it is taken."""
         runs = list(find_runs(self.place))
         self.tables.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(self.tables / "lock")
+        if lock is None:
+            raise RunError(f"{self.tables} is being written by another process: try again")
+        try:
+            self.write_all(runs, watch)
+        finally:
+            release_lock(lock, self.tables / "lock")
+        return runs
+
+    def write_all(self, runs: list[Run], watch: int | None) -> None:
         experiments = [
             self.write_experiment(script, [run for run in runs if run.script == script]) for script in scripts_of(runs)
         ]
@@ -299,10 +332,9 @@ class Collection:
             "collected": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S"),
             "watch": watch,
             "experiments": experiments,
-            "runs": [self.for_page(run) for run in runs],
+            "runs": self.for_page(runs),
         }
         write_page(self.out / "index.html", finite(data))
-        return runs
 
     def write_experiment(self, script: str, runs: list[Run]) -> dict[str, Any]:
         """The tables and figures of one; what the page needs of them."""
@@ -310,12 +342,13 @@ class Collection:
         write_table(self.tables / f"{name}.csv", [for_csv(row) for row in rows])
         text = markdown(rows) + "\n"
         write_in_one_step(self.tables / f"{name}.md", lambda file: file.write(text.encode(errors="replace")))
-        finished = [(run.path, run.written) for run in runs if run.state == "finished"]
-        if finished and self.drawn.get(script) != finished:
+        finished = [(run.path, run.modified) for run in runs if run.state == "finished"]
+        if self.drawn.get(script) != finished:
+            self.pictures[script] = []
             try:
                 self.pictures[script] = draw(script, [group for group in group_runs(runs) if group.finished], self.tables)
             except (RecordError, *MISSHAPEN) as error:
-                say(f"{script}: no figure: {error}")
+                say(f"{printable(script)}: no figure: {printable(str(error))}")
             self.drawn[script] = finished
         pictures = [{"name": path.name, "source": self.address(path)} for path in self.pictures.get(script, [])]
         groups = [list(rows[0]), *([as_text(value) for value in row.values()] for row in rows)]
@@ -323,10 +356,18 @@ class Collection:
             "script": script, "varying": varying(runs), "figures": figure_names(runs), "pictures": pictures, "groups": groups
         }  # fmt: skip
 
-    def for_page(self, run: Run) -> dict[str, Any]:
-        """A run without what the page does not show."""
+    def for_page(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """What the page shows of runs. They keep their key when they finish: it is the path that they have then."""
+        paths = {run.path for run in runs}
+        shown = [self.one_for_page(run) for run in runs]
+        for run in shown:
+            final = run["path"].removesuffix(".part")
+            run["key"] = run["path"] if final in paths else final
+        return shown
+
+    def one_for_page(self, run: Run) -> dict[str, Any]:
         files = [{"name": name, "source": self.address(self.place / run.folder / name)} for name in run.files]
-        shown = asdict(run) | {"name": run.name, "protocol": run.result.get("protocol"), "files": files}
+        shown = asdict(run) | {"name": run.name, "written": run.written, "files": files}
         shown["pictures"] = [file for file in files if file["name"].endswith(".png")]
         shown["metrics"] = {
             name: [None if value is None else float(f"{value:.5g}") for value in values] for name, values in run.metrics.items()
@@ -336,7 +377,7 @@ class Collection:
 
     def address(self, path: Path) -> str:
         """Where the page finds a file."""
-        return quote(os.path.relpath(path, self.out))
+        return quote(os.fsencode(os.path.relpath(path, self.out)))
 
 
 def scripts_of(runs: Sequence[Run]) -> list[str]:
@@ -349,20 +390,22 @@ def summary(runs: Sequence[Run]) -> str:
     for script in scripts_of(runs):
         states = [run.state for run in runs if run.script == script]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        lines.append(f"{script:>22}: {counts}")
+        lines.append(f"{printable(script):>22}: {counts}")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args = parser.parse_args(argv)
+    if "" in (args.place, args.out):
+        parser.error("an empty name is no directory")
     place, out = Path(args.place), Path(args.out or args.place)
     if not place.is_dir():
         parser.error(f"{place} is no directory: name the one that runs are in, as --results-dir did")
-    if is_run(place, os.listdir(place)):
-        parser.error(f"{place} is a run itself: name the directory above it")
     collection = Collection(place, out)
     with refusing(parser):
+        if is_run(place, os.listdir(place)):
+            parser.error(f"{place} is a run itself: name the directory above it")
         if args.watch is None:
             if next(find_runs(place), None) is None:
                 parser.error(f"there is no run below {place}")
@@ -378,8 +421,11 @@ def watch(collection: Collection, seconds: int) -> None:
     with Interruption() as interruption:
         say(f"{collection.out / 'index.html'} is written every {seconds} seconds, until Ctrl-C")
         while not interruption.signal:
-            states = [run.state for run in collection.write(seconds)]
-            say(f"{datetime.now():%H:%M:%S}  {len(states)} runs, {states.count('running')} at work")
+            try:
+                states = [run.state for run in collection.write(seconds)]
+                say(f"{datetime.now():%H:%M:%S}  {len(states)} runs, {states.count('running')} at work")
+            except (OSError, RunError) as error:  # which may pass
+                say(f"{datetime.now():%H:%M:%S}  not written: {error}")
             until = time.monotonic() + seconds
             while not interruption.signal and time.monotonic() < until:
                 time.sleep(0.1)

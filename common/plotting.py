@@ -427,16 +427,16 @@ def plot_over_time(
         mean = np.mean([np.interp(grid, minutes, values) for minutes, values in own], axis=0)
         name = textwrap.fill(f"{label} (n = {len(own)})", width=40)
         axes.plot(grid, mean, color=colour, linewidth=2, linestyle=("-", "--", ":")[i // len(PALETTE) % 3], label=name)
-    top = max(max(values) for *_, values in curves)
+    low, high = (of(of(values) for *_, values in curves) for of in (min, max))
     _references(axes, levels)
-    axes.set(xlabel="minutes of training", ylabel=measure, ylim=(None, 1.05 * top))
+    axes.set(xlabel="minutes of training", ylabel=measure, ylim=(None, high + 0.05 * (high - low) if high > low else None))
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right center")
     save_figure(figure, path)
 
 
 def plot_intervals(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of label, accuracy and half of its interval (or None) in per cent, a bar each, beside their level of chance."""
+    """Rows of label, accuracy, half of its interval (or None) and chance in per cent, a bar each."""
     figure = Figure(figsize=(10, 0.6 * len(rows) + 1.4), layout="constrained")
     _headline(figure, title)
     axes = figure.subplots()
@@ -444,7 +444,8 @@ def plot_intervals(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) ->
     axes.errorbar([row["accuracy"] for row in rows], range(len(rows)), xerr=halves, fmt="o", color=VALIDATION, capsize=3)
     labels = [textwrap.fill(f"{row['label']} (n = {row['n']})", width=60) for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
-    axes.set(xlabel=f"accuracy in % (chance {rows[0]['chance']:g})")
+    chances = {row["chance"] for row in rows}
+    axes.set(xlabel="accuracy in %" + (f" (chance {chances.pop():g})" if len(chances) == 1 and None not in chances else ""))
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.25)
     save_figure(figure, path)

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ NO_OPTIONS = (
     "wandb_project", "python", "torch", "gpu", "cpu_threads", "platform", "git_revision", "networks", "drawn_pairs",
 )  # fmt: skip
 # what a file of somebody else's making may raise in whoever trusts its form
-MISSHAPEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+MISSHAPEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, csv.Error)
 
 
 @dataclass
@@ -56,12 +56,18 @@ class Run:
     minutes: float | None = None
     device: str = ""
     revision: str = ""
-    written: str = ""
+    protocol: str = ""
+    modified: float = 0  # seconds since 1970
 
     @property
     def name(self) -> str:
         """The path, without what all runs of the script have in it."""
         return self.path.removeprefix(f"{self.script}/").removesuffix(".part")
+
+    @property
+    def written(self) -> str:
+        """When, in local time."""
+        return datetime.fromtimestamp(self.modified).strftime("%Y-%m-%d %H:%M") if self.modified else ""
 
 
 def find_runs(place: Path) -> Iterator[Run]:
@@ -75,8 +81,10 @@ def find_runs(place: Path) -> Iterator[Run]:
         below[:] = sorted(
             name for name in below if not (name.startswith((".", "figures-")) or (path == place and name == "slurm"))
         )
-        for index in sorted({int(found[1]) for name in files if (found := re.fullmatch(r"(\d+)\.(json|last\.pkl)", name))}):
-            yield read_model(path, index, place)
+        for index in sorted({found[1] for name in files if (found := re.fullmatch(r"(\d+)\.(json|last\.pkl)", name))}, key=int):
+            run = guarded(read_model, path, place, index)
+            if not {f"{index}.pt", f"{index}.last.pkl"}.isdisjoint(files) or run.result.get("script") == "train_zoo":
+                yield run
 
 
 def is_run(path: Path, files: list[str]) -> bool:
@@ -85,14 +93,26 @@ def is_run(path: Path, files: list[str]) -> bool:
 
 def read_run(path: Path, place: Path) -> Run:
     """A run's directory; if it gets its final name while it is read, under that one."""
-    run, final = look_at(path, place), path.with_suffix("")
-    return look_at(final, place) if path.suffix == ".part" and not path.exists() and final.is_dir() else run
+    run, final = guarded(look_at, path, place), path.with_suffix("")
+    if path.suffix == ".part" and not os.path.exists(path) and os.path.isdir(final):
+        return guarded(look_at, final, place)
+    return run
+
+
+def guarded(read: Callable[..., Run], path: Path, place: Path, *more: str) -> Run:
+    """What a reader says of a path, or a broken run if that is too much for it."""
+    try:
+        return read(path, place, *more)
+    except (*MISSHAPEN, OSError) as error:
+        where = str(path.joinpath(*more).relative_to(place))
+        return Run(where, path.parent.name, "broken", f"cannot be read: {type(error).__name__}: {error}"[:300], folder=where)
 
 
 def look_at(path: Path, place: Path) -> Run:
+    """A run's directory as it stands. Raises OSError, or one of MISSHAPEN."""
     run = Run(str(path.relative_to(place)), script=path.parent.name if path.parent != place else "unknown", state="broken")
     run.folder = run.path
-    files = attempt(lambda: sorted(file.name for file in path.iterdir() if file.is_file()), [])
+    files = sorted(file.name for file in path.iterdir() if file.is_file())
     run.files = [*(name for name in PICTURES if name in files), *(name for name in files if name not in PICTURES)]
     complaints: list[str] = []
     options = read_json(path / ARGS, complaints) if ARGS in files else {}
@@ -119,9 +139,9 @@ def look_at(path: Path, place: Path) -> Run:
     return run
 
 
-def read_model(folder: Path, index: int, place: Path) -> Run:
+def read_model(folder: Path, place: Path, index: str) -> Run:
     """A model of a zoo: INDEX.json beside its weights when it has finished, INDEX.last.pkl while it trains."""
-    run = Run(str((folder / str(index)).relative_to(place)), script="train_zoo", state="broken")
+    run = Run(str((folder / index).relative_to(place)), script="train_zoo", state="broken")
     run.folder = str(folder.relative_to(place))
     run.files = [f"{index}.{kind}" for kind in ("json", "csv") if (folder / f"{index}.{kind}").is_file()]
     complaints: list[str] = []
@@ -137,20 +157,19 @@ def read_model(folder: Path, index: int, place: Path) -> Run:
 
 
 def fill_in(run: Run, args: dict[str, Any], metrics: Path) -> None:
-    """What options, result and metrics tell. What is misshapen makes the run a broken one."""
+    """What options, result and metrics tell. A result that is misshapen makes the run a broken one."""
     result = run.result
     if isinstance(result.get("script"), str):
         run.script = result["script"]
-    named = args.get("options", args) | {name: result[name] for name in ("kind",) if name in result}
-    if isinstance(named, dict):
-        kept = {name: value for name, value in named.items() if name not in NO_OPTIONS and not is_fingerprint(value)}
-        run.options = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in kept.items()}
+    named = args["options"] if isinstance(args.get("options"), dict) else args
+    kept = {name: value for name, value in named.items() if name not in NO_OPTIONS and not is_fingerprint(value)}
+    run.options = {name: plain(value) for name, value in kept.items()}
     seed = result.get("model") if run.script == "train_zoo" else args.get("seed")
     run.seed = seed if isinstance(seed, int) else None
     machine = args | result
     n_threads = machine.get("cpu_threads", "")
     run.device = str(machine.get("gpu") or f"CPU, {n_threads} thread{'s' * (n_threads != 1)}") if n_threads else ""
-    run.revision = str(machine.get("git_revision", ""))
+    run.revision, run.protocol = (str(machine.get(name, "")) for name in ("git_revision", "protocol"))
     parameters = value_at(result, "parameters") or value_at(result, "parameters.total")
     run.parameters = None if parameters is None else int(parameters)
     if metrics.is_file():
@@ -158,13 +177,20 @@ def fill_in(run: Run, args: dict[str, Any], metrics: Path) -> None:
     try:
         run.figures = figures_of(result)
     except MISSHAPEN as error:
-        run.state, run.note = "broken", f"{RESULT} is not as {run.script}.py writes it: {type(error).__name__}: {error}"
+        run.state = "broken"
+        run.note = f"{RESULT} is not as {run.script}.py writes it: {type(error).__name__}: {error}"[:300]
     seconds = value_at(result, "seconds") or next((s for s in reversed(run.metrics.get("seconds", [])) if s is not None), None)
     run.minutes = None if seconds is None else seconds / 60
-    newest = max(
+    run.modified = max(
         (file.stat().st_mtime for name in (RESULT, METRICS, LOG) if (file := metrics.parent / name).is_file()), default=0
     )
-    run.written = datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%d %H:%M") if newest else ""
+
+
+def plain(value: Any) -> Any:
+    """An option as a cell shows it: words of a list one after the other, anything deeper as JSON."""
+    if isinstance(value, list) and not any(isinstance(word, list | dict) for word in value):
+        return " ".join(map(str, value))
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def is_fingerprint(value: Any) -> bool:
@@ -176,13 +202,15 @@ def attempt(read: Callable[[], Any], otherwise: Any) -> Any:
     """What a file says that may be half-written, or is missing."""
     try:
         return read()
-    except (*MISSHAPEN, OSError, csv.Error):
+    except (*MISSHAPEN, OSError):
         return otherwise
 
 
 def read_json(path: Path, complaints: list[str]) -> dict[str, Any]:
     """A JSON object; if there is none, {} and a complaint."""
     try:
+        if path.exists() and not path.is_file():  # opening it may take forever
+            raise OSError(0, "it is no file")
         content = json.loads(path.read_text())
     except OSError as error:
         complaints.append(f"{path.name} cannot be read: {error.strerror}")
@@ -196,7 +224,7 @@ def read_json(path: Path, complaints: list[str]) -> dict[str, Any]:
 
 
 def read_curves(path: Path) -> dict[str, list[float | None]]:
-    """metrics.csv by column, thinned out evenly to 200 rows; {} if its rows do not follow each other in time."""
+    """metrics.csv by column, each thinned out evenly to about 200 values; {} if its rows do not follow each other in time."""
     with open(path, newline="", errors="replace") as file:
         rows = list(csv.DictReader(file))
     if rows and None in (*rows[-1], *rows[-1].values()):
@@ -207,10 +235,13 @@ def read_curves(path: Path) -> dict[str, list[float | None]]:
     time = next((columns[name] for name in ("step", "epoch") if name in columns), [])
     if not time or any(a is None or b is None or a >= b for a, b in pairwise(time)):
         return {}  # rows of several trainings
-    kept = (
-        sorted({round(i * (len(rows) - 1) / (N_ROWS - 1)) for i in range(N_ROWS)}) if len(rows) > N_ROWS else range(len(rows))
-    )
-    return {name: [values[i] for i in kept] for name, values in columns.items() if any(v is not None for v in values)}
+    kept: set[int] = set()
+    for values in columns.values():  # each by itself: one that is measured every tenth epoch keeps all that there is
+        known = [i for i, value in enumerate(values) if value is not None]
+        kept |= set(
+            known if len(known) <= N_ROWS else (known[round(i * (len(known) - 1) / (N_ROWS - 1))] for i in range(N_ROWS))
+        )
+    return {name: [values[i] for i in sorted(kept)] for name, values in columns.items() if any(v is not None for v in values)}
 
 
 def number(text: str | None) -> float | None:

@@ -118,7 +118,10 @@ class RunDirectory:
             begun = (self.part / LAST).exists()  # if not, what an earlier start has left behind says nothing about this run
             if not begun or not (self.part / ARGS).exists():
                 write_json(self.part / ARGS, args | environment())
-            self._log = None if to_stdout else open(self.part / "log", "a" if begun else "w")
+            if not to_stdout:
+                self._log = open(self.part / "log", "a" if begun else "w", encoding="utf-8", errors="backslashreplace")
+            if begun and self._log is not None:
+                self.log("started again")
         except OSError as error:
             raise RunError(
                 f"cannot write to {error.filename or self.part}: {error.strerror}; name another place for results"

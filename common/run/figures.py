@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,19 +67,18 @@ def figures_of(result: Mapping[str, Any]) -> dict[str, Figure]:
     match result.get("script"):
         case "cifar10_stitching":
             return {
-                f"penalty, layer {of['layer']}": Figure(float(of["penalty"]), of["deviation"], of["n"])
-                for of in result["layers"]
+                f"penalty, layer {of['layer']}": checked(of["penalty"], of["deviation"], of["n"]) for of in result["layers"]
             }
         case "cifar10_alignment":
             deviations = result["published_deviation"]
             return {
-                f"similarity, layer {layer['index']}": Figure(value, deviations and deviations[i][i], len(result["pairs"]))
+                f"similarity, layer {layer['index']}": checked(value, deviations and deviations[i][i], len(result["pairs"]))
                 for i, layer in enumerate(result["layers"])
                 if (value := result["published"][i][i]) is not None  # null: it is dead
             }
         case "cifar10_projections":
             return {
-                f"penalty, {of['activation']} {of['layer']}, {of['group']}": Figure(of["penalty"], of["deviation"], of["n"])
+                f"penalty, {of['activation']} {of['layer']}, {of['group']}": checked(of["penalty"], of["deviation"], of["n"])
                 for of in result["penalties"]
             }
         case script:
@@ -88,17 +86,29 @@ def figures_of(result: Mapping[str, Any]) -> dict[str, Figure]:
             return {name: Figure(value) for name, value in found.items() if value is not None}
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that can be reckoned with; NaN is none, and neither are numbers without measure."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
+
+
+def checked(mean: Any, deviation: Any, n: Any) -> Figure:
+    """A figure of what a file says. Raises ValueError if it is none."""
+    if not (is_number(mean) and (deviation is None or is_number(deviation)) and isinstance(n, int)):
+        raise ValueError(f"{mean!r:.50} ± {deviation!r:.50} (n = {n!r:.50}) is no figure")
+    return Figure(float(mean), deviation, n)
+
+
 def value_at(result: Mapping[str, Any], place: str) -> float | None:
     """A number of a result by its place; None if it is not there, or no number."""
     value: Any = result
     for part in place.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    return float(value) if isinstance(value, int | float) and isfinite(value) else None
+    return float(value) if is_number(value) else None
 
 
 def last_row(path: Path, options: Mapping[str, Any]) -> str:
     """Epoch, figures and time of the last row of a table of epochs; the time to go, where the options of the run tell it."""
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
     if not rows or None in rows[-1].values() or not rows[-1].keys() >= {"epoch", "seconds"}:
         return ""
     row = rows[-1]

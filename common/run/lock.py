@@ -17,25 +17,30 @@ def take_lock(path: Path) -> TextIO | None:
 
     None if another process has it, or has just removed it. Raises OSError if there is no place for it.
     """
-    lock = open(path, "w")
-    for _ in range(LOOKS):
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+    for look in range(LOOKS):
+        time.sleep(SECONDS * (look > 0))
+        try:
+            lock = open(path, "w")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # whoever had it may have removed or renamed it after it was opened here
             return lock if os.path.samestat(os.fstat(lock.fileno()), path.stat()) else None
-        time.sleep(SECONDS)
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            lock.close()
     return None
 
 
 def is_locked(path: Path) -> bool:
     """Whether a process holds a lock. False where there is no file that can be opened."""
     try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if path.is_file():  # opening anything else may take forever
+            with open(path) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        return False
+        pass
     return False
 
 

@@ -7,13 +7,15 @@ const runs = data.runs;
 const experiments = data.experiments;
 const COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C", "#7B3F00"];
 const STATES = ["finished", "running", "stopped", "failed", "broken"];
+const ALL = "all"; // of an option's values
 const NOT_CURVES = ["epoch", "step", "seconds"];
 const AXES = { epoch: 1, step: 1, minutes: 1 / 60 }; // minutes from seconds
 const FEW = 15; // points of a curve that are marked
+const HUGE = 1e100; // beyond, nothing is drawn
 const SMALL = 1e-3, LARGE = 1e5; // beyond, numbers are shown with an exponent
 
 const view = readAddress();
-const byPath = new Map(runs.map((run) => [run.path, run]));
+const byKey = new Map(runs.map((run) => [run.key, run]));
 
 // ---- small things --------------------------------------------------------------------------------------------------------
 
@@ -43,18 +45,42 @@ function number(value, digits = 4) {
 
 function text(value) {
   if (value === null || value === undefined) return "";
-  if (typeof value === "number") return number(value, 5);
+  if (typeof value === "number") return number(value, 12);
   return typeof value === "object" ? JSON.stringify(value) : String(value);
+}
+
+// What tells values apart: 1 and "1" are two.
+function exactly(value) {
+  return JSON.stringify(value ?? null);
+}
+
+// Order of two values: numbers by size, lists part by part, what is empty last in both directions.
+function compare(a, b, sign = 1) {
+  if (Array.isArray(a) && Array.isArray(b)) return compare(a[0], b[0], sign) || compare(a[1], b[1], sign);
+  const empty = (value) => value === null || value === undefined || value === "";
+  if (empty(a) || empty(b)) return empty(a) - empty(b);
+  if (typeof a === "number" && typeof b === "number") return sign * (a - b);
+  return sign * text(a).localeCompare(text(b), "en", { numeric: true });
+}
+
+// Draw a part anew; what had the focus in it has it again.
+function keepingFocus(part, draw) {
+  const before = document.activeElement;
+  const names = (one) => [one.tagName, one.getAttribute("aria-label"), one.textContent].join();
+  const name = part.contains(before) ? names(before) : null;
+  draw();
+  if (name) [...part.querySelectorAll("button, input, select")].find((one) => names(one) === name)?.focus();
 }
 
 function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
   const options = {};
-  for (const [name, value] of given) if (name.startsWith("o.")) options[name.slice(2)] = value;
+  const experiment = experiments.find((one) => one.script === given.get("experiment"));
+  for (const name of experiment?.varying ?? []) if (given.has(`o.${name}`)) options[name] = given.get(`o.${name}`);
   return {
-    experiment: given.get("experiment") ?? "", state: given.get("state") ?? "", search: given.get("search") ?? "", options,
+    experiment: experiment?.script ?? "", state: STATES.includes(given.get("state")) ? given.get("state") : "", search: given.get("search") ?? "", options,
     sort: given.get("sort") ?? "", descending: given.get("order") === "descending", chosen: given.getAll("run"),
-    axis: given.get("axis") in AXES ? given.get("axis") : "epoch", logarithmic: given.get("scale") === "log",
+    axis: Object.hasOwn(AXES, given.get("axis")) ? given.get("axis") : "epoch", logarithmic: given.get("scale") === "log",
   };
 }
 
@@ -63,7 +89,7 @@ function writeAddress() {
   for (const name of ["experiment", "state", "search", "sort"]) if (view[name]) kept.set(name, view[name]);
   if (view.descending) kept.set("order", "descending");
   for (const [name, value] of Object.entries(view.options)) if (value) kept.set(`o.${name}`, value);
-  for (const path of view.chosen) kept.append("run", path);
+  for (const key of view.chosen) kept.append("run", key);
   if (view.axis !== "epoch") kept.set("axis", view.axis);
   if (view.logarithmic) kept.set("scale", "log");
   history.replaceState(null, "", `#${kept}`);
@@ -80,7 +106,7 @@ function columns() {
     { name: "state", of: (run) => run.state },
     ...(experiment ? experiment.varying.map((name) => ({ name, option: name, of: (run) => run.options[name] })) : []),
     { name: "seed", of: (run) => run.seed },
-    ...(experiment ? [] : [{ name: "first figure", of: (run) => firstFigure(run).join(""), label: firstFigure }]),
+    ...(experiment ? [] : [{ name: "first figure", of: firstFigure, label: (run) => firstFigure(run).map((part) => `${text(part)} `) }]),
     ...figures.map((name) => ({ name, of: (run) => run.figures[name]?.[0], label: (run) => withDeviation(run.figures[name]) })),
     { name: "parameters", of: (run) => run.parameters },
     { name: "minutes", of: (run) => run.minutes },
@@ -91,7 +117,7 @@ function columns() {
 
 function firstFigure(run) {
   const [first] = Object.entries(run.figures);
-  return first ? [`${first[0]} ${number(first[1][0])}`] : [];
+  return first ? [first[0], Number(first[1][0].toPrecision(4))] : [];
 }
 
 function withDeviation(figure) {
@@ -106,7 +132,7 @@ function matching() {
   return runs.filter((run) => {
     if (view.experiment && run.script !== view.experiment) return false;
     if (view.state && run.state !== view.state) return false;
-    for (const [name, value] of Object.entries(view.options)) if (value && text(run.options[name]) !== value) return false;
+    for (const [name, value] of Object.entries(view.options)) if (exactly(run.options[name]) !== value) return false;
     const all = `${run.path} ${run.script} ${run.state} ${run.note} ${JSON.stringify(run.options)}`.toLowerCase();
     return words.every((word) => all.includes(word));
   });
@@ -115,17 +141,14 @@ function matching() {
 function sorted(found, shown) {
   const column = shown.find((one) => one.name === view.sort);
   if (!column) return found;
-  const sign = view.descending ? -1 : 1;
-  const empty = (value) => value === null || value === undefined || value === "";
-  return [...found].sort((first, second) => {
-    const [a, b] = [column.of(first), column.of(second)];
-    if (empty(a) || empty(b)) return empty(a) - empty(b); // last in both directions
-    if (typeof a === "number" && typeof b === "number") return sign * (a - b);
-    return sign * text(a).localeCompare(text(b), "en", { numeric: true });
-  });
+  return [...found].sort((a, b) => compare(column.of(a), column.of(b), view.descending ? -1 : 1));
 }
 
 function showTable() {
+  keepingFocus(document.getElementById("runs"), drawTable);
+}
+
+function drawTable() {
   const shown = columns();
   const found = sorted(matching(), shown);
   const numeric = new Set(shown.filter((column) => found.some((run) => typeof column.of(run) === "number")));
@@ -147,8 +170,9 @@ function showTable() {
 }
 
 function row(run, shown, numeric) {
-  const isChosen = view.chosen.includes(run.path);
-  const box = element("input", { type: "checkbox", checked: isChosen, "aria-label": `show ${run.name}`, onchange: () => choose(run, box.checked) });
+  const isChosen = view.chosen.includes(run.key);
+  const change = () => choose(run, box.checked);
+  const box = element("input", { type: "checkbox", checked: isChosen, "aria-label": `show ${run.name}`, onchange: change });
   const cells = shown.map((column) => {
     if (column.name === "run") return nameCell(run);
     if (column.name === "state") return element("td", { class: `state ${run.state}` }, run.state);
@@ -160,7 +184,7 @@ function row(run, shown, numeric) {
 
 function nameCell(run) {
   const alone = () => {
-    view.chosen = [run.path];
+    view.chosen = [run.key];
     showTable();
     showChosen();
     document.getElementById("shown").scrollIntoView({ behavior: "smooth" });
@@ -170,8 +194,8 @@ function nameCell(run) {
 }
 
 function choose(run, wanted) {
-  view.chosen = view.chosen.filter((path) => path !== run.path);
-  if (wanted) view.chosen.push(run.path);
+  view.chosen = view.chosen.filter((key) => key !== run.key);
+  if (wanted) view.chosen.push(run.key);
   showTable();
   showChosen();
 }
@@ -188,12 +212,15 @@ function showExperiments() {
   };
   const count = (script) => runs.filter((run) => run.script === script).length;
   const buttons = experiments.map((one) => button(one.script, one.script, count(one.script)));
-  document.getElementById("experiments").replaceChildren(button("", "all", runs.length), ...buttons);
+  const place = document.getElementById("experiments");
+  keepingFocus(place, () => place.replaceChildren(button("", "all", runs.length), ...buttons));
 }
 
 function showFilters() {
-  const choice = (label, value, values, change) => {
-    const options = ["", ...values].map((one) => element("option", { value: one, selected: one === value }, one || "any"));
+  // pairs of a value and its name; one that no run has any more can still be seen, and given up
+  const choice = (label, value, pairs, change) => {
+    const known = pairs.some(([one]) => one === value) || value === ALL ? pairs : [...pairs, [value, value]];
+    const options = [[ALL, "any"], ...known].map(([one, name]) => element("option", { value: one, selected: one === value }, name));
     return element("label", {}, label, element("select", { "aria-label": label, onchange: (event) => change(event.target.value) }, ...options));
   };
   const search = element("input", { type: "search", value: view.search, placeholder: "name, option, message", size: 22 });
@@ -201,16 +228,18 @@ function showFilters() {
     view.search = search.value;
     showTable();
   });
-  const states = choice("state", view.state, STATES.filter((state) => runs.some((run) => run.state === state)), (value) => {
-    view.state = value;
+  const found = STATES.filter((state) => runs.some((run) => run.state === state));
+  const states = choice("state", view.state || ALL, found.map((state) => [state, state]), (value) => {
+    view.state = value === ALL ? "" : value;
     showTable();
   });
   const experiment = experiments.find((one) => one.script === view.experiment);
   const options = (experiment?.varying ?? []).map((name) => {
-    const of = runs.filter((run) => run.script === view.experiment).map((run) => text(run.options[name]));
-    const values = [...new Set(of)].filter(Boolean).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
-    return choice(name, view.options[name] ?? "", values, (value) => {
-      view.options[name] = value;
+    const values = new Map(runs.filter((run) => run.script === view.experiment).map((run) => [exactly(run.options[name]), run.options[name]]));
+    const pairs = [...values].sort((a, b) => compare(a[1], b[1])).map(([key, value]) => [key, text(value) || "none"]);
+    return choice(name, view.options[name] ?? ALL, pairs, (value) => {
+      if (value === ALL) delete view.options[name];
+      else view.options[name] = value;
       showTable();
     });
   });
@@ -230,7 +259,7 @@ function showOverview() {
         element("thead", {}, element("tr", {}, ...cells("th", head))),
         element("tbody", {}, ...rows.map((values) => element("tr", {}, ...cells("td", values))))))
     : null;
-  const note = "± is the standard deviation over seeds; of a single run, over what it repeats within itself (pairs, matrices).";
+  const note = "All runs, whatever is filtered below. ± is the standard deviation over runs that differ by their seed alone; of a single run, over what it repeats within itself (pairs, matrices).";
   place.replaceChildren(
     element("details", { open: true }, element("summary", {}, `${experiment.script}, over seeds`),
       element("div", { class: "figures" }, ...pictures), table, element("p", { class: "note" }, note)));
@@ -239,8 +268,8 @@ function showOverview() {
 // ---- chosen runs, side by side -------------------------------------------------------------------------------------------
 
 function showChosen() {
-  view.chosen = view.chosen.filter((path) => byPath.has(path));
-  const chosen = view.chosen.map((path) => byPath.get(path));
+  view.chosen = view.chosen.filter((key) => byKey.has(key));
+  const chosen = view.chosen.map((key) => byKey.get(key));
   const place = document.getElementById("shown");
   place.hidden = !chosen.length;
   const title = chosen.length > 1 ? `${chosen.length} runs side by side` : "One run";
@@ -271,7 +300,7 @@ function caption(chosen, run) {
 
 function differences(chosen) {
   const names = [...new Set(chosen.flatMap((run) => Object.keys(run.options)))];
-  const differ = names.filter((name) => new Set(chosen.map((run) => text(run.options[name]))).size > 1);
+  const differ = names.filter((name) => new Set(chosen.map((run) => exactly(run.options[name]))).size > 1);
   const figures = [...new Set(chosen.flatMap((run) => Object.keys(run.figures)))];
   const line = (name, of) => element("tr", {}, element("th", { scope: "row" }, name), ...chosen.map((run) => element("td", {}, ...of(run))));
   const plain = (name, key) => (chosen.some((run) => run[key] !== null && run[key] !== "") ? [line(name, (run) => [text(run[key])])] : []);
@@ -324,8 +353,10 @@ function curves(chosen) {
     writeAddress();
     charts.replaceChildren(...names.map((name) => chart(name, chosen)));
   };
+  const axes = Object.keys(AXES).filter((name) => chosen.some((run) => Object.hasOwn(run.metrics, columnOf(name))));
+  if (!axes.includes(view.axis)) view.axis = axes[0];
   const axis = element("select", { "aria-label": "axis of the curves", onchange: () => { view.axis = axis.value; redraw(); } },
-    ...Object.keys(AXES).map((name) => element("option", { value: name, selected: name === view.axis }, name)));
+    ...axes.map((name) => element("option", { value: name, selected: name === view.axis }, name)));
   const scale = element("input", { type: "checkbox", checked: view.logarithmic, onchange: () => { view.logarithmic = scale.checked; redraw(); } });
   const charts = element("div", { class: "charts" });
   place.append(element("h2", {}, "curves"),
@@ -334,11 +365,14 @@ function curves(chosen) {
   return place;
 }
 
+function columnOf(axis) {
+  return axis === "minutes" ? "seconds" : axis;
+}
+
 // The known points of a curve. What is measured every few epochs has none in between, and is joined.
 function points(run, name) {
-  const along = run.metrics[view.axis === "minutes" ? "seconds" : view.axis];
-  const values = run.metrics[name];
-  if (!along || !values) return [];
+  if (!Object.hasOwn(run.metrics, columnOf(view.axis)) || !Object.hasOwn(run.metrics, name)) return [];
+  const [along, values] = [run.metrics[columnOf(view.axis)], run.metrics[name]];
   const found = values.map((y, i) => [along[i], y]).filter(([x, y]) => x !== null && y !== null && (y > 0 || !view.logarithmic));
   return found.map(([x, y]) => [x * AXES[view.axis], y]);
 }
@@ -348,7 +382,7 @@ function chart(name, chosen) {
   const all = chosen.map((run) => points(run, name));
   const known = all.flat();
   const box = element("div", { class: "chart" }, element("h3", {}, name));
-  if (!known.length) {
+  if (!known.length || known.some(([, y]) => Math.abs(y) > HUGE)) {
     box.append(element("p", { class: "note" }, "nothing to draw"));
     return box;
   }
@@ -367,7 +401,8 @@ function chart(name, chosen) {
   all.forEach((curve, i) => {
     const ink = COLOURS[i % COLOURS.length];
     const path = curve.map(([x, y], j) => `${j ? "L" : "M"}${toX(x).toFixed(1)},${toY(y).toFixed(1)}`).join("");
-    svg.append(drawn("path", { d: path, fill: "none", stroke: ink, "stroke-width": 1.6 }));
+    const dashes = i < COLOURS.length ? "none" : "4 3"; // the second time around
+    svg.append(drawn("path", { d: path, fill: "none", stroke: ink, "stroke-width": 1.6, "stroke-dasharray": dashes }));
     if (curve.length < FEW) svg.append(...curve.map(([x, y]) => drawn("circle", { cx: toX(x), cy: toY(y), r: 2.5, fill: ink })));
   });
   const readout = element("p", { class: "readout" });
@@ -419,14 +454,23 @@ const counts = STATES.map((state) => [state, runs.filter((run) => run.state === 
 document.getElementById("summary").textContent =
   `${runs.length} runs in ${data.place}: ${counts.map(([state, n]) => `${n} ${state}`).join(", ") || "none"}. Collected ${data.collected}` +
   (data.watch ? `; this page reloads itself every ${data.watch} seconds.` : ".");
-if (!experiments.some((one) => one.script === view.experiment)) view.experiment = "";
 showAll();
 window.addEventListener("hashchange", () => {
   Object.assign(view, readAddress());
   showAll();
 });
 if (data.watch) {
+  // what a reload would undo, beside what is in the address: parts that were opened or closed, and where the table stands
+  const parts = () => [...document.querySelectorAll("details")];
+  const table = document.querySelector("#runs").parentElement;
+  const kept = JSON.parse(sessionStorage.getItem("kept") ?? "null");
+  if (kept) {
+    parts().forEach((part, i) => (part.open = kept.open[i] ?? part.open));
+    [table.scrollTop, table.scrollLeft] = kept.scroll;
+  }
   setInterval(() => {
-    if (!(document.activeElement instanceof HTMLInputElement && document.activeElement.type === "search")) location.reload();
+    if (document.activeElement.type === "search") return; // somebody is typing
+    sessionStorage.setItem("kept", JSON.stringify({ open: parts().map((part) => part.open), scroll: [table.scrollTop, table.scrollLeft] }));
+    location.reload();
   }, 1000 * data.watch);
 }

@@ -63,4 +63,4 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     table = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
     table.writeheader()
     table.writerows(rows)
-    write_in_one_step(path, lambda file: file.write(text.getvalue().encode()))
+    write_in_one_step(path, lambda file: file.write(text.getvalue().encode(errors="backslashreplace")))

@@ -1,22 +1,27 @@
 """collect_results.py: what it finds in directories of all kinds, tables over seeds, the papers' figures, bad input."""
 
 import csv
+import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import amortised_clustering
 import collect_results as script
+from common.run import collected
 from common.run.collected import find_runs, read_curves
 from common.run.directory import RunDirectory
-from common.run.lock import take_lock
+from common.run.lock import is_locked, take_lock
 from tests.collecting.runs import OPTIONS, metrics, write_clustering
 from tests.command_lines import assert_one_line_and_nothing_made, exit_status
 
@@ -84,6 +89,73 @@ def test_broken_results_are_rows_that_say_so(content: str, tmp_path: Path, capsy
     assert "Traceback" not in capsys.readouterr().err and whole.exists()
 
 
+LAYER = {"layer": 1, "penalty": 1.0, "deviation": None, "n": 1}
+HOSTILE: dict[str, dict[str, Any]] = {
+    "options that are a list": {"args.json": {"options": []}},
+    "options in options": {"args.json": {"type": {"a": [1, {"b": None}]}, "lr": [[1]], "seed": "x"}},
+    "numbers beyond measure": {"result.json": {"parameters": 10**400, "seconds": 10**400, "model": {"accuracy": 10**400}}},
+    "options beyond measure": {"args.json": {"wc": 10**400, "epochs": 10**400}},
+    "surrogates": {"args.json": {"type": "\ud800"}, "result.json": {"script": "a\ud800"}},
+    "a script with a long name": {"result.json": {"script": "x" * 300}},
+    "a script without a name": {"result.json": {"script": ""}},
+    "mathematics": {"args.json": {"type": "$\\frac$"}},
+    **{
+        f"penalties of {value}": {"result.json": {"script": "cifar10_stitching", "layers": [LAYER | {"penalty": value}]}}
+        for value in ("x", None, float("nan"), float("inf"), 1.7e308, [1], True)
+    },
+    "a deviation that is a word": {"result.json": {"script": "cifar10_stitching", "layers": [LAYER | {"deviation": "x"}]}},
+    "a deep option": {"args.json": {"type": json.loads("[" * 600 + "]" * 600)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", HOSTILE.values(), ids=HOSTILE)
+def test_no_content_ends_the_collection(files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for i in range(2):  # what is read, and what is made of several
+        path = write_clustering(tmp_path / "amortised_clustering" / str(i), 0.5 + i, seed=i)
+        for name, content in files.items():
+            (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | content))
+    write_clustering(tmp_path / "amortised_clustering" / "healthy", 0.5, seed=5)
+    assert collect(tmp_path) == 0 and "no figure" not in capsys.readouterr().out
+    assert len(states(tmp_path)) == 3 and states(tmp_path)["amortised_clustering/healthy"][0] == "finished"
+    json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "index.html").read_text(), re.S)[1])
+
+
+def test_no_name_or_kind_of_file_ends_the_collection(tmp_path: Path) -> None:
+    runs = os.fsencode(tmp_path / "amortised_clustering")
+    write_clustering(tmp_path / "amortised_clustering" / "healthy", 0.5)
+    for name in (b"\xff\xfe", b"a\nb", b"x" * 240):
+        shutil.copytree(runs + b"/healthy", runs + b"/" + name)
+        shutil.copytree(runs + b"/healthy", os.fsencode(tmp_path) + b"/script " + name + b"/1")
+    stuck = tmp_path / "amortised_clustering" / "stuck.part"
+    stuck.mkdir()
+    for name in ("lock", "metrics.csv", "log", "args.json"):
+        os.mkfifo(stuck / name)
+    (stuck / "result.json").mkdir()
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    (zoo / "1.last.pkl").write_bytes(b"")
+    for name in ("1.csv", "1.lock", "2.json"):
+        os.mkfifo(zoo / name)
+    (zoo / "2.pt").write_bytes(b"")
+    assert collect(tmp_path) == 0
+    assert sorted(state for state, _ in states(tmp_path).values()) == ["broken", "failed", *["finished"] * 7, "stopped"]
+
+
+def test_a_run_that_finishes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = tmp_path / "amortised_clustering" / "swarm.part"
+    write_clustering(part, 0.5)
+    fill_in = collected.fill_in
+
+    def rename_first(*args: Any) -> None:
+        if part.exists():
+            part.rename(part.with_suffix(""))
+            raise FileNotFoundError(part)
+        fill_in(*args)
+
+    monkeypatch.setattr(collected, "fill_in", rename_first)
+    assert states(tmp_path) == {"amortised_clustering/swarm": ("finished", "")}
+
+
 def test_odd_contents_are_survived(tmp_path: Path) -> None:
     for i, (file, content) in enumerate(
         {
@@ -103,7 +175,10 @@ def test_odd_contents_are_survived(tmp_path: Path) -> None:
         len(found) == 5 and found["amortised_clustering/0"][0] == "broken" and "args.json" in found["amortised_clustering/0"][1]
     )
     assert found["amortised_clustering/4"][0] == "broken"
-    assert sorted(path.name for path in (tmp_path / "tables").glob("*.csv")) == ["_etc.csv", "amortised_clustering.csv"]
+    assert sorted(path.name for path in (tmp_path / "tables").glob("*.csv")) == [
+        "_etc-13c1bb1e.csv",
+        "amortised_clustering.csv",
+    ]
 
 
 def test_curves_are_thinned_out_and_end_before_what_is_half_written(tmp_path: Path) -> None:
@@ -111,18 +186,40 @@ def test_curves_are_thinned_out_and_end_before_what_is_half_written(tmp_path: Pa
     path.write_text(metrics(0.5, 60, 1000) + "1001,100")
     curves = read_curves(path)
     assert len(curves["epoch"]) == 200 and curves["epoch"][0] == 1 and curves["epoch"][-1] == 1000
+    rows = [f"{i},{'nan' if i % 10 else i},{i}" for i in range(1, 801)]
+    path.write_text("\n".join(["epoch,test_accuracy,train_loss", *rows]))
+    accuracy = read_curves(path)["test_accuracy"]
+    assert [value for value in accuracy if value is not None] == list(range(10, 801, 10))  # measured every tenth epoch
     path.write_text("epoch,val_loss\n1,2\n2,nan\n3,inf\n4,1\n")
     assert read_curves(path)["val_loss"] == [2, None, None, 1]
     path.write_text("run,epoch,val_loss\n0,1,2\n0,2,2\n1,1,2\n")  # of several trainings
     assert read_curves(path) == {}
 
 
-def test_an_error_is_told_in_the_log(tmp_path: Path) -> None:
+def test_an_error_is_told_in_the_log_until_the_run_goes_on(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path, "amortised_clustering", "fails") as run:
         run.open({"type": "Swarm"}, overwrite=False, to_stdout=False)
         run.last.write_bytes(b"a checkpoint")
         1 / 0  # noqa: B018
     assert states(tmp_path) == {"amortised_clustering/fails.part": ("failed", "failed: division by zero")}
+    with RunDirectory(tmp_path, "amortised_clustering", "fails") as run:
+        assert run.check(resume="auto", overwrite=False) == "unfinished"
+        run.open({"type": "Swarm"}, overwrite=False, to_stdout=False)
+        assert states(tmp_path)["amortised_clustering/fails.part"][0] == "running"
+    assert states(tmp_path)["amortised_clustering/fails.part"][0] == "stopped"
+
+
+def test_looking_for_a_lock_takes_it_from_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_locked(path) and not path.exists()
+    lock = take_lock(path)
+    assert is_locked(path) and take_lock(path) is None
+    lock.close()
+    assert not is_locked(path) and take_lock(tmp_path / "gone" / "lock") is None
+    with open(path) as look:  # as is_locked does, for an instant
+        fcntl.flock(look, fcntl.LOCK_SH)
+        threading.Timer(0.015, lambda: fcntl.flock(look, fcntl.LOCK_UN)).start()
+        assert take_lock(path) is not None
 
 
 def test_models_of_a_zoo_are_runs(tmp_path: Path) -> None:
@@ -134,6 +231,8 @@ def test_models_of_a_zoo_are_runs(tmp_path: Path) -> None:
     (zoo / "2.last.pkl").write_bytes(b"a checkpoint")
     (zoo / "2.csv").write_text(metrics(0.5, 60, 2))
     (zoo / "3.json").write_text("{")
+    (zoo / "3.pt").write_bytes(b"weights")
+    (zoo / "2019.json").write_text('{"a": 1}')  # somebody's file
     runs = {run.name: run for run in find_runs(tmp_path)}
     assert {name: run.state for name, run in runs.items()} == {
         "zoo/cifar10-mCNN/0": "finished", "zoo/cifar10-mCNN/1": "finished", "zoo/cifar10-mCNN/2": "stopped",
@@ -205,8 +304,30 @@ def test_chunks_of_a_sweep_are_one_figure_and_differing_kinds_of_networks_severa
         (path / "result.json").write_text(json.dumps(source | {"arch": arch, "cells": chunk}))
     assert collect(tmp_path) == 0
     assert sorted(path.name for path in (tmp_path / "tables").glob("*.png")) == [
-        "cifar10_stitching-_mCNN-fashionmnist.png", "cifar10_stitching-mCNN-fashionmnist.png",
+        "cifar10_stitching-_mCNN-38d75377-fashionmnist.png", "cifar10_stitching-mCNN-fashionmnist.png",
     ]  # fmt: skip
+
+
+def test_figures_of_many_groups_show_the_best(tmp_path: Path) -> None:
+    for i in range(60):
+        write_clustering(tmp_path / "amortised_clustering" / str(i), 0.5 + i, lr=i)
+        zoo = tmp_path / "zoo" / str(i)
+        zoo.mkdir(parents=True)
+        record = {"script": "train_zoo", "model": 0, "options": {"arch": str(i)}, "test": {"accuracy": i / 60}}
+        (zoo / "0.json").write_text(json.dumps(record))
+    assert collect(tmp_path) == 0
+    for script_name in ("amortised_clustering", "train_zoo"):
+        height = int.from_bytes((tmp_path / "tables" / f"{script_name}.png").read_bytes()[20:24], "big")
+        assert height < 3000
+
+
+def test_two_collectors_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_clustering(tmp_path / "amortised_clustering" / "a", 0.5)
+    (tmp_path / "tables").mkdir()
+    lock = take_lock(tmp_path / "tables" / "lock")
+    assert collect(tmp_path) == 2 and "is being written by another process" in capsys.readouterr().err
+    lock.close()
+    assert collect(tmp_path) == 0 and not (tmp_path / "tables" / "lock").exists()
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -239,6 +360,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         (run, [], "is a run itself: name the directory above it"),
         (tmp_path / "empty", [], "there is no run below"),
         (tmp_path, ["--watch", "0"], "--watch"),
+        (Path("results"), ["--out", ""], "an empty name is no directory"),
     ):
         status = collect(place, "--out", str(out), *options)
         assert_one_line_and_nothing_made(status, message, out, capsys)

@@ -89,7 +89,7 @@ def test_every_run_is_shown(page) -> None:
 def test_filters(page) -> None:
     pick(page, "amortised_clustering")
     assert len(names(page)) == 8
-    page.get_by_label("type", exact=True).select_option("LSTM")
+    page.get_by_label("type", exact=True).select_option(label="LSTM")
     assert names(page) == [f"-type.LSTM-seed.{seed}" for seed in range(3)] and "3 of 9" in page.inner_text("#count")
     page.get_by_label("search").fill("seed.2")
     assert names(page) == ["-type.LSTM-seed.2"]
@@ -112,6 +112,26 @@ def test_sorting(page) -> None:
     assert column(page, "cross entropy") == [*reversed(losses), ""]
     page.locator("#runs thead button", has_text="seed").click()
     assert column(page, "seed") == ["0"] * 4 + ["1", "1", "2", "2"]
+
+
+def test_sorting_of_different_figures(page) -> None:
+    page.locator("#runs thead button", has_text="first figure").click()
+    shown = [text.strip() for text in column(page, "first figure")]
+    assert shown == [*(f"cross entropy {loss}" for loss in (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 10.5)), "test bits 3.5", ""]
+
+
+def test_keyboard(page) -> None:
+    pick(page, "amortised_clustering")
+    page.get_by_label("show -type.Swarm-seed.1").focus()
+    page.keyboard.press("Space")
+    assert page.get_by_label("show -type.Swarm-seed.1").is_checked()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # the name beside it: that run alone
+    assert page.locator("#runs input:checked").count() == 1 and "One run" in page.inner_text("#shown")
+    page.locator("#runs thead button", has_text="seed").focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    assert page.locator("th[aria-sort=descending]").inner_text() == "seed"
 
 
 def test_the_table_over_seeds_and_the_papers_figure(page) -> None:
@@ -165,14 +185,17 @@ def test_names_and_logs_are_text(page) -> None:
     assert page.locator("#logs pre").text_content() == HOSTILE_LOG
     assert page.locator("#pictures img").count() == 2
     pick(page, "amortised_clustering")
-    page.get_by_label("type", exact=True).select_option("<b>bold</b>")
+    page.get_by_label("type", exact=True).select_option(label="<b>bold</b>")
     assert names(page) == [HOSTILE] and page.locator("#runs b").count() == 0
 
 
 def test_addresses_that_name_nothing(page, place: Path) -> None:
-    page.goto((place / "index.html").as_uri() + "#experiment=gone&run=gone&axis=toString&o.__proto__=1&sort=gone")
+    page.goto(
+        (place / "index.html").as_uri()
+        + "#experiment=gone&run=gone&run=other/1&axis=toString&o.__proto__=1&sort=gone&state=gone"
+    )
     page.reload()
-    assert len(names(page)) == 9 and not page.locator("#shown").is_visible()
+    assert len(names(page)) == 9 and "One run" in page.inner_text("#shown")
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -187,13 +210,16 @@ def test_nothing_is_wider_than_the_screen(browser, place: Path, width: int) -> N
 
 def test_a_watched_page_reloads_itself_as_it_stands(browser, tmp_path: Path) -> None:
     collection = script.Collection(tmp_path, tmp_path)
-    write_clustering(tmp_path / "amortised_clustering" / "first", 0.5)
+    write_clustering(tmp_path / "amortised_clustering" / "first.part", 0.5)
     collection.write(1)
     page = browser.new_page()
     page.goto((tmp_path / "index.html").as_uri())
     page.get_by_label("show first").check()
+    page.locator("#logs summary").click()
+    (tmp_path / "amortised_clustering" / "first.part").rename(tmp_path / "amortised_clustering" / "first")
     write_clustering(tmp_path / "amortised_clustering" / "second", 0.6)
     collection.write(1)
     page.get_by_label("show second").wait_for()
     assert page.get_by_label("show first").is_checked() and "reloads itself" in page.inner_text("#summary")
+    assert page.get_by_label("show first").is_checked() and not page.locator("#logs pre").is_visible()
     page.close()
