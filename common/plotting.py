@@ -412,7 +412,7 @@ def plot_over_time(
 ) -> None:
     """Curves of (label, minutes, values), several of a label faint below their mean; `levels` to judge them by.
 
-    A level far above the curves, as chance is, stands in the legend alone.
+    A level far from the curves, as chance and an oracle often are, stands in the legend alone.
     """
     figure = Figure(figsize=(10, 5), layout="constrained")
     _headline(figure, title)
@@ -421,15 +421,16 @@ def plot_over_time(
         own = [(minutes, values) for other, minutes, values in curves if other == label]
         colour = PALETTE[i % len(PALETTE)]
         for minutes, values in own:
-            axes.plot(minutes, values, color=colour, alpha=0.3 if len(own) > 1 else 1, linewidth=1)
+            _curve(axes, minutes, values, color=colour, alpha=0.3 if len(own) > 1 else 1, linewidth=1)
         begin, end = max(minutes[0] for minutes, _ in own), min(minutes[-1] for minutes, _ in own)
         grid = np.linspace(begin, max(begin, end), 200)
         mean = np.mean([np.interp(grid, minutes, values) for minutes, values in own], axis=0)
         name = textwrap.fill(f"{label} (n = {len(own)})", width=40)
         axes.plot(grid, mean, color=colour, linewidth=2, linestyle=("-", "--", ":")[i // len(PALETTE) % 3], label=name)
     low, high = (of(of(values) for *_, values in curves) for of in (min, max))
+    margin = 0.05 * (high - low)
     _references(axes, levels)
-    axes.set(xlabel="minutes of training", ylabel=measure, ylim=(None, high + 0.05 * (high - low) if high > low else None))
+    axes.set(xlabel="minutes of training", ylabel=measure, ylim=(low - margin, high + margin) if margin else None)
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right center")
     save_figure(figure, path)
