@@ -199,12 +199,11 @@ def draw(script: str, groups: Sequence[Group], folder: Path) -> list[Path]:
 def labels(groups: Sequence[Group], script: str) -> list[str]:
     """Names for the groups: values of the main options, and others only where these do not tell them apart. No mathematics."""
     main = MAIN[script]
-    short = [" ".join(str(group.options.get(name)) for name in main) for group in groups]
-    others = [name for name in varying([run for group in groups for run in group.runs]) if name not in main]
-    full = [
-        label if short.count(label) == 1 else f"{label}, {', '.join(f'{name} {group.options.get(name)}' for name in others)}"
-        for label, group in zip(short, groups, strict=True)
-    ]
+    short = [", ".join(str(group.options.get(name)) for name in main) for group in groups]
+    full = []
+    for label, group in zip(short, groups, strict=True):
+        alike = [run for name, other in zip(short, groups, strict=True) if name == label for run in other.runs]
+        full.append(", ".join([label, *(f"{name} {as_text(group.options.get(name))}" for name in varying(alike))]))
     return [label.replace("$", r"\$") for label in full]
 
 

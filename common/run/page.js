@@ -12,13 +12,14 @@ const NOT_CURVES = ["epoch", "step", "seconds"];
 const AXES = { epoch: 1, step: 1, minutes: 1 / 60 }; // minutes from seconds
 const FEW = 15; // points of a curve that are marked
 const HUGE = 1e100; // beyond, nothing is drawn
-const SMALL = 1e-3, LARGE = 1e5; // beyond, numbers are shown with an exponent
+const [SMALL, LARGE] = [1e-3, 1e5]; // beyond, figures are shown with an exponent
 
 const view = readAddress();
 const byKey = new Map(runs.map((run) => [run.key, run]));
 
 // ---- small things --------------------------------------------------------------------------------------------------------
 
+// An HTML element; attributes that begin with "on" are listeners.
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -29,6 +30,7 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+// An SVG element.
 function drawn(tag, attributes = {}, ...children) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -36,6 +38,7 @@ function drawn(tag, attributes = {}, ...children) {
   return made;
 }
 
+// A measured number, rounded.
 function number(value, digits = 4) {
   if (value === null || value === undefined) return "";
   if (Number.isInteger(value)) return value.toLocaleString("en");
@@ -43,9 +46,11 @@ function number(value, digits = 4) {
   return size && (size < SMALL || size >= LARGE) ? value.toExponential(2) : String(Number(value.toPrecision(digits)));
 }
 
+// An option, exactly.
 function text(value) {
   if (value === null || value === undefined) return "";
-  if (typeof value === "number") return number(value, 12);
+  if (typeof value === "number")
+    return Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(12)));
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
@@ -78,9 +83,15 @@ function readAddress() {
   const experiment = experiments.find((one) => one.script === given.get("experiment"));
   for (const name of experiment?.varying ?? []) if (given.has(`o.${name}`)) options[name] = given.get(`o.${name}`);
   return {
-    experiment: experiment?.script ?? "", state: STATES.includes(given.get("state")) ? given.get("state") : "", search: given.get("search") ?? "", options,
-    sort: given.get("sort") ?? "", descending: given.get("order") === "descending", chosen: given.getAll("run"),
-    axis: Object.hasOwn(AXES, given.get("axis")) ? given.get("axis") : "epoch", logarithmic: given.get("scale") === "log",
+    experiment: experiment?.script ?? "",
+    state: STATES.includes(given.get("state")) ? given.get("state") : "",
+    search: given.get("search") ?? "",
+    options,
+    sort: given.get("sort") ?? "",
+    descending: given.get("order") === "descending",
+    chosen: given.getAll("run"),
+    axis: Object.hasOwn(AXES, given.get("axis")) ? given.get("axis") : "epoch",
+    logarithmic: given.get("scale") === "log",
   };
 }
 
@@ -106,7 +117,9 @@ function columns() {
     { name: "state", of: (run) => run.state },
     ...(experiment ? experiment.varying.map((name) => ({ name, option: name, of: (run) => run.options[name] })) : []),
     { name: "seed", of: (run) => run.seed },
-    ...(experiment ? [] : [{ name: "first figure", of: firstFigure, label: (run) => firstFigure(run).map((part) => `${text(part)} `) }]),
+    ...(experiment
+      ? []
+      : [{ name: "first figure", of: firstFigure, label: (run) => firstFigure(run).map((part) => `${text(part)} `) }]),
     ...figures.map((name) => ({ name, of: (run) => run.figures[name]?.[0], label: (run) => withDeviation(run.figures[name]) })),
     { name: "parameters", of: (run) => run.parameters },
     { name: "minutes", of: (run) => run.minutes },
@@ -208,7 +221,11 @@ function showExperiments() {
       Object.assign(view, { experiment: script, options: {}, sort: "", descending: false });
       showAll();
     };
-    return element("button", { type: "button", "aria-pressed": String(view.experiment === script), onclick: pick }, `${title} (${count})`);
+    return element(
+      "button",
+      { type: "button", "aria-pressed": String(view.experiment === script), onclick: pick },
+      `${title} (${count})`,
+    );
   };
   const count = (script) => runs.filter((run) => run.script === script).length;
   const buttons = experiments.map((one) => button(one.script, one.script, count(one.script)));
@@ -220,8 +237,15 @@ function showFilters() {
   // pairs of a value and its name; one that no run has any more can still be seen, and given up
   const choice = (label, value, pairs, change) => {
     const known = pairs.some(([one]) => one === value) || value === ALL ? pairs : [...pairs, [value, value]];
-    const options = [[ALL, "any"], ...known].map(([one, name]) => element("option", { value: one, selected: one === value }, name));
-    return element("label", {}, label, element("select", { "aria-label": label, onchange: (event) => change(event.target.value) }, ...options));
+    const options = [[ALL, "any"], ...known].map(([one, name]) =>
+      element("option", { value: one, selected: one === value }, name),
+    );
+    return element(
+      "label",
+      {},
+      label,
+      element("select", { "aria-label": label, onchange: (event) => change(event.target.value) }, ...options),
+    );
   };
   const search = element("input", { type: "search", value: view.search, placeholder: "name, option, message", size: 22 });
   search.addEventListener("input", () => {
@@ -229,13 +253,20 @@ function showFilters() {
     showTable();
   });
   const found = STATES.filter((state) => runs.some((run) => run.state === state));
-  const states = choice("state", view.state || ALL, found.map((state) => [state, state]), (value) => {
-    view.state = value === ALL ? "" : value;
-    showTable();
-  });
+  const states = choice(
+    "state",
+    view.state || ALL,
+    found.map((state) => [state, state]),
+    (value) => {
+      view.state = value === ALL ? "" : value;
+      showTable();
+    },
+  );
   const experiment = experiments.find((one) => one.script === view.experiment);
   const options = (experiment?.varying ?? []).map((name) => {
-    const values = new Map(runs.filter((run) => run.script === view.experiment).map((run) => [exactly(run.options[name]), run.options[name]]));
+    const values = new Map(
+      runs.filter((run) => run.script === view.experiment).map((run) => [exactly(run.options[name]), run.options[name]]),
+    );
     const pairs = [...values].sort((a, b) => compare(a[1], b[1])).map(([key, value]) => [key, text(value) || "none"]);
     return choice(name, view.options[name] ?? ALL, pairs, (value) => {
       if (value === ALL) delete view.options[name];
@@ -251,18 +282,37 @@ function showOverview() {
   const experiment = experiments.find((one) => one.script === view.experiment);
   place.hidden = !experiment || (!experiment.pictures.length && !experiment.groups.length);
   if (place.hidden) return;
-  const pictures = experiment.pictures.map((picture) => element("img", { src: picture.source, alt: picture.name, loading: "lazy" }));
+  const pictures = experiment.pictures.map((picture) =>
+    element("img", { src: picture.source, alt: picture.name, loading: "lazy" }),
+  );
   const [head, ...rows] = experiment.groups;
-  const cells = (tag, row) => row.map((value) => element(tag, { class: typeof value === "number" ? "number" : null }, text(value)));
+  const cells = (tag, row) =>
+    row.map((value) => element(tag, { class: typeof value === "number" ? "number" : null }, text(value)));
   const table = head
-    ? element("div", { class: "scroll" }, element("table", { id: "groups" },
-        element("thead", {}, element("tr", {}, ...cells("th", head))),
-        element("tbody", {}, ...rows.map((values) => element("tr", {}, ...cells("td", values))))))
+    ? element(
+        "div",
+        { class: "scroll" },
+        element(
+          "table",
+          { id: "groups" },
+          element("thead", {}, element("tr", {}, ...cells("th", head))),
+          element("tbody", {}, ...rows.map((values) => element("tr", {}, ...cells("td", values)))),
+        ),
+      )
     : null;
-  const note = "All runs, whatever is filtered below. ± is the standard deviation over runs that differ by their seed alone; of a single run, over what it repeats within itself (pairs, matrices).";
+  const note =
+    "All runs, whatever is filtered below. ± is the standard deviation over runs that differ by their seed alone; " +
+    "of a single run, over what it repeats within itself (pairs, matrices).";
   place.replaceChildren(
-    element("details", { open: true }, element("summary", {}, `${experiment.script}, over seeds`),
-      element("div", { class: "figures" }, ...pictures), table, element("p", { class: "note" }, note)));
+    element(
+      "details",
+      { open: true },
+      element("summary", {}, `${experiment.script}, over seeds`),
+      element("div", { class: "figures" }, ...pictures),
+      table,
+      element("p", { class: "note" }, note),
+    ),
+  );
 }
 
 // ---- chosen runs, side by side -------------------------------------------------------------------------------------------
@@ -284,7 +334,8 @@ function showChosen() {
   bar.replaceChildren(
     element("span", {}, chosen.length === 1 ? "1 run chosen" : `${chosen.length} runs chosen`),
     element("button", { type: "button", onclick: () => place.scrollIntoView({ behavior: "smooth" }) }, "show"),
-    element("button", { type: "button", onclick: none }, "clear"));
+    element("button", { type: "button", onclick: none }, "clear"),
+  );
   writeAddress();
 }
 
@@ -302,24 +353,48 @@ function differences(chosen) {
   const names = [...new Set(chosen.flatMap((run) => Object.keys(run.options)))];
   const differ = names.filter((name) => new Set(chosen.map((run) => exactly(run.options[name]))).size > 1);
   const figures = [...new Set(chosen.flatMap((run) => Object.keys(run.figures)))];
-  const line = (name, of) => element("tr", {}, element("th", { scope: "row" }, name), ...chosen.map((run) => element("td", {}, ...of(run))));
-  const plain = (name, key) => (chosen.some((run) => run[key] !== null && run[key] !== "") ? [line(name, (run) => [text(run[key])])] : []);
+  const line = (name, of) =>
+    element("tr", {}, element("th", { scope: "row" }, name), ...chosen.map((run) => element("td", {}, ...of(run))));
+  const plain = (name, key) =>
+    chosen.some((run) => run[key] !== null && run[key] !== "") ? [line(name, (run) => [text(run[key])])] : [];
   const links = (run) => run.files.flatMap((file) => [element("a", { href: file.source }, file.name), " "]);
   const rows = [
     line("state", (run) => [element("span", { class: `state ${run.state}` }, run.state)]),
-    ...plain("note", "note"), ...plain("experiment", "script"),
+    ...plain("note", "note"),
+    ...plain("experiment", "script"),
     ...differ.map((name) => line(name, (run) => [text(run.options[name])])),
     ...plain("seed", "seed"),
     ...figures.map((name) => line(name, (run) => withDeviation(run.figures[name]))),
-    ...plain("parameters", "parameters"), line("minutes", (run) => [number(run.minutes)]), ...plain("device", "device"),
-    ...plain("protocol", "protocol"), ...plain("code", "revision"), ...plain("written", "written"), line("files", links),
+    ...plain("parameters", "parameters"),
+    line("minutes", (run) => [number(run.minutes)]),
+    ...plain("device", "device"),
+    ...plain("protocol", "protocol"),
+    ...plain("code", "revision"),
+    ...plain("written", "written"),
+    line("files", links),
   ];
-  const head = element("tr", {}, element("th", {}), ...chosen.map((run) => element("th", { scope: "col" }, ...caption(chosen, run))));
+  const head = element(
+    "tr",
+    {},
+    element("th", {}),
+    ...chosen.map((run) => element("th", { scope: "col" }, ...caption(chosen, run))),
+  );
   const table = element("table", { class: "differences" }, element("thead", {}, head), element("tbody", {}, ...rows));
   const same = names.filter((name) => !differ.includes(name) && text(chosen[0].options[name]) !== "");
   const rest = same.map((name) => `${name} ${text(chosen[0].options[name])}`).join(", ");
-  return element("div", {}, element("div", { class: "scroll" }, table),
-    rest ? element("details", {}, element("summary", {}, chosen.length > 1 ? "options of all" : "options"), element("p", { class: "note" }, rest)) : null);
+  return element(
+    "div",
+    {},
+    element("div", { class: "scroll" }, table),
+    rest
+      ? element(
+          "details",
+          {},
+          element("summary", {}, chosen.length > 1 ? "options of all" : "options"),
+          element("p", { class: "note" }, rest),
+        )
+      : null,
+  );
 }
 
 function pictures(chosen) {
@@ -328,7 +403,11 @@ function pictures(chosen) {
     const beside = chosen.map((run) => {
       const found = run.pictures.find((picture) => picture.name === name);
       const image = found
-        ? element("a", { href: found.source }, element("img", { src: found.source, alt: `${name} of ${run.name}`, loading: "lazy" }))
+        ? element(
+            "a",
+            { href: found.source },
+            element("img", { src: found.source, alt: `${name} of ${run.name}`, loading: "lazy" }),
+          )
         : element("p", { class: "note" }, "none");
       return element("figure", {}, element("figcaption", {}, ...caption(chosen, run)), image);
     });
@@ -339,8 +418,17 @@ function pictures(chosen) {
 
 function logs(chosen) {
   const some = chosen.filter((run) => run.log);
-  const parts = some.map((run) => element("figure", {}, element("figcaption", {}, ...caption(chosen, run)), element("pre", {}, run.log)));
-  return some.length ? element("details", { id: "logs", open: chosen.length === 1 }, element("summary", {}, "end of the log"), element("div", { class: "beside" }, ...parts)) : "";
+  const parts = some.map((run) =>
+    element("figure", {}, element("figcaption", {}, ...caption(chosen, run)), element("pre", {}, run.log)),
+  );
+  return some.length
+    ? element(
+        "details",
+        { id: "logs", open: chosen.length === 1 },
+        element("summary", {}, "end of the log"),
+        element("div", { class: "beside" }, ...parts),
+      )
+    : "";
 }
 
 // ---- curves --------------------------------------------------------------------------------------------------------------
@@ -355,12 +443,31 @@ function curves(chosen) {
   };
   const axes = Object.keys(AXES).filter((name) => chosen.some((run) => Object.hasOwn(run.metrics, columnOf(name))));
   if (!axes.includes(view.axis)) view.axis = axes[0];
-  const axis = element("select", { "aria-label": "axis of the curves", onchange: () => { view.axis = axis.value; redraw(); } },
-    ...axes.map((name) => element("option", { value: name, selected: name === view.axis }, name)));
-  const scale = element("input", { type: "checkbox", checked: view.logarithmic, onchange: () => { view.logarithmic = scale.checked; redraw(); } });
+  const axis = element(
+    "select",
+    {
+      "aria-label": "axis of the curves",
+      onchange: () => {
+        view.axis = axis.value;
+        redraw();
+      },
+    },
+    ...axes.map((name) => element("option", { value: name, selected: name === view.axis }, name)),
+  );
+  const scale = element("input", {
+    type: "checkbox",
+    checked: view.logarithmic,
+    onchange: () => {
+      view.logarithmic = scale.checked;
+      redraw();
+    },
+  });
   const charts = element("div", { class: "charts" });
-  place.append(element("h2", {}, "curves"),
-    element("div", { class: "controls" }, element("label", {}, "over ", axis), element("label", {}, scale, " logarithmic")), charts);
+  place.append(
+    element("h2", {}, "curves"),
+    element("div", { class: "controls" }, element("label", {}, "over ", axis), element("label", {}, scale, " logarithmic")),
+    charts,
+  );
   redraw();
   return place;
 }
@@ -373,7 +480,9 @@ function columnOf(axis) {
 function points(run, name) {
   if (!Object.hasOwn(run.metrics, columnOf(view.axis)) || !Object.hasOwn(run.metrics, name)) return [];
   const [along, values] = [run.metrics[columnOf(view.axis)], run.metrics[name]];
-  const found = values.map((y, i) => [along[i], y]).filter(([x, y]) => x !== null && y !== null && (y > 0 || !view.logarithmic));
+  const found = values
+    .map((y, i) => [along[i], y])
+    .filter(([x, y]) => x !== null && y !== null && (y > 0 || !view.logarithmic));
   return found.map(([x, y]) => [x * AXES[view.axis], y]);
 }
 
@@ -394,20 +503,24 @@ function chart(name, chosen) {
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${name} over ${view.axis}` });
   for (const y of ticks(y0, y1)) {
     const value = view.logarithmic ? 10 ** y : y;
-    svg.append(drawn("line", { class: "grid", x1: left, x2: width - 10, y1: toY(value), y2: toY(value) }),
-      drawn("text", { x: left - 5, y: toY(value) + 4, "text-anchor": "end" }, number(value, 3)));
+    svg.append(
+      drawn("line", { class: "grid", x1: left, x2: width - 10, y1: toY(value), y2: toY(value) }),
+      drawn("text", { x: left - 5, y: toY(value) + 4, "text-anchor": "end" }, number(value, 3)),
+    );
   }
-  for (const x of ticks(x0, x1)) svg.append(drawn("text", { x: toX(x), y: height - bottom + 15, "text-anchor": "middle" }, number(x, 3)));
+  for (const x of ticks(x0, x1))
+    svg.append(drawn("text", { x: toX(x), y: height - bottom + 15, "text-anchor": "middle" }, number(x, 3)));
   all.forEach((curve, i) => {
     const ink = COLOURS[i % COLOURS.length];
     const path = curve.map(([x, y], j) => `${j ? "L" : "M"}${toX(x).toFixed(1)},${toY(y).toFixed(1)}`).join("");
     const dashes = i < COLOURS.length ? "none" : "4 3"; // the second time around
     svg.append(drawn("path", { d: path, fill: "none", stroke: ink, "stroke-width": 1.6, "stroke-dasharray": dashes }));
-    if (curve.length < FEW) svg.append(...curve.map(([x, y]) => drawn("circle", { cx: toX(x), cy: toY(y), r: 2.5, fill: ink })));
+    if (curve.length < FEW)
+      svg.append(...curve.map(([x, y]) => drawn("circle", { cx: toX(x), cy: toY(y), r: 2.5, fill: ink })));
   });
   const readout = element("p", { class: "readout" });
   svg.addEventListener("pointermove", (event) => {
-    const x = x0 + ((event.offsetX * width) / svg.clientWidth - left) / (width - left - 10) * (x1 - x0);
+    const x = x0 + (((event.offsetX * width) / svg.clientWidth - left) / (width - left - 10)) * (x1 - x0);
     readout.replaceChildren(...all.flatMap((curve, i) => at(curve, x, chosen[i], chosen)));
   });
   box.append(svg, readout);
@@ -450,10 +563,11 @@ function showAll() {
   showChosen();
 }
 
-const counts = STATES.map((state) => [state, runs.filter((run) => run.state === state).length]).filter(([, n]) => n);
+const counts = STATES.map((state) => [runs.filter((run) => run.state === state).length, state]).filter(([n]) => n);
+const states = counts.map((count) => count.join(" ")).join(", ") || "none";
+const live = data.watch ? `; this page reloads itself every ${data.watch} seconds` : "";
 document.getElementById("summary").textContent =
-  `${runs.length} runs in ${data.place}: ${counts.map(([state, n]) => `${n} ${state}`).join(", ") || "none"}. Collected ${data.collected}` +
-  (data.watch ? `; this page reloads itself every ${data.watch} seconds.` : ".");
+  `${runs.length} runs in ${data.place}: ${states}. Collected ${data.collected}${live}.`;
 showAll();
 window.addEventListener("hashchange", () => {
   Object.assign(view, readAddress());
@@ -470,7 +584,10 @@ if (data.watch) {
   }
   setInterval(() => {
     if (document.activeElement.type === "search") return; // somebody is typing
-    sessionStorage.setItem("kept", JSON.stringify({ open: parts().map((part) => part.open), scroll: [table.scrollTop, table.scrollLeft] }));
+    sessionStorage.setItem(
+      "kept",
+      JSON.stringify({ open: parts().map((part) => part.open), scroll: [table.scrollTop, table.scrollLeft] }),
+    );
     location.reload();
   }, 1000 * data.watch);
 }
