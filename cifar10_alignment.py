@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,7 @@ def sweep(
             continue
         pair = (-1, -2) if i == 0 else pairs[i - 1]
         both = (untrained(args, some, 1), untrained(args, some, 2)) if i == 0 else (networks[pair[0]], networks[pair[1]])
+        began = time.monotonic()
         try:
             found = compare_networks(args, both, places, data, interruption)
         except Interrupted:
@@ -225,7 +227,7 @@ def sweep(
             raise SystemExit(f"{run.path}: pair {pair[0]}-{pair[1]} cannot be compared: {error}") from None
         matrix = torch.tensor(found["published"])
         checkpoint.save(matrix.float(), run.path / f"{stem}.pt")
-        write_json(path, {"pair": None if i == 0 else list(pair), **found})
+        write_json(path, {"pair": None if i == 0 else list(pair), "seconds": time.monotonic() - began, **found})
         reference = diagonal_of(json.loads((run.path / "untrained.json").read_text()), "published")
         tell(
             run,
@@ -269,6 +271,7 @@ def report(args: argparse.Namespace, pairs: list[tuple[int, int]], places: list[
         "seed": args.seed,
         "zoo": args.zoo,
         "test_images": args.images or "all",
+        "seconds": reference.get("seconds", 0.0) + sum(figures.get("seconds", 0.0) for figures in found),
         "pairs": [list(pair) for pair in pairs],
         "layers": layers,
         **{of: means[of].tolist() for of in VALUES},

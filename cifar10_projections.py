@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,11 +160,13 @@ def train(
     optimizer = make_optimizer(network, args.recipe, args.lr)
     best: dict[str, Any] = {"accuracy": -math.inf}
     rows: list[dict[str, Any]] = []
+    began = time.monotonic()
     if last.exists():
         state = checkpoint.load(last, ("model", "optimizer", "best", "epochs"))
         checkpoint.load_model(network, state, last)
         optimizer.load_state_dict(state["optimizer"])
         best, rows = state["best"], state["epochs"]
+        began -= state.get("seconds", 0.0)
     for epoch in range(len(rows), args.epochs):
         batches = data.batches(args.batch_size, generator_of(args.seed, *key, epoch))
         means = train_epoch(args, network, optimizer, batches, epoch, len(data.training) // args.batch_size, interruption)
@@ -178,9 +181,10 @@ def train(
             weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
             best = {"accuracy": selected["accuracy"], "epoch": epoch + 1, "weights": weights}
         state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "best": best, "epochs": rows}
-        checkpoint.save(state, last)
+        checkpoint.save(state | {"seconds": time.monotonic() - began}, last)
     network.load_state_dict(best["weights"])
-    return {"best_epoch": best["epoch"], "val_accuracy": 100 * best["accuracy"], "epochs": rows}
+    seconds = time.monotonic() - began
+    return {"best_epoch": best["epoch"], "val_accuracy": 100 * best["accuracy"], "epochs": rows, "seconds": seconds}
 
 
 def train_epoch(
@@ -265,6 +269,7 @@ def read_cell(folder: Path, cell: Cell) -> dict[str, Any]:
 def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDirectory) -> dict[str, Any]:
     """All figures; also metrics.csv, a row per epoch."""
     found = [read_cell(run.path / "cells", cell) for cell in cells]
+    seconds = sum(figures.pop("seconds", 0.0) for figures in found)
     rows = []
     for figures in found:
         of_cell = {name: figures[name] for name in ("activation", "group", "layer", "run")}
@@ -282,6 +287,7 @@ def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDi
         "protocol": f"best epoch by {chosen_by}; accuracies are of the test images",
         "device": str(data.device),
         "training_images": len(data.training),
+        "seconds": seconds,
         "baselines": {figures["activation"]: figures["accuracy"] for figures in found if figures["group"] is None},
         "penalties": penalties,
         "cells": found,

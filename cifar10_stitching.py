@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -336,6 +337,7 @@ def run_cell(
     interruption: Interruption,
 ) -> None:
     """Train a cell's joint and write what came out: figures as .json, its state as .pt."""
+    began = time.monotonic()
     torch.manual_seed(seed_of(args.seed, *cell.pair, cell.place.index, cell.run))
     joint = make_joint(args, cell.place.channels, cell.run)
     stitched = stitch(*networks, cell.place.index, joint.to(data.test.images.device))
@@ -355,6 +357,7 @@ def run_cell(
         "penalty": sum(parents) / 2 - test,
         **found,
         **what_it_is(joint),
+        "seconds": time.monotonic() - began,
     }
     state = {name: value.cpu() for name, value in joint.state_dict().items()}
     both = {"matrix": joint.matrix().detach().cpu(), "rounded": joint.rounded().cpu()}
@@ -449,6 +452,7 @@ def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDi
     write_table(run.path / "metrics.csv", rows)
     draw_matrices(cells, folder, run)
     selected = choose_runs(args.select, found)
+    seconds = sum(figures.pop("seconds", 0.0) for figures in found)
     for figures in found:
         del figures["epochs"]
     protocol = "best epoch, and best of a layer's runs, by " + (
@@ -466,6 +470,7 @@ def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDi
         "protocol": f"{protocol}; accuracies are of the test images",
         "device": str(data.test.images.device),
         "training_images": len(data.training),
+        "seconds": seconds,
         "layers": by_layer(selected),
         "cells": found,
     }

@@ -136,6 +136,7 @@ def test_a_run_goes_on_where_it_stood(place: Path, tmp_path: Path, monkeypatch: 
     assert run(f"{line} --resume", place, tmp_path / "parts") == 0
     assert len(begun) == 3 + 2  # untrained and run0 are not computed again
     parts = json.loads((directory(tmp_path / "parts") / "result.json").read_text())
+    assert parts.pop("seconds") > 0 and whole.pop("seconds") > 0
     assert {name: value for name, value in parts.items() if name != "zoo"} == {n: v for n, v in whole.items() if n != "zoo"}
 
 

@@ -114,6 +114,7 @@ def test_a_test_goes_on_where_it_stood(data: Path, tmp_path: Path, monkeypatch: 
     assert begun[2:] == ["relu_orthogonal_layer_2_run_0", "relu_orthogonal_layer_2_run_1"]  # not the network again
     parts = json.loads((directory(tmp_path / "parts") / "result.json").read_text())
     assert parts["cells"] == whole["cells"] and parts["penalties"] == whole["penalties"]
+    assert parts["seconds"] > 0 and "seconds" not in parts["cells"][0]
 
 
 def test_a_training_goes_on_with_its_next_epoch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

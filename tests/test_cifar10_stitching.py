@@ -167,6 +167,7 @@ def test_a_sweep_goes_on_where_it_stood(place: Path, tmp_path: Path, monkeypatch
     assert trained[2:] == ["0-1_layer_6_run_0", "0-1_layer_3_run_0"]  # what was done is not done again
     parts = json.loads((directory(tmp_path / "parts") / "result.json").read_text())
     assert parts["cells"] == whole["cells"] and parts["layers"] == whole["layers"]
+    assert parts["seconds"] > 0 and "seconds" not in parts["cells"][0]  # times are not what a run comes to
     log = (directory(tmp_path / "parts") / "log").read_text()
     assert "stopped by SIGTERM" in log and log.count("% of test images (parents") == 3
 
