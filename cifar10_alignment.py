@@ -29,12 +29,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import plotting
+from common import paper_figures
 from common.datasets import images
 from common.datasets.augmentation import Preprocessing, as_rgb_32
 from common.datasets.images import DataError, ImageSet
 from common.models import zoo
 from common.models.zoo import ZooError
+from common.paper_figures import layer_labels
 from common.run import checkpoint, options
 from common.run.directory import RunDirectory
 from common.run.ending import EXIT_RESUMABLE, has_finished, open_run, refusing, say, surviving_full_disks, tell
@@ -283,7 +284,7 @@ def report(args: argparse.Namespace, pairs: list[tuple[int, int]], places: list[
 def draw(result: dict[str, Any], folder: Path) -> None:
     """similarity.csv, a row per pair of layers, and the heat map similarity.png, from a run's result alone."""
     rows = []
-    labels = labels_of(result)
+    labels = layer_labels(result["layers"])
     for i, row_label in enumerate(labels):
         for j, column_label in enumerate(labels):
             row = {"layer_of_network_1": row_label, "layer_of_network_2": column_label}
@@ -294,7 +295,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     write_table(folder / "similarity.csv", rows)
     n = len(result["pairs"])
     title = f"{result['arch']} on {result['dataset']}, mean of {n} pair{'s' * (n > 1)}"
-    plotting.plot_heat_maps(
+    paper_figures.plot_heat_maps(
         folder / "similarity.png", title, labels, {result["similarity"]: np.array(result["published"], float)}
     )
 
@@ -306,11 +307,6 @@ def diagonal_of(record: dict[str, Any], name: str) -> NDArray[np.floating]:
     return np.array(record[name], float).diagonal()
 
 
-def labels_of(result: dict[str, Any]) -> list[str]:
-    """Layers by index, with a star inside a residual block."""
-    return [f"{layer['index']}{'*' * layer['inside_block']}" for layer in result["layers"]]
-
-
 def report_table(result: dict[str, Any]) -> str:
     """The diagonal as text."""
     lines = [
@@ -319,7 +315,9 @@ def report_table(result: dict[str, Any]) -> str:
     columns = zip(
         *(diagonal_of(result, name) for name in ("published", "published_deviation", "live", "untrained")), strict=True
     )
-    for label, layer, (mean, deviation, live, untrained) in zip(labels_of(result), result["layers"], columns, strict=True):
+    for label, layer, (mean, deviation, live, untrained) in zip(
+        layer_labels(result["layers"]), result["layers"], columns, strict=True
+    ):
         spread = "" if np.isnan(deviation) else f" +- {deviation:.3f}"
         lines.append(
             f"  layer {label:>4} {mean:.3f}{spread}  live {live:.3f}  untrained {untrained:.3f}  "
@@ -335,14 +333,14 @@ def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """--compare: diagonals.csv and .png of several finished runs of one architecture, and all their heat maps in one figure."""
     with refusing(parser, RecordError):
         results = read_results(args.compare, "cifar10_alignment")
-    if len({(result["arch"], result["dataset"], tuple(labels_of(result))) for result in results}) > 1:
+    if len({(result["arch"], result["dataset"], tuple(layer_labels(result["layers"]))) for result in results}) > 1:
         parser.error("these runs are not of the same layers of one architecture on one data set: compare like with like")
     results.sort(key=lambda result: (tuple(MEASURES).index(result["similarity"]), result["estimator"] or ""))
     names = [result["similarity"] + (" (median)" if result["estimator"] == "median" else "") for result in results]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         parser.error(f"two of these runs are of {twice}: compare one of each")
-    arch, dataset, labels = results[0]["arch"], results[0]["dataset"], labels_of(results[0])
+    arch, dataset, labels = results[0]["arch"], results[0]["dataset"], layer_labels(results[0]["layers"])
     folder = Path(args.results_dir) / "cifar10_alignment" / f"figures-{arch}-{dataset}"
     rows = [
         {
@@ -360,9 +358,9 @@ def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     with refusing(parser):
         folder.mkdir(parents=True, exist_ok=True)
         write_table(folder / "diagonals.csv", rows)
-        plotting.plot_diagonals(folder / "diagonals.png", f"{arch} on {dataset}: layers with themselves", labels, rows)
+        paper_figures.plot_diagonals(folder / "diagonals.png", f"{arch} on {dataset}: layers with themselves", labels, rows)
         maps = {name: np.array(result["published"], float) for name, result in zip(names, results, strict=True)}
-        plotting.plot_heat_maps(folder / "similarities.png", f"{arch} on {dataset}, means of pairs", labels, maps)
+        paper_figures.plot_heat_maps(folder / "similarities.png", f"{arch} on {dataset}, means of pairs", labels, maps)
     for result in results:
         say(report_table(result))
     say(f"figures: {', '.join(str(path) for path in sorted(folder.iterdir()))}")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import plotting
+from common import paper_figures
 from common.datasets import images
 from common.datasets.classification import Splits, load_splits
 from common.datasets.images import DataError
@@ -300,7 +300,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     write_table(folder / "penalties.csv", rows)
     title = f"rotation test on {result['dataset']}: mean and deviation of {rows[0]['n']}"
     bars = [row | {"kind": f"{row['activation']}, {row['group']}", "inside_block": False} for row in rows]
-    plotting.plot_penalties(folder / "penalties.png", title, bars)
+    paper_figures.plot_penalties(folder / "penalties.png", title, bars)
 
 
 def draw_again(parser: argparse.ArgumentParser, place: str) -> int:

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import plotting
+from common import paper_figures, plotting
 from common.datasets import images
 from common.datasets.classification import Splits, load_splits
 from common.datasets.images import DataError
@@ -44,6 +44,7 @@ from common.run.ending import EXIT_RESUMABLE, has_finished, open_run, refusing, 
 from common.run.interruption import Interrupted, Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real
+from common.run.penalties import by_layer, choose_runs, with_chunks_together
 from common.run.records import RecordError, read_results, write_json, write_table
 from common.seeds import generator_of, seed_of
 from common.symmetry.joints import Birkhoff, Full, Joint, Lasso, LowRank, Wreath
@@ -476,39 +477,6 @@ def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDi
     }
 
 
-def choose_runs(select: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each pair and layer, the run that --select takes for the best."""
-    by = "accuracy" if select == "test" else "val_accuracy"
-    best: dict[tuple[int, ...], dict[str, Any]] = {}
-    for figures in found:
-        key = (*figures["pair"], figures["layer"])
-        if key not in best or figures[by] > best[key][by]:
-            best[key] = figures
-    return list(best.values())
-
-
-def by_layer(selected: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and deviation (n - 1) over pairs of a layer's penalty, layer by layer."""
-    layers = []
-    for layer in sorted({figures["layer"] for figures in selected}):
-        of_layer = [figures for figures in selected if figures["layer"] == layer]
-        penalties = np.array([figures["penalty"] for figures in of_layer])
-        figures = {
-            "layer": layer,
-            "inside_block": of_layer[0]["inside_block"],
-            "channels": of_layer[0]["channels"],
-            "joint_parameters": of_layer[0]["joint_parameters"],
-            "n": len(penalties),
-            "penalty": float(penalties.mean()),
-            "deviation": float(penalties.std(ddof=1)) if len(penalties) > 1 else None,
-            "accuracy": float(np.mean([figures["accuracy"] for figures in of_layer])),
-        }
-        if "sparsity" in of_layer[0]:
-            figures["sparsity"] = float(np.mean([figures["sparsity"] for figures in of_layer]))
-        layers.append(figures)
-    return layers
-
-
 def report_table(result: dict[str, Any]) -> str:
     """The penalties as text."""
     lines = [f"{result['kind']}: penalty in % of accuracy, mean and deviation over pairs (* inside a residual block)"]
@@ -532,22 +500,6 @@ def draw_matrices(cells: list[Cell], folder: Path, run: RunDirectory) -> None:
 # ---- figures of several runs ---------------------------------------------------------------------------------------------
 
 
-def with_chunks_together(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One result for each kind of joint: those of one kind are chunks, whose pairs are put together. Raises RecordError."""
-    if len({(result["arch"], result["dataset"]) for result in results}) > 1:
-        raise RecordError("these runs are not of one architecture on one data set: compare like with like")
-    together: dict[str, dict[str, Any]] = {}
-    for result in results:
-        known = together.setdefault(result["kind"], result | {"cells": []})
-        known["cells"] = known["cells"] + result["cells"]
-    for kind, result in together.items():
-        cells = [(*cell["pair"], cell["layer"], cell["run"]) for cell in result["cells"]]
-        if len(set(cells)) < len(cells):
-            raise RecordError(f"two of these runs have joined the same pair by {kind}: compare one of them")
-        result["layers"] = by_layer(choose_runs(result["select"], result["cells"]))
-    return list(together.values())
-
-
 def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """--compare: penalties.csv and .png of several finished runs, accuracy by rank, accuracy by sparsity."""
     with refusing(parser, RecordError):
@@ -560,13 +512,13 @@ def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         rows = [{"kind": result["kind"], **of} for result in results for of in result["layers"]]
         write_table(folder / "penalties.csv", rows)
         title = f"{results[0]['arch']} on {results[0]['dataset']}"
-        plotting.plot_penalties(folder / "penalties.png", f"{title}: mean and deviation over pairs", rows)
+        paper_figures.plot_penalties(folder / "penalties.png", f"{title}: mean and deviation over pairs", rows)
         for kind, axis in (("rank", "rank"), ("lasso", "sparsity")):
             some = [row for row in rows if row["kind"].startswith(f"{kind} ")]
             if some:
                 points = [row | {"rank": int(row["kind"].split()[1])} if kind == "rank" else row for row in some]
                 references = [row for row in rows if row["kind"] in ("full", "permutation")]
-                plotting.plot_accuracies(folder / f"{axis}.png", title, axis, points, references)
+                paper_figures.plot_accuracies(folder / f"{axis}.png", title, axis, points, references)
     for result in results:
         say(report_table(result))
     say(f"figures: {', '.join(str(path) for path in sorted(folder.iterdir()))}")

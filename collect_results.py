@@ -25,9 +25,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from cifar10_alignment import labels_of
-from cifar10_stitching import with_chunks_together
-from common import plotting
+from common import paper_figures
 from common.run.checkpoint import write_in_one_step
 from common.run.collected import MISSHAPEN, Run, find_runs, is_run
 from common.run.directory import RunError
@@ -37,6 +35,7 @@ from common.run.interruption import Interruption
 from common.run.lock import release_lock, take_lock
 from common.run.options import OneLineParser, at_least
 from common.run.page import write_page
+from common.run.penalties import with_chunks_together
 from common.run.records import RecordError, finite, write_table
 
 # what tells the rows of an experiment apart in the first place, as its paper's figure does
@@ -189,7 +188,7 @@ def draw(script: str, groups: Sequence[Group], folder: Path) -> list[Path]:
                 bars = [
                     row | {"kind": f"{row['activation']}, {row['group']}", "inside_block": False} for row in result["penalties"]
                 ]
-                plotting.plot_penalties(folder / f"{script}-{i}.png", f"rotation test on {result['dataset']}", bars)
+                paper_figures.plot_penalties(folder / f"{script}-{i}.png", f"rotation test on {result['dataset']}", bars)
             return [folder / f"{script}-{i}.png" for i in range(len(results))]
         case _:
             return []
@@ -231,7 +230,7 @@ def draw_over_time(
     best = sorted(curves, key=lambda label: statistics.fmean(values[-1] for _, values in curves[label]))[:N_CURVES]
     shown = [(label, *curve) for label in best for curve in curves[label]]
     known = {name: level for name, level in levels.items() if level is not None}
-    plotting.plot_over_time(path, title + best_of(len(best), len(curves)), measure, shown, known)
+    paper_figures.plot_over_time(path, title + best_of(len(best), len(curves)), measure, shown, known)
 
 
 def draw_points(path: Path, title: str, figure: str, chance: str, groups: Sequence[Group], scale: float = 1.0) -> None:
@@ -247,7 +246,7 @@ def draw_points(path: Path, title: str, figure: str, chance: str, groups: Sequen
         raise RecordError(f"none of the runs has measured {figure}")
     rows.sort(key=lambda row: -row["accuracy"])
     shown = rows[:N_ROWS]
-    plotting.plot_intervals(path, f"{title}, mean and standard deviation{best_of(len(shown), len(rows))}", shown)
+    paper_figures.plot_intervals(path, f"{title}, mean and standard deviation{best_of(len(shown), len(rows))}", shown)
 
 
 def best_of(shown: int, all_of_them: int) -> str:
@@ -261,21 +260,23 @@ def draw_penalties_of_joints(results: Sequence[dict[str, Any]], folder: Path) ->
         own = with_chunks_together([of for of in results if (of["arch"], of["dataset"], of["zoo"]) == kind])
         rows = [{"kind": of["kind"], **layer} for of in own for layer in of["layers"]]
         files.append(new_file(folder, "cifar10_stitching", *kind[:2], taken=files))
-        plotting.plot_penalties(files[-1], f"{kind[0]} on {kind[1]}: stitching penalty, mean and deviation over pairs", rows)
+        paper_figures.plot_penalties(
+            files[-1], f"{kind[0]} on {kind[1]}: stitching penalty, mean and deviation over pairs", rows
+        )
     return files
 
 
 def draw_similarities(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """Heat maps beside each other, a figure for each kind of networks."""
     files: list[Path] = []
-    for kind in sorted({(of["arch"], of["dataset"], tuple(labels_of(of))) for of in results}):
+    for kind in sorted({(of["arch"], of["dataset"], tuple(paper_figures.layer_labels(of["layers"]))) for of in results}):
         maps: dict[str, Any] = {}
         for of in results:
-            if (of["arch"], of["dataset"], tuple(labels_of(of))) == kind:
+            if (of["arch"], of["dataset"], tuple(paper_figures.layer_labels(of["layers"]))) == kind:
                 again = f", seed {of['seed']}" if of["similarity"] in maps else ""
                 maps[of["similarity"] + again] = np.array(of["published"], float)
         files.append(new_file(folder, "cifar10_alignment", *kind[:2], taken=files))
-        plotting.plot_heat_maps(files[-1], f"{kind[0]} on {kind[1]}: similarity, means of pairs", list(kind[2]), maps)
+        paper_figures.plot_heat_maps(files[-1], f"{kind[0]} on {kind[1]}: similarity, means of pairs", list(kind[2]), maps)
     return files
 
 

@@ -28,7 +28,7 @@ from scipy.special import stdtrit
 from torch import Tensor, nn
 
 import common.routing as routing
-from common import plotting
+from common import paper_figures, plotting
 from common.datasets import images, multitask
 from common.datasets.images import DataError
 from common.datasets.multitask import MultitaskSet
@@ -421,7 +421,7 @@ def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         text = comparison_table(rows)
         write_in_one_step(folder / "table.md", lambda file: file.write((text + "\n").encode()))
-        plotting.plot_intervals(folder / "comparison.png", "test accuracy, mean and 95 % interval over seeds", rows)
+        paper_figures.plot_intervals(folder / "comparison.png", "test accuracy, mean and 95 % interval over seeds", rows)
     say(text)
     say(f"{folder / 'table.md'}, {folder / 'comparison.png'}")
     return 0

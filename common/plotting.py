@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -33,7 +32,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = SCREEN) -> None:
     write_in_one_step(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
-def _headline(figure: Figure, title: str) -> None:
+def headline(figure: Figure, title: str) -> None:
     """A run's name above a figure, broken at its dashes: it may be longer than the figure is wide."""
     figure.suptitle(textwrap.fill(title, width=int(12 * figure.get_figwidth())), fontsize=10)
 
@@ -50,12 +49,13 @@ def plot_training(
         plot_weights(folder / "weights.png", title, traces.steps, weights, steps_per_epoch)
 
 
-def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], **style: object) -> None:
+def draw_curve(axes: Axes, x: Sequence[float], y: Sequence[float], **style: object) -> None:
     """A line, or a point where there is only one; what is not finite leaves a gap."""
     axes.plot(x, np.where(np.isfinite(y), y, np.nan), marker="o" if len(x) < 15 else "", markersize=4, **style)  # type: ignore[arg-type]
 
 
-def _references(axes: Axes, levels: Mapping[str, float]) -> None:
+def draw_levels(axes: Axes, levels: Mapping[str, float]) -> None:
+    """Levels to judge curves by."""
     for (name, level), line in zip(levels.items(), ("--", ":"), strict=False):
         axes.axhline(level, color=REFERENCE, linestyle=line, linewidth=1.2, label=f"{name} {level:.3f}")
 
@@ -81,25 +81,25 @@ def plot_metrics(
     n_panels = 3 + len(measures) + len(traced)
     rows = (n_panels + 1) // 2
     figure = Figure(figsize=(12, 4 * rows), layout="constrained")
-    _headline(figure, title)
+    headline(figure, title)
     panels = figure.subplots(rows, 2).flatten()
     epochs = [step / steps_per_epoch for step in metrics["step"]]
     step_epochs = [step / steps_per_epoch for step in steps]
 
     by_epoch, by_minute, rate = panels[0], panels[1], panels[2]
     by_epoch.plot(step_epochs, by_step.get("loss", []), color=TRAINING, alpha=0.4, linewidth=0.8)
-    _curve(by_epoch, epochs, metrics["train_loss"], color=TRAINING, label="training (faint: each batch)")
-    _curve(by_epoch, epochs, metrics["val_loss"], color=VALIDATION, label="validation")
+    draw_curve(by_epoch, epochs, metrics["train_loss"], color=TRAINING, label="training (faint: each batch)")
+    draw_curve(by_epoch, epochs, metrics["val_loss"], color=VALIDATION, label="validation")
     by_epoch.set(xlabel="epoch", ylabel=loss_name)
-    _curve(by_minute, [s / 60 for s in metrics["seconds"]], metrics["val_loss"], color=VALIDATION, label="validation")
+    draw_curve(by_minute, [s / 60 for s in metrics["seconds"]], metrics["val_loss"], color=VALIDATION, label="validation")
     by_minute.set(xlabel="minutes trained", ylabel=loss_name)
     for panel in (by_epoch, by_minute):
-        _references(panel, references.get("val_loss", {}))
+        draw_levels(panel, references.get("val_loss", {}))
     for panel, column in zip(panels[3:], measures, strict=False):
-        _curve(panel, epochs, metrics[column], color=VALIDATION, label="validation")
+        draw_curve(panel, epochs, metrics[column], color=VALIDATION, label="validation")
         panel.set(xlabel="epoch", ylabel=column.removeprefix("val_").replace("_", " "))
-        _references(panel, references.get(column, {}))
-    _curve(rate, epochs, metrics["lr"], color=PALETTE[2])
+        draw_levels(panel, references.get(column, {}))
+    draw_curve(rate, epochs, metrics["lr"], color=PALETTE[2])
     rate.set(xlabel="epoch", ylabel="learning rate", yscale="log")
     for panel, name in zip(panels[3 + len(measures) :], traced, strict=False):
         panel.plot(step_epochs, by_step[name], color=TRAINING, linewidth=0.8)
@@ -122,7 +122,7 @@ def plot_weights(
     height = 2.8 * rows + 0.6
     figure = Figure(figsize=(4 * columns, height))  # a constrained layout of 70 panels would take 15 seconds
     figure.subplots_adjust(0.9 / (4 * columns), 0.5 / height, 0.99, 1 - 0.8 / height, wspace=0.3, hspace=0.45)
-    _headline(figure, title)
+    headline(figure, title)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     epochs = [step / steps_per_epoch for step in steps]
     for panel, (name, values) in zip(panels, weights.items(), strict=False):
@@ -146,7 +146,7 @@ def plot_clusterings(
     that they are matched with. Far outliers are left outside the frame.
     """
     figure = Figure(figsize=(4.2 * len(tasks), 8.6), layout="constrained")
-    _headline(figure, title)
+    headline(figure, title)
     panels = figure.subplots(2, len(tasks), squeeze=False)
     colours = np.array(PALETTE)
     for column, (points, predicted, true, caption) in enumerate(tasks):
@@ -182,7 +182,7 @@ def plot_images(path: Path, title: str, grids: Sequence[ImageGrid]) -> None:
     inches = 11 / width  # a pixel's size: the widest grid fills the picture
     heights = [mosaic.shape[0] * inches + 0.5 for mosaic in mosaics]
     figure = Figure(figsize=(11.4, sum(heights) + 0.6), layout="constrained")
-    _headline(figure, title)
+    headline(figure, title)
     panels = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights).flatten()
     for panel, grid, mosaic in zip(panels, grids, mosaics, strict=True):
         panel.imshow(mosaic, interpolation="nearest", aspect="equal")
@@ -224,7 +224,7 @@ def plot_epochs(
     columns = 3
     rows = -(-(len(measures) + 1) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
-    _headline(figure, title)
+    headline(figure, title)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, measure in zip(panels, measures, strict=False):
         for split, colour in (("train", TRAINING), ("test", VALIDATION)):
@@ -233,11 +233,11 @@ def plot_epochs(
                 for epoch, value in zip(metrics["epoch"], metrics[f"{split}_{measure}"], strict=True)
                 if np.isfinite(value)
             ]
-            _curve(panel, [epoch for epoch, _ in points], [value for _, value in points], color=colour, label=split)
-        _references(panel, references.get(measure, {}))
+            draw_curve(panel, [epoch for epoch, _ in points], [value for _, value in points], color=colour, label=split)
+        draw_levels(panel, references.get(measure, {}))
         panel.set(title=measure.replace("_", " "), xlabel="epoch")
         panel.legend(fontsize=8)
-    _curve(panels[len(measures)], metrics["epoch"], metrics["lr"], color=PALETTE[2])
+    draw_curve(panels[len(measures)], metrics["epoch"], metrics["lr"], color=PALETTE[2])
     panels[len(measures)].set(title="learning rate", xlabel="epoch")
     for panel in panels[: len(measures) + 1]:
         panel.title.set_fontsize(9)
@@ -252,7 +252,7 @@ def plot_marginals(
 ) -> None:
     """Heat maps of distributions over bins (n, G), a column for each of n parameters: learned, and wanted."""
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    _headline(figure, title)
+    headline(figure, title)
     panels = figure.subplots(1, 2, sharey=True)
     bins, top = learned.shape[1], max(learned.max(), target.max())
     middles = (np.arange(bins) + 0.5) / bins
@@ -276,57 +276,10 @@ def _edges(centres: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.concatenate([[2 * centres[0] - between[0]], between, [2 * centres[-1] - between[-1]]])
 
 
-def plot_penalties(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Penalties, a group of bars a layer, a bar a kind: rows of kind, layer, inside_block, penalty, deviation."""
-    layers = sorted({row["layer"] for row in rows})
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    inside = {row["layer"] for row in rows if row["inside_block"]}
-    figure = Figure(figsize=(max(6.0, 0.2 * len(layers) * (len(kinds) + 2)), 4.5), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(kinds)
-    for i, kind in enumerate(kinds):
-        own = {row["layer"]: row for row in rows if row["kind"] == kind}
-        places = [layers.index(layer) + (i - (len(kinds) - 1) / 2) * width for layer in own]
-        deviations = [row["deviation"] or 0.0 for row in own.values()]
-        heights = [row["penalty"] for row in own.values()]
-        axes.bar(places, heights, width, yerr=deviations, capsize=2, label=kind, color=PALETTE[i % len(PALETTE)])
-    axes.axhline(0, color=REFERENCE, linewidth=0.8)
-    axes.set_xticks(range(len(layers)), [f"{layer}*" if layer in inside else str(layer) for layer in layers])
-    note = " (* inside a residual block)" if inside else ""
-    _headline(figure, title)
-    axes.set(xlabel=f"layer{note}", ylabel="penalty (% of accuracy)")
-    figure.legend(fontsize=8, loc="outside right center")
-    axes.grid(axis="y", alpha=0.25)
-    save_figure(figure, path, PRINT)
-
-
-def plot_accuracies(
-    path: Path, title: str, axis: str, rows: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]
-) -> None:
-    """Accuracy of stitched networks by rank or sparsity, a panel a layer; `references` are other joints, as lines."""
-    layers = sorted({row["layer"] for row in rows})
-    figure = Figure(figsize=(3.2 * len(layers), 3.4), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
-    for panel, layer in zip(panels, layers, strict=True):
-        points = sorted((row[axis], row["accuracy"]) for row in rows if row["layer"] == layer)
-        panel.plot([x for x, _ in points], [y for _, y in points], marker="o", color=PALETTE[1], label=axis)
-        for i, row in enumerate(row for row in references if row["layer"] == layer):
-            panel.axhline(row["accuracy"], color=PALETTE[(0, 2)[i % 2]], linestyle="--", linewidth=1.2, label=row["kind"])
-        panel.set(title=f"layer {layer}", xlabel=axis)
-        if axis == "rank":
-            panel.set_xscale("log", base=2)
-            panel.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
-        panel.grid(alpha=0.25)
-    panels[0].set_ylabel("accuracy (% of test images)")
-    panels[-1].legend(fontsize=8)
-    save_figure(figure, path, PRINT)
-
-
 def plot_matrices(path: Path, title: str, matrices: Sequence[tuple[str, NDArray[np.floating], NDArray[np.floating]]]) -> None:
     """Matrices of joints as (name, as trained, as rounded for evaluation), the rounded ones below."""
     figure = Figure(figsize=(3.0 * len(matrices) + 0.8, 6.4), layout="constrained")
-    _headline(figure, title)
+    headline(figure, title)
     panels = figure.subplots(2, len(matrices), squeeze=False)
     for column, (name, *both) in enumerate(matrices):
         for panel, matrix, how in zip(panels[:, column], both, ("trained", "in evaluation"), strict=True):
@@ -336,48 +289,6 @@ def plot_matrices(path: Path, title: str, matrices: Sequence[tuple[str, NDArray[
             panel.set(xlabel="channel of network 1", ylabel="channel of network 2")
             figure.colorbar(drawn, ax=panel, shrink=0.7)
     save_figure(figure, path)
-
-
-def plot_heat_maps(path: Path, title: str, labels: Sequence[str], maps: Mapping[str, NDArray[np.floating]]) -> None:
-    """Similarities from 0 to 1 of the layers of two networks (L, L), a panel a measure; what is NaN is grey."""
-    side = max(3.4, 0.24 * len(labels) + 1.2)
-    figure = Figure(figsize=(side * len(maps) + 0.8, side + 0.5), layout="constrained")
-    _headline(figure, title)
-    panels = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
-    note = " (* inside a residual block)" if any(label.endswith("*") for label in labels) else ""
-    for panel, (name, values) in zip(panels, maps.items(), strict=True):
-        panel.set_facecolor("#BBBBBB")
-        drawn = panel.imshow(values, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-        if len(labels) <= 8:  # numbers can be read
-            for i, row in enumerate(values):
-                for j, value in enumerate(row):
-                    panel.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
-        panel.set_xticks(range(len(labels)), labels, rotation=90 if len(labels) > 8 else 0, fontsize=8)
-        panel.set_yticks(range(len(labels)), labels, fontsize=8)
-        panel.set(title=name, xlabel=f"layer of network 2{note}")
-    panels[0].set_ylabel("layer of network 1")
-    figure.colorbar(drawn, ax=panels, label="similarity", shrink=0.8)
-    save_figure(figure, path, PRINT)
-
-
-def plot_diagonals(path: Path, title: str, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Similarity of layers with themselves: rows of similarity, layer, mean, deviation, untrained, a curve a similarity."""
-    figure = Figure(figsize=(max(6.5, 0.45 * len(labels) + 3), 4.5), layout="constrained")
-    axes = figure.subplots()
-    for i, name in enumerate(dict.fromkeys(row["similarity"] for row in rows)):
-        own = [row for row in rows if row["similarity"] == name]
-        places = [labels.index(row["layer"]) for row in own]
-        deviations = np.nan_to_num([row["deviation"] for row in own])  # of a single pair there is none
-        colour = PALETTE[i % len(PALETTE)]
-        axes.errorbar(places, [row["mean"] for row in own], deviations, marker="o", capsize=3, label=name, color=colour)
-        axes.plot(places, [row["untrained"] for row in own], linestyle=":", color=colour, label=f"{name}, untrained")
-    note = " (* inside a residual block)" if any(label.endswith("*") for label in labels) else ""
-    axes.set_xticks(range(len(labels)), labels)
-    _headline(figure, f"{title}, mean and deviation of pairs")
-    axes.set(xlabel=f"layer{note}", ylabel="similarity", ylim=(None, 1.02))
-    axes.grid(alpha=0.25)
-    figure.legend(fontsize=8, loc="outside right center")
-    save_figure(figure, path, PRINT)
 
 
 def plot_routing_maps(
@@ -390,7 +301,7 @@ def plot_routing_maps(
     shown = sorted({round(i) for i in np.linspace(0, len(epochs) - 1, min(5, len(epochs)))})
     n_layers = len(epochs[0])
     figure = Figure(figsize=(2.6 * len(shown) + 1.6, 2.6 * n_layers + 0.8), layout="constrained")
-    _headline(figure, title)
+    headline(figure, title)
     panels = figure.subplots(n_layers, len(shown), squeeze=False)
     for column, epoch in enumerate(shown):
         for layer, panel in enumerate(panels[:, column]):
@@ -400,53 +311,4 @@ def plot_routing_maps(
     for panel in panels[-1]:
         panel.set_xlabel("module")
     figure.colorbar(drawn, ax=panels, label="share of the task's test images", shrink=0.6)
-    save_figure(figure, path)
-
-
-def plot_over_time(
-    path: Path,
-    title: str,
-    measure: str,
-    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]],
-    levels: Mapping[str, float],
-) -> None:
-    """Curves of (label, minutes, values), several of a label faint below their mean; `levels` to judge them by.
-
-    A level far from the curves, as chance and an oracle often are, stands in the legend alone.
-    """
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    _headline(figure, title)
-    axes = figure.subplots()
-    for i, label in enumerate(dict.fromkeys(label for label, *_ in curves)):
-        own = [(minutes, values) for other, minutes, values in curves if other == label]
-        colour = PALETTE[i % len(PALETTE)]
-        for minutes, values in own:
-            _curve(axes, minutes, values, color=colour, alpha=0.3 if len(own) > 1 else 1, linewidth=1)
-        begin, end = max(minutes[0] for minutes, _ in own), min(minutes[-1] for minutes, _ in own)
-        grid = np.linspace(begin, max(begin, end), 200)
-        mean = np.mean([np.interp(grid, minutes, values) for minutes, values in own], axis=0)
-        name = textwrap.fill(f"{label} (n = {len(own)})", width=40)
-        axes.plot(grid, mean, color=colour, linewidth=2, linestyle=("-", "--", ":")[i // len(PALETTE) % 3], label=name)
-    low, high = (of(of(values) for *_, values in curves) for of in (min, max))
-    margin = 0.05 * (high - low)
-    _references(axes, levels)
-    axes.set(xlabel="minutes of training", ylabel=measure, ylim=(low - margin, high + margin) if margin else None)
-    axes.grid(alpha=0.25)
-    figure.legend(fontsize=8, loc="outside right center")
-    save_figure(figure, path)
-
-
-def plot_intervals(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of label, accuracy, half of its interval (or None) and chance in per cent, a bar each."""
-    figure = Figure(figsize=(10, 0.6 * len(rows) + 1.4), layout="constrained")
-    _headline(figure, title)
-    axes = figure.subplots()
-    halves = [row["half"] or 0.0 for row in rows]
-    axes.errorbar([row["accuracy"] for row in rows], range(len(rows)), xerr=halves, fmt="o", color=VALIDATION, capsize=3)
-    labels = [textwrap.fill(f"{row['label']} (n = {row['n']})", width=60) for row in rows]
-    axes.set_yticks(range(len(rows)), labels, fontsize=7)
-    chances = {row["chance"] for row in rows}
-    axes.set(xlabel="accuracy in %" + (f" (chance {chances.pop():g})" if len(chances) == 1 and None not in chances else ""))
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.25)
     save_figure(figure, path)

@@ -181,9 +181,15 @@ def fill_in(run: Run, args: dict[str, Any], metrics: Path) -> None:
         run.note = f"{RESULT} is not as {run.script}.py writes it: {type(error).__name__}: {error}"[:300]
     seconds = value_at(result, "seconds") or next((s for s in reversed(run.metrics.get("seconds", [])) if s is not None), None)
     run.minutes = None if seconds is None else seconds / 60
-    run.modified = max(
-        (file.stat().st_mtime for name in (RESULT, METRICS, LOG) if (file := metrics.parent / name).is_file()), default=0
-    )
+    run.modified = max((modified(metrics.parent / name) for name in run.files), default=0)
+
+
+def modified(path: Path) -> float:
+    """When a file was last written; 0 for one that has just gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0
 
 
 def plain(value: Any) -> Any:

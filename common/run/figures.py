@@ -16,7 +16,7 @@ class Figure(NamedTuple):
     n: int = 1
 
 
-# places in result.json, by dots; in per cent where the name says so and the result is a share
+# places in result.json, by dots
 PLACES = {
     "amortised_clustering": {
         "cross entropy": "model.cross_entropy",

@@ -240,6 +240,7 @@ def test_models_of_a_zoo_are_runs(tmp_path: Path) -> None:
         "zoo/cifar10-mCNN/0": "finished", "zoo/cifar10-mCNN/1": "finished", "zoo/cifar10-mCNN/2": "stopped",
         "zoo/cifar10-mCNN/3": "broken",
     }  # fmt: skip
+    assert all(run.written for run in runs.values())
     assert runs["zoo/cifar10-mCNN/1"].seed == 1 and runs["zoo/cifar10-mCNN/1"].options == {"arch": "mCNN"}
 
 
