@@ -26,7 +26,6 @@ from urllib.parse import quote
 import numpy as np
 
 from common import paper_figures
-from common.run.checkpoint import write_in_one_step
 from common.run.collected import MISSHAPEN, Run, find_runs, is_run
 from common.run.directory import RunError
 from common.run.ending import refusing, say
@@ -36,7 +35,7 @@ from common.run.lock import release_lock, take_lock
 from common.run.options import OneLineParser, at_least
 from common.run.page import write_page
 from common.run.penalties import with_chunks_together
-from common.run.records import RecordError, finite, write_table
+from common.run.records import RecordError, finite, write_table, write_text
 
 # what tells the rows of an experiment apart in the first place, as its paper's figure does
 MAIN = {
@@ -340,8 +339,7 @@ class Collection:
         """The tables and figures of one; what the page needs of them."""
         rows, name = table_of(runs), file_stem(script)
         write_table(self.tables / f"{name}.csv", [for_csv(row) for row in rows])
-        text = markdown(rows) + "\n"
-        write_in_one_step(self.tables / f"{name}.md", lambda file: file.write(text.encode(errors="replace")))
+        write_text(self.tables / f"{name}.md", markdown(rows) + "\n")
         finished = [(run.path, run.modified) for run in runs if run.state == "finished"]
         if self.drawn.get(script) != finished:
             self.pictures[script] = []

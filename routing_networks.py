@@ -36,14 +36,13 @@ from common.models import routed
 from common.models.routed import RoutedNet, SoftMixture
 from common.routing import Decision, Loss, Trajectories
 from common.run import checkpoint, options
-from common.run.checkpoint import write_in_one_step
 from common.run.directory import RunDirectory, environment
 from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks, tell
 from common.run.epochs import EpochTraining, Sums, load_last
 from common.run.interruption import Interruption
 from common.run.memory import keep_freed_memory
 from common.run.options import at_least, real
-from common.run.records import RecordError, read_results
+from common.run.records import RecordError, read_results, write_text
 from common.run.traces import read_metrics
 from common.seeds import generator_of, seed_of
 
@@ -420,7 +419,7 @@ def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     with refusing(parser):
         folder.mkdir(parents=True, exist_ok=True)
         text = comparison_table(rows)
-        write_in_one_step(folder / "table.md", lambda file: file.write((text + "\n").encode()))
+        write_text(folder / "table.md", text + "\n")
         paper_figures.plot_intervals(folder / "comparison.png", "test accuracy, mean and 95 % interval over seeds", rows)
     say(text)
     say(f"{folder / 'table.md'}, {folder / 'comparison.png'}")

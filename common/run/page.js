@@ -68,6 +68,10 @@ function compare(a, b, sign = 1) {
   return sign * text(a).localeCompare(text(b), "en", { numeric: true });
 }
 
+function experimentOf(script) {
+  return experiments.find((one) => one.script === script);
+}
+
 // Draw a part anew; what had the focus in it has it again.
 function keepingFocus(part, draw) {
   const before = document.activeElement;
@@ -80,7 +84,7 @@ function keepingFocus(part, draw) {
 function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
   const options = {};
-  const experiment = experiments.find((one) => one.script === given.get("experiment"));
+  const experiment = experimentOf(given.get("experiment"));
   for (const name of experiment?.varying ?? []) if (given.has(`o.${name}`)) options[name] = given.get(`o.${name}`);
   return {
     experiment: experiment?.script ?? "",
@@ -109,7 +113,7 @@ function writeAddress() {
 // ---- the table of runs ---------------------------------------------------------------------------------------------------
 
 function columns() {
-  const experiment = experiments.find((one) => one.script === view.experiment);
+  const experiment = experimentOf(view.experiment);
   const figures = experiment ? experiment.figures : [];
   return [
     ...(experiment ? [] : [{ name: "experiment", of: (run) => run.script }]),
@@ -262,7 +266,7 @@ function showFilters() {
       showTable();
     },
   );
-  const experiment = experiments.find((one) => one.script === view.experiment);
+  const experiment = experimentOf(view.experiment);
   const options = (experiment?.varying ?? []).map((name) => {
     const values = new Map(
       runs.filter((run) => run.script === view.experiment).map((run) => [exactly(run.options[name]), run.options[name]]),
@@ -279,7 +283,7 @@ function showFilters() {
 
 function showOverview() {
   const place = document.getElementById("overview");
-  const experiment = experiments.find((one) => one.script === view.experiment);
+  const experiment = experimentOf(view.experiment);
   place.hidden = !experiment || (!experiment.pictures.length && !experiment.groups.length);
   if (place.hidden) return;
   const pictures = experiment.pictures.map((picture) =>

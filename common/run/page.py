@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common.run.checkpoint import write_in_one_step
+from common.run.records import write_text
 
 HERE = Path(__file__).parent
 
@@ -27,7 +27,7 @@ def write_page(path: Path, data: dict[str, Any]) -> None:
     )
     parts = {"POLICY": policy, "STYLE": style, "DATA": harmless(data), "SCRIPT": script}
     page = re.sub("@([A-Z]+)@", lambda found: parts[found[1]], (HERE / "page.html").read_text())
-    write_in_one_step(path, lambda file: file.write(page.encode(errors="replace")))
+    write_text(path, page)
 
 
 def digest(text: str) -> str:

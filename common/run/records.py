@@ -17,10 +17,14 @@ class RecordError(Exception):
     """Figures of a run that are missing, damaged or of another script; the message is one line."""
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file, in one step; half characters, as names of files may hold, become escapes. Raises OSError."""
+    write_in_one_step(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
 def write_json(path: Path, content: Any) -> None:
     """A JSON file that is easy to read; what is not finite becomes null, which every reader knows. Raises OSError."""
-    text = json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
-    write_in_one_step(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def finite(content: Any) -> Any:
@@ -63,4 +67,4 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     table = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
     table.writeheader()
     table.writerows(rows)
-    write_in_one_step(path, lambda file: file.write(text.getvalue().encode(errors="backslashreplace")))
+    write_text(path, text.getvalue())
