@@ -25,15 +25,16 @@ from common import matching, plotting
 from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks
 from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
-from common.run import checkpoint, options
-from common.run.directory import RunDirectory
-from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks
-from common.run.interruption import Interruption
-from common.run.memory import keep_freed_memory
+from common.run import options
+from common.run.budget import BudgetedTraining
+from common.run.command import echo
+from common.run.memory import tune_malloc
+from common.run.metrics import read_metrics
 from common.run.options import at_least, real, run_id
-from common.run.training import Training, epoch_order, load_checkpoint
+from common.run.run import Run
+from common.seeds import epoch_order, seed_everything
 
-UNNAMED = ("resume", "results_dir", "overwrite", "dry_run")  # options that do not make another run
+NOT_IN_NAME = ("resume", "results_dir", "overwrite", "dry_run")  # options that do not make another run
 OWN_OPTIONS = {  # what only some types of model have a use for
     "Swarm": {"n_iter", "pooling", "non_lin"},
     "SetLinear": {"non_lin"},
@@ -102,8 +103,6 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f"-type {args.type} has no dropout: leave -dropout {args.dropout:g} out")
     if args.dropout and args.type.startswith("LSTM") and args.n_layers == 1:
         parser.error(f"-type {args.type} drops out between layers: -dropout {args.dropout:g} needs -n_layers 2 or more")
-    if args.resume == "auto" and args.overwrite:
-        parser.error("-resume auto goes on with a run, -overwrite replaces it: choose one")
 
 
 def log_probs(model: nn.Module, points: Tensor, mask: Tensor, precision: str) -> Tensor:
@@ -180,9 +179,11 @@ def make_data(n_tasks: int, batch_size: int, seed: int, device: torch.device) ->
     return Data(tasks, training, validation, measured, {name: means(of) for name, of in measured.items()})
 
 
-def train_epoch(args: argparse.Namespace, data: Data, training: Training, interruption: Interruption, progress: tqdm) -> bool:
-    """Train on the batches of an epoch that are left, until the time is up or a signal comes; False if the loss diverged."""
+def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, progress: tqdm) -> bool:
+    """Train on the batches of an epoch that are left, until the time is up; False if the loss diverged."""
     for index in epoch_order(len(data.training), args.seed, training.epoch)[training.batch :].tolist():
+        if training.time_is_up():
+            break
         points, labels, mask = clustering.padded_batch(data.tasks, data.training[index])
         log_p = log_probs(training.model, points, mask, args.precision)
         loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).mean()
@@ -193,87 +194,78 @@ def train_epoch(args: argparse.Namespace, data: Data, training: Training, interr
         loss.backward()
         training.optimizer.step()
 
-        training.step_done(len(points), value)
         progress.set_description_str(
-            f"epoch {training.epoch + 1} batch {training.batch}/{len(data.training)}  loss {value:.3f}  best validation "
-            f"{training.backtracking.best:.3f} (oracle {data.levels['oracle']['cross_entropy']:.3f})  "
+            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(data.training)}  loss {value:.3f}  best validation "
+            f"{training.best.loss:.3f} (oracle {data.levels['oracle']['cross_entropy']:.3f})  "
             f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
             refresh=False,
         )
         progress.update()
-        if training.clock.is_up() or interruption.signal:
-            break
-        training.save_now_and_then()
+        training.step_done(len(points), value)
     return True
 
 
-def end_epoch(args: argparse.Namespace, data: Data, training: Training, finite: bool) -> None:
-    """Validate, note the figures, and keep the model, save it as the best, or go back to the best."""
-    figures = dict.fromkeys(MEASURES, math.nan)
+def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, finite: bool) -> None:
+    """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
+    values = dict.fromkeys(MEASURES, math.nan)
     if finite:
-        figures = means(validate(training.model, data.tasks, data.validation, args.precision))
+        values = means(validate(training.model, data.tasks, data.validation, args.precision))
     row = {
         "epoch": training.epoch + 1,
         "step": training.step,
         "seconds": training.clock.used(),
-        "train_loss": training.mean_loss if finite else math.nan,
-        "val_loss": figures["cross_entropy"],
-        "val_accuracy": figures["accuracy"],
-        "val_rand_index": figures["rand_index"],
+        "train_loss": training.meter.means()["loss"] if finite else math.nan,
+        "val_loss": values["cross_entropy"],
+        "val_accuracy": values["accuracy"],
+        "val_rand_index": values["rand_index"],
         "lr": training.learning_rate,
     }
-    verdict = training.conclude_epoch(row["val_loss"], row)
+    verdict = training.conclude_epoch(row)
     chance, oracle = data.levels["chance"], data.levels["oracle"]
     training.run.log(
         f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
         f"validation {row['val_loss']:.4f} (oracle {oracle['cross_entropy']:.4f}, chance {chance['cross_entropy']:.4f}) | "
         f"accuracy {row['val_accuracy']:.3f} (oracle {oracle['accuracy']:.3f}, chance {chance['accuracy']:.3f}) | "
-        f"lr {row['lr']:.4g}{training.in_words(verdict)}"
+        f"lr {row['lr']:.4g}{verdict}"
     )
-
-
-def train(args: argparse.Namespace, data: Data, training: Training, interruption: Interruption) -> bool:
-    """Train until the epochs or the time are used up; False if a signal came first, with all that is needed to go on saved."""
-    clock, plotted_at = training.clock, -math.inf
-    with tqdm(disable=None, bar_format="{desc}") as progress:
-        while training.goes_on(args.max_epochs):
-            finite = train_epoch(args, data, training, interruption, progress)
-            if interruption.signal and not clock.is_up():
-                if finite:
-                    training.save_last()
-                return False
-            end_epoch(args, data, training, finite)
-            if clock.used() - plotted_at >= 60 * args.update_interval:
-                with clock.paused():
-                    draw(args, data, training)
-                plotted_at = clock.used()
-    return True
 
 
 # ---- report --------------------------------------------------------------------------------------------------------------
 
 
-def draw(args: argparse.Namespace, data: Data, training: Training) -> None:
+def draw(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> None:
     """metrics.png, weights.png, samples.png."""
     levels = {
         column: {name: data.levels[name][measure] for name in ("chance", "oracle")}
         for column, measure in (("val_loss", "cross_entropy"), ("val_accuracy", "accuracy"))
     }
-    plotting.plot_training(training, len(data.training), levels, "cross entropy (nats per point)")
-    plotting.plot_clusterings(training.run.path / "samples.png", training.run.name, samples(args, data, training))
+    run, traces, n_steps = training.run, training.traces, len(data.training)
+    metrics = read_metrics(training.metrics.path)
+    plotting.plot_metrics(
+        run.part / "metrics.png",
+        run.name,
+        metrics,
+        traces.steps,
+        traces.numbers,
+        n_steps,
+        levels,
+        "cross entropy (nats per point)",
+    )
+    plotting.plot_weights(run.part / "weights.png", run.name, traces.steps, traces.by_parameter(), n_steps)
+    plotting.plot_clusterings(run.part / "samples.png", run.name, samples(args, data, training.model))
 
 
 @torch.no_grad()
-def samples(args: argparse.Namespace, data: Data, training: Training) -> list[tuple[Any, Any, Any, str]]:
+def samples(args: argparse.Namespace, data: Data, model: nn.Module) -> list[tuple[Any, Any, Any, str]]:
     """Three validation tasks, always the same: with few, some and many clusters."""
     _, validation = clustering.split(len(data.tasks))
     by_clusters = validation[data.tasks.n_clusters[validation.to(data.tasks.points.device)].argsort(stable=True).cpu()]
     chosen = by_clusters[torch.linspace(0, len(by_clusters) - 1, min(3, len(by_clusters))).long()]
-    training.model.eval()
+    model.eval()
     drawn = []
     for task in chosen.split(1):
         points, labels, mask = clustering.padded_batch(data.tasks, task)
-        predicted = log_probs(training.model, points, mask, args.precision).argmax(2)
+        predicted = log_probs(model, points, mask, args.precision).argmax(2)
         counts = matching.contingency(predicted, labels, mask, N_LABELS)
         cluster_of_label = matching.best_matching(counts)[0].argsort()
         oracle = clustering.log_posterior(data.tasks, task, points).argmax(2)
@@ -284,13 +276,13 @@ def samples(args: argparse.Namespace, data: Data, training: Training) -> list[tu
         )
         shown = (points[0], cluster_of_label[predicted[0]], labels[0])
         drawn.append((*(tensor.cpu().numpy() for tensor in shown), caption))
-    training.model.train()
+    model.train()
     return drawn
 
 
-def report(args: argparse.Namespace, data: Data, training: Training) -> dict[str, Any]:
+def report(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> dict[str, Any]:
     """The final figures: the best model's measures on the validation tasks, by number of clusters, beside the references."""
-    training.load_best()
+    training.best.load()
     measured = {"model": validate(training.model, data.tasks, data.validation, args.precision), **data.references}
     n_clusters = data.tasks.n_clusters.cpu()[torch.cat(data.validation)]
     by_clusters = {}
@@ -328,13 +320,13 @@ def report_table(result: dict[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def summary(result: dict[str, Any], run: RunDirectory) -> str:
-    """What a reader wants to know first: the figures beside their references, and where to look."""
+def summary(result: dict[str, Any]) -> str:
+    """The metrics of all validation tasks beside their baselines."""
     lines = [f"{result['validation_tasks']} validation tasks, after {result['seconds'] / 60:.1f} minutes of training:"]
     for measure, title in MEASURES.items():
         model, chance, oracle = (result[name][measure] for name in ("model", "chance", "oracle"))
         lines.append(f"{title:>16}: {model:z.3f} (chance {chance:z.3f}, oracle {oracle:z.3f})")
-    return "\n".join([*lines, run.where_to_look()])
+    return "\n".join(lines)
 
 
 # ---- one run from start to end -------------------------------------------------------------------------------------------
@@ -342,7 +334,7 @@ def summary(result: dict[str, Any], run: RunDirectory) -> str:
 
 def make_model(args: argparse.Namespace) -> nn.Module:
     """The model of the options, on its device, with weights from the seed."""
-    checkpoint.seed_everything(args.seed)
+    seed_everything(args.seed)
     names = ("n_hidden", "n_layers", "n_iter", "non_lin", "n_heads", "n_ind_points", "dropout", "pooling")
     model = make_set_model(args.type, 2, N_LABELS, fuse=args.compile, **{name: getattr(args, name) for name in names})
     if args.compile and args.type != "Swarm":
@@ -350,7 +342,7 @@ def make_model(args: argparse.Namespace) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
 
 
-def introduce(args: argparse.Namespace, data: Data, training: Training, given: set[str]) -> None:
+def introduce(args: argparse.Namespace, data: Data, training: BudgetedTraining, given: set[str]) -> None:
     """Log what was derived from the options."""
     log, n_parameters = training.run.log, sum(p.numel() for p in training.model.parameters())
     log(f"{training.model}\n{n_parameters:,} parameters on {data.tasks.points.device}, seed {args.seed}")
@@ -363,43 +355,39 @@ def introduce(args: argparse.Namespace, data: Data, training: Training, given: s
 
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
-    args, name, given = options.parse(parser, argv, UNNAMED)
+    args, name, given = options.parse(parser, argv, NOT_IN_NAME)
     check_combinations(parser, args)
+    options.check(parser, args, name)
     if args.dry_run:
         print(name)
         return 0
-    keep_freed_memory()
-    with Interruption() as interruption, RunDirectory(args.results_dir, "amortised_clustering", name) as run:
-        with refusing(parser):
-            found = run.check(resume=args.resume, overwrite=args.overwrite)
-            if found == "finished":
-                run.finish_interrupted_rename()
-                print(f"the run {run.final} has finished: nothing to do")
-                return 0
-            model = make_model(args)
-            optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-            named = {option: value for option, value in vars(args).items() if option not in UNNAMED}
-            last = load_checkpoint(run, found, args.resume, model, optimizer, named)
-            data = make_data(args.tasks, args.bs, args.seed, next(model.parameters()).device)
-            run.open(vars(args), overwrite=args.overwrite, to_stdout=args.to_stdout)
-        say(f"running in {run.path}")
-        with surviving_full_disks(run):
-            limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
-            training = Training(run, model, optimizer, named, columns=COLUMNS, **limits)
-            training.start(last)
-            introduce(args, data, training, given)
-            if not train(args, data, training, interruption):
-                run.log(f"stopped by {interruption.signal} after step {training.step}: -resume auto goes on from here")
-                return EXIT_RESUMABLE
-            with training.clock.paused():
-                draw(args, data, training)
-                result = report(args, data, training)
-            run.log(report_table(result))
-            run.finish(result)
+    tune_malloc()
+    with Run("amortised_clustering", name, args, another="-run ID", may_change=NOT_IN_NAME, quiet=True) as run:
+        model = make_model(args)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        data = make_data(args.tasks, args.bs, args.seed, next(model.parameters()).device)
+        limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
+        training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, **limits)
+        training.start(args.resume)
+        introduce(args, data, training, given)
+        drawn_at = -math.inf
+        with tqdm(disable=None, bar_format="{desc}") as progress:
+            while training.goes_on(args.max_epochs):
+                finite = train_epoch(args, data, training, progress)
+                validate_epoch(args, data, training, finite)
+                if training.clock.used() - drawn_at >= 60 * args.update_interval:
+                    with training.clock.paused():
+                        draw(args, data, training)
+                    drawn_at = training.clock.used()
+        with training.clock.paused():
+            draw(args, data, training)
+            result = report(args, data, training)
+        run.log(report_table(result))
+        status = run.finish(result)
     if not args.to_stdout:
-        say(report_table(result))
-    say(summary(result, run))
-    return 0
+        echo(report_table(result))
+    echo(f"{summary(result)}\n{run.where_to_look(samples='samples.png')}")
+    return status
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ draws the diagonals of several beside each other. README.md says what each figur
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +26,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from common import paper_figures
+from common import checkpoint, paper_figures
 from common.datasets import images
 from common.datasets.augmentation import Preprocessing, as_rgb_32
 from common.datasets.images import DataError, ImageSet
+from common.errors import Failed, InputError, Interrupted
 from common.models import zoo
-from common.models.zoo import ZooError
 from common.paper_figures import layer_labels
-from common.run import checkpoint, options
-from common.run.directory import RunDirectory
-from common.run.ending import EXIT_RESUMABLE, has_finished, open_run, refusing, say, surviving_full_disks, tell
-from common.run.interruption import Interrupted, Interruption
-from common.run.memory import keep_freed_memory
+from common.run import options, zoo_pairs
+from common.run.clock import Clock
+from common.run.command import Command, echo
+from common.run.jobs import Job, failures, pending
+from common.run.memory import tune_malloc
 from common.run.options import at_least
-from common.run.records import RecordError, read_results, write_json, write_table
+from common.run.records import read_results, write_table
+from common.run.run import Run
 from common.seeds import seed_of
 from common.symmetry.measures import ESTIMATORS, features_of
 from common.symmetry.similarity import layer_similarities
-from common.symmetry.stitching import Place, joints_of
+from common.symmetry.stitching import Place
 
 # the original's names; the last is the suite's own
 MEASURES = {
@@ -57,8 +56,8 @@ MEASURES = {
     "linear_cka": "linear_cka",
 }
 PUBLISHED_PAIRS = {"procrustes": 32, "ortho_procrustes": 32}  # with others, 16
-FREE = ("results_dir", "data_dir", "resume", "overwrite", "progress", "dry_run", "batched", "block")
-UNNAMED = (*FREE, "zoo", "name", "compare", "arch", "similarity", "repeats", "pairs")
+MAY_CHANGE = (*zoo_pairs.MAY_CHANGE, "batched", "block")
+FILES = ("untrained.*", "run[0-9]*.*", "similarity.*")  # beside those of every run
 VALUES = ("published", "live")  # with dead channels, as published, and without
 
 
@@ -73,20 +72,11 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("--similarity", choices=tuple(MEASURES), help="[procrustes]")
     own = parser.add_argument_group("options of this suite")
     own.add_argument("--estimator", choices=ESTIMATORS, default="max", help="of cka, over channels [%(default)s]")
-    own.add_argument("--zoo", metavar="DIR", help="where train_zoo.py has put the networks [results/zoo/DATASET-ARCH]")
-    own.add_argument("--dataset", choices=tuple(images.BY_OPTION), default="cifar10", help="[%(default)s]")
-    own.add_argument("--data-dir", metavar="DIR", default="data", help="where the data set lies [%(default)s]")
-    own.add_argument("--results-dir", metavar="DIR", default="results", help="where run directories are made [%(default)s]")
+    zoo_pairs.add_options(own, "run", layers="layers [all]")
     own.add_argument("--name", type=options.run_id, help="of the run [architecture and similarity]")
     own.add_argument("--images", type=at_least(4), metavar="N", help="compare on the first N test images [all]")
     own.add_argument("--block", type=at_least(1), default=400, help="images whose features are held at a time [%(default)s]")
-    own.add_argument("--layers", type=at_least(1), nargs="+", help="indices of layers [all]")
-    own.add_argument("--pairs", nargs="+", metavar="I-J", help="numbers of networks [drawn by the seed]")
     own.add_argument("--seed", type=at_least(0), default=0, help="of pairs, and of untrained networks [%(default)s]")
-    own.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help="go on with a run that was interrupted")
-    own.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
-    own.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
-    own.add_argument("--compare", nargs="+", metavar="RUN", help="instead: figures of finished runs beside each other")
     return parser
 
 
@@ -95,29 +85,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     args = parser.parse_args(argv)
     if args.compare:
         return args
-    if args.arch is None:
-        parser.error(f"--arch is missing: choose from {', '.join(zoo.ARCHITECTURES)}")
+    zoo_pairs.complete(parser, args)
     args.similarity = args.similarity or "procrustes"
     if args.estimator != "max" and args.similarity != "cka":
         parser.error(f"--estimator {args.estimator} is for --similarity cka")
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run, --overwrite replaces it: choose one")
-    args.zoo = args.zoo or f"results/zoo/{args.dataset}-{args.arch}"
     args.repeats = args.repeats or PUBLISHED_PAIRS.get(args.similarity, 16)
     return args
 
 
 def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     """The run's name: architecture and similarity (or --name), and other options that are not at their defaults."""
-    parts = [args.name or f"{args.arch}-{args.similarity}", *options.not_defaults(parser, args, (*UNNAMED, "layers"))]
-    for option in ("layers", "pairs"):
-        if getattr(args, option):
-            parts.append(".".join([option, *map(str, getattr(args, option))]))
-    if not args.pairs:
-        parts.append(f"repeats.{args.repeats}")
-    name = "-".join(parts)
-    options.check_length(parser, name)
-    return name
+    first = [args.name or f"{args.arch}-{args.similarity}"]
+    return zoo_pairs.name_of(parser, args, first, ("batched", "block", "similarity"), "repeats")
 
 
 # ---- networks and images ---------------------------------------------------------------------------------------------------
@@ -140,15 +119,6 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     return Data(as_rgb_32(test[: args.images]).to(device), Preprocessing(name, device))
 
 
-def places_of(args: argparse.Namespace, network: nn.Module) -> list[Place]:
-    """The layers that were asked for: activations, and a transformer's blocks. Raises ValueError for one there is not."""
-    places = joints_of(network)
-    unknown = [layer for layer in args.layers or [] if layer not in [place.index for place in places]]
-    if unknown:
-        raise ValueError(f"--layers {unknown[0]}: {args.arch} has {' '.join(str(place.index) for place in places)}")
-    return [place for place in places if not args.layers or place.index in args.layers]
-
-
 def untrained(args: argparse.Namespace, like: nn.Module, number: int) -> nn.Module:
     """A network with random weights, of a saved one's width and classes: what similarities are judged by."""
     tensors = list(like.state_dict().values())
@@ -160,34 +130,51 @@ def untrained(args: argparse.Namespace, like: nn.Module, number: int) -> nn.Modu
 # ---- one pair --------------------------------------------------------------------------------------------------------------
 
 
-def compare_networks(
-    args: argparse.Namespace,
-    networks: tuple[nn.Module, nn.Module],
-    places: list[Place],
-    data: Data,
-    interruption: Interruption,
+class PairJob(Job):
+    """The comparison of a pair of networks or, if it is None, of two untrained ones."""
+
+    def __init__(self, folder: Path, name: str, pair: tuple[int, int] | None):
+        super().__init__(folder, name)
+        self.pair, self.matrix = pair, folder / f"{name}.pt"
+        self.title = "two untrained networks" if pair is None else f"pair {pair[0]}-{pair[1]}"
+
+
+def jobs_of(folder: Path, pairs: list[tuple[int, int]]) -> list[PairJob]:
+    """The untrained networks, then run by run, as published."""
+    return [PairJob(folder, "untrained", None), *(PairJob(folder, f"run{i}", pair) for i, pair in enumerate(pairs))]
+
+
+def run_job(
+    args: argparse.Namespace, job: PairJob, networks: dict[int, nn.Module], places: list[Place], data: Data, run: Run
 ) -> dict[str, Any]:
-    """All layers of one network with all of the other: figures of one cell. Raises Interrupted if a signal comes."""
-    device = data.test.labels.device
-    on_device = [network.to(device) for network in networks]
+    """Compare a job's networks and write their matrix; the job's record."""
+    clock, some = Clock(), next(iter(networks.values()))
+    both = [networks[n] for n in job.pair] if job.pair else [untrained(args, some, number) for number in (1, 2)]
+    metrics = compare_networks(args, job, both, places, data, run)
+    checkpoint.save(torch.tensor(metrics["published"]), job.matrix)
+    return {"pair": job.pair, "seconds": clock.used(), **metrics}
+
+
+def compare_networks(
+    args: argparse.Namespace, job: PairJob, networks: list[nn.Module], places: list[Place], data: Data, run: Run
+) -> dict[str, Any]:
+    """All layers of one network with all of the other. Raises Interrupted if a signal comes, Failed if they do not compare."""
     names = [place.name for place in places]
 
     def features(network: nn.Module, part: slice) -> list[Tensor]:
-        interruption.check()
+        if run.signal is not None:
+            raise Interrupted(f"in {job.name}")
         x = data.preprocessing.normalise(data.test.images[part])
-        return [tokens_as_maps(of) for of in features_of(network, x, names)]
+        return [tokens_as_maps(maps) for maps in features_of(network, x, names)]
 
-    found = layer_similarities(
-        MEASURES[args.similarity],
-        lambda part: features(on_device[0], part),
-        lambda part: features(on_device[1], part),
-        len(data.test),
-        estimator=args.estimator,
-        block=args.block,
-        progress=args.progress,
-    )
-    matrices = {"published": found.published.tolist(), "live": found.live.tolist()}
-    return matrices | {"dead": [found.dead1.tolist(), found.dead2.tolist()]}
+    first, second = (partial(features, network.to(data.test.labels.device)) for network in networks)
+    settings = {name: getattr(args, name) for name in ("estimator", "block", "progress")}
+    try:
+        similarities = layer_similarities(MEASURES[args.similarity], first, second, len(data.test), **settings)
+    except ValueError as error:
+        raise Failed(f"{job.title} cannot be compared: {error}") from None
+    matrices = {name: getattr(similarities, name).tolist() for name in VALUES}
+    return matrices | {"dead": [similarities.dead1.tolist(), similarities.dead2.tolist()]}
 
 
 def tokens_as_maps(features: Tensor) -> Tensor:
@@ -201,66 +188,21 @@ def tokens_as_maps(features: Tensor) -> Tensor:
 # ---- the run ---------------------------------------------------------------------------------------------------------------
 
 
-def sweep(
-    args: argparse.Namespace,
-    pairs: list[tuple[int, int]],
-    networks: dict[int, nn.Module],
-    data: Data,
-    run: RunDirectory,
-    interruption: Interruption,
-) -> bool:
-    """Compare the pairs that are not there yet, and first two untrained networks; False if a signal came."""
-    checkpoint.save({"name": run.name}, run.last)  # there is something to go on with
-    some = next(iter(networks.values()))
-    places = places_of(args, some)
-    for i, stem in enumerate(tqdm(stems_of(pairs), disable=None if args.progress else True)):
-        path = run.path / f"{stem}.json"
-        if path.exists():
-            continue
-        pair = (-1, -2) if i == 0 else pairs[i - 1]
-        both = (untrained(args, some, 1), untrained(args, some, 2)) if i == 0 else (networks[pair[0]], networks[pair[1]])
-        began = time.monotonic()
-        try:
-            found = compare_networks(args, both, places, data, interruption)
-        except Interrupted:
-            return False
-        except ValueError as error:
-            raise SystemExit(f"{run.path}: pair {pair[0]}-{pair[1]} cannot be compared: {error}") from None
-        matrix = torch.tensor(found["published"])
-        checkpoint.save(matrix.float(), run.path / f"{stem}.pt")
-        write_json(path, {"pair": None if i == 0 else list(pair), "seconds": time.monotonic() - began, **found})
-        reference = diagonal_of(json.loads((run.path / "untrained.json").read_text()), "published")
-        tell(
-            run,
-            f"[{i}/{len(pairs)}] {'two untrained networks' if i == 0 else f'pair {pair[0]}-{pair[1]}'}: "
-            f"{args.similarity} of layers with themselves "
-            + ", ".join(f"{matrix[k, k]:.3f}" for k in range(len(places)))
-            + (f" (untrained {', '.join(f'{reference[k]:.3f}' for k in range(len(places)))})" if i else "")
-            + f"; dead channels {sum(map(sum, found['dead']))}",
-        )
-        if interruption.signal:
-            return False
-    return True
+def line_of(args: argparse.Namespace, job: PairJob, record: dict[str, Any], reference: Job) -> str:
+    """The diagonal of a pair for the log, beside that of the untrained networks, if they could be compared."""
+
+    def diagonal(record: dict[str, Any]) -> str:
+        return ", ".join(f"{value:.3f}" for value in diagonal_of(record, "published"))
+
+    beside = f" (untrained {diagonal(reference.read())})" if reference.done and job is not reference else ""
+    dead = sum(map(sum, record["dead"]))
+    return f"{job.title}: {args.similarity} of layers with themselves {diagonal(record)}{beside}; dead channels {dead}"
 
 
-def stems_of(pairs: list[tuple[int, int]]) -> list[str]:
-    """What files of a run are called: the untrained networks, then run by run, as published."""
-    return ["untrained", *(f"run{i}" for i in range(len(pairs)))]
-
-
-def report(args: argparse.Namespace, pairs: list[tuple[int, int]], places: list[Place], run: RunDirectory) -> dict[str, Any]:
-    """Mean and deviation (n - 1) over pairs of all figures."""
-    reference, *found = [json.loads((run.path / f"{stem}.json").read_text()) for stem in stems_of(pairs)]
-    values = {of: np.array([figures[of] for figures in found], float) for of in VALUES}  # null becomes NaN
-    means = {of: values[of].mean(0) for of in VALUES}
-    deviations = {of: values[of].std(0, ddof=1) if len(found) > 1 else None for of in VALUES}
-    layers = [
-        {"index": place.index, "name": place.name, "inside_block": place.inside_block, "channels": place.channels}
-        for place in places
-    ]
-    dead = np.mean([figures["dead"] for figures in found], axis=0)
-    for i, layer in enumerate(layers):
-        layer["dead_channels"] = dead[:, i].tolist()  # of the first networks of pairs, and of the second ones
+def report(args: argparse.Namespace, jobs: list[PairJob], places: list[Place], run: Run) -> dict[str, Any]:
+    """The result of a run: metrics over the pairs that could be compared."""
+    reference = jobs[0].read() if jobs[0].done else {"published": None}
+    records, failed = [job.read() for job in jobs[1:] if job.done], failures(jobs)
     return {
         "script": "cifar10_alignment",
         "name": run.name,
@@ -272,32 +214,44 @@ def report(args: argparse.Namespace, pairs: list[tuple[int, int]], places: list[
         "seed": args.seed,
         "zoo": args.zoo,
         "test_images": args.images or "all",
-        "seconds": reference.get("seconds", 0.0) + sum(figures.get("seconds", 0.0) for figures in found),
-        "pairs": [list(pair) for pair in pairs],
-        "layers": layers,
-        **{of: means[of].tolist() for of in VALUES},
-        **{f"{of}_deviation": None if deviations[of] is None else deviations[of].tolist() for of in VALUES},
+        "seconds": sum(record.get("seconds", 0.0) for record in [reference, *records]),
+        "pairs": [record["pair"] for record in records],
+        **over_pairs(records, places),
         "untrained": reference["published"],
+        **({"failed": failed} if failed else {}),
     }
+
+
+def over_pairs(records: list[dict[str, Any]], places: list[Place]) -> dict[str, Any]:
+    """Layers, and means and deviations (n - 1) of similarities over pairs; of no pairs there are none."""
+    if not records:
+        return {"layers": [], **{of: [] for of in VALUES}, **{f"{of}_deviation": None for of in VALUES}}
+    dead = np.mean([record["dead"] for record in records], axis=0)  # of the first networks of pairs, and of the second ones
+    layers = [
+        {name: getattr(place, name) for name in ("index", "name", "inside_block", "channels")} | {"dead_channels": counts}
+        for place, counts in zip(places, dead.T.tolist(), strict=True)
+    ]
+    values = {of: np.array([record[of] for record in records], float) for of in VALUES}  # null becomes NaN
+    means = {of: values[of].mean(0).tolist() for of in VALUES}
+    several = len(records) > 1
+    deviations = {f"{of}_deviation": values[of].std(0, ddof=1).tolist() if several else None for of in VALUES}
+    return {"layers": layers, **means, **deviations}
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
     """similarity.csv, a row per pair of layers, and the heat map similarity.png, from a run's result alone."""
     rows = []
     labels = layer_labels(result["layers"])
+    columns = [name for of in VALUES for name in (of, f"{of}_deviation")] + ["untrained"]
     for i, row_label in enumerate(labels):
         for j, column_label in enumerate(labels):
             row = {"layer_of_network_1": row_label, "layer_of_network_2": column_label}
-            for of in VALUES:
-                deviation = result[f"{of}_deviation"]
-                row |= {of: result[of][i][j], f"{of}_deviation": None if deviation is None else deviation[i][j]}
-            rows.append(row | {"untrained": result["untrained"][i][j]})
+            rows.append(row | {name: result[name] and result[name][i][j] for name in columns})
     write_table(folder / "similarity.csv", rows)
     n = len(result["pairs"])
     title = f"{result['arch']} on {result['dataset']}, mean of {n} pair{'s' * (n > 1)}"
-    paper_figures.plot_heat_maps(
-        folder / "similarity.png", title, labels, {result["similarity"]: np.array(result["published"], float)}
-    )
+    maps = {result["similarity"]: np.array(result["published"], float)}
+    paper_figures.plot_heat_maps(folder / "similarity.png", title, labels, maps)
 
 
 def diagonal_of(record: dict[str, Any], name: str) -> NDArray[np.floating]:
@@ -309,12 +263,11 @@ def diagonal_of(record: dict[str, Any], name: str) -> NDArray[np.floating]:
 
 def report_table(result: dict[str, Any]) -> str:
     """The diagonal as text."""
+    names = ("published", "published_deviation", "live", "untrained")
     lines = [
         f"{result['similarity']} of layers with themselves: mean, deviation, live channels alone, untrained (* inside a block)"
     ]
-    columns = zip(
-        *(diagonal_of(result, name) for name in ("published", "published_deviation", "live", "untrained")), strict=True
-    )
+    columns = zip(*(diagonal_of(result, name) for name in names), strict=True)
     for label, layer, (mean, deviation, live, untrained) in zip(
         layer_labels(result["layers"]), result["layers"], columns, strict=True
     ):
@@ -329,41 +282,35 @@ def report_table(result: dict[str, Any]) -> str:
 # ---- figures of several runs -----------------------------------------------------------------------------------------------
 
 
-def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def compare(args: argparse.Namespace) -> int:
     """--compare: diagonals.csv and .png of several finished runs of one architecture, and all their heat maps in one figure."""
-    with refusing(parser, RecordError):
-        results = read_results(args.compare, "cifar10_alignment")
+    results = read_results(args.compare, "cifar10_alignment")
+    if not all(result["pairs"] for result in results):
+        raise InputError("one of these runs has no pair that could be compared: leave it out")
     if len({(result["arch"], result["dataset"], tuple(layer_labels(result["layers"]))) for result in results}) > 1:
-        parser.error("these runs are not of the same layers of one architecture on one data set: compare like with like")
+        raise InputError("these runs are not of the same layers of one architecture on one data set: compare like with like")
     results.sort(key=lambda result: (tuple(MEASURES).index(result["similarity"]), result["estimator"] or ""))
     names = [result["similarity"] + (" (median)" if result["estimator"] == "median" else "") for result in results]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        parser.error(f"two of these runs are of {twice}: compare one of each")
-    arch, dataset, labels = results[0]["arch"], results[0]["dataset"], layer_labels(results[0]["layers"])
-    folder = Path(args.results_dir) / "cifar10_alignment" / f"figures-{arch}-{dataset}"
-    rows = [
-        {
-            "similarity": name,
-            "layer": label,
-            "mean": diagonal_of(result, "published")[i],
-            "deviation": diagonal_of(result, "published_deviation")[i],
-            "live": diagonal_of(result, "live")[i],
-            "untrained": diagonal_of(result, "untrained")[i],
-            "n": len(result["pairs"]),
-        }
-        for name, result in zip(names, results, strict=True)
-        for i, label in enumerate(labels)
-    ]
-    with refusing(parser):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_table(folder / "diagonals.csv", rows)
-        paper_figures.plot_diagonals(folder / "diagonals.png", f"{arch} on {dataset}: layers with themselves", labels, rows)
-        maps = {name: np.array(result["published"], float) for name, result in zip(names, results, strict=True)}
-        paper_figures.plot_heat_maps(folder / "similarities.png", f"{arch} on {dataset}, means of pairs", labels, maps)
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two of these runs are of {name}: compare one of each")
+    title, labels = f"{results[0]['arch']} on {results[0]['dataset']}", layer_labels(results[0]["layers"])
+    folder = Path(args.results_dir) / "cifar10_alignment" / f"figures-{results[0]['arch']}-{results[0]['dataset']}"
+    columns = {"mean": "published", "deviation": "published_deviation", "live": "live", "untrained": "untrained"}
+    rows: list[dict[str, Any]] = []
+    for name, result in zip(names, results, strict=True):
+        diagonals = zip(*(diagonal_of(result, of) for of in columns.values()), strict=True)
+        for label, values in zip(labels, diagonals, strict=True):
+            row = {"similarity": name, "layer": label, **dict(zip(columns, values, strict=True))}
+            rows.append(row | {"n": len(result["pairs"])})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(folder / "diagonals.csv", rows)
+    paper_figures.plot_diagonals(folder / "diagonals.png", f"{title}: layers with themselves", labels, rows)
+    maps = {name: np.array(result["published"], float) for name, result in zip(names, results, strict=True)}
+    paper_figures.plot_heat_maps(folder / "similarities.png", f"{title}, means of pairs", labels, maps)
     for result in results:
-        say(report_table(result))
-    say(f"figures: {', '.join(str(path) for path in sorted(folder.iterdir()))}")
+        echo(report_table(result))
+    echo(f"figures: {', '.join(str(path) for path in sorted(folder.iterdir()))}")
     return 0
 
 
@@ -371,38 +318,34 @@ def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args = parse(parser, argv)
     if args.compare:
-        return compare(parser, args)
+        with Command("cifar10_alignment"):
+            return compare(args)
     name = name_of(parser, args)
     if args.dry_run:
         print(name)
         return 0
-    keep_freed_memory()
+    tune_malloc()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with (
-        Interruption() as interruption,
-        RunDirectory(args.results_dir, "cifar10_alignment", name, another="--name NAME") as run,
-    ):
-        with refusing(parser, DataError, ZooError, ValueError):
-            if has_finished(run, args, FREE):
-                return 0
-            pairs = zoo.pairs_of(args.zoo, args.pairs, args.repeats, args.seed)
-            n_classes = images.N_CLASSES[images.BY_OPTION[args.dataset]]
-            networks = zoo.load_members(args.zoo, args.arch, {number for pair in pairs for number in pair}, n_classes)
-            places = places_of(args, next(iter(networks.values())))
-            data = load_data(args, device)
-            made_from = {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": data.test.fingerprint()}
-            open_run(run, args, made_from, FREE)
-        with surviving_full_disks(run):
-            tell(run, f"{len(pairs)} pairs, {len(places)} layers, {len(data.test)} images on {device}: {args.similarity}")
-            if not sweep(args, pairs, networks, data, run, interruption):
-                tell(run, f"stopped by {interruption.signal}: --resume goes on from here")
-                return EXIT_RESUMABLE
-            result = report(args, pairs, places, run)
-            draw(result, run.path)
-            tell(run, report_table(result))
-            run.finish(result)
-    say(f"figures: {run.final / 'result.json'}, {run.final / 'similarity.png'}; --compare draws several runs beside each other")
-    return 0
+    with Run("cifar10_alignment", name, args, another="--name NAME", may_change=MAY_CHANGE, files=FILES) as run:
+        pairs = zoo.pairs_of(args.zoo, args.pairs, args.repeats, args.seed)
+        networks, places = zoo_pairs.load(args, pairs)
+        data = load_data(args, device)
+        run.open(drawn_pairs=pairs, networks=zoo.fingerprint(networks), data=data.test.fingerprint())
+        checkpoint.save({"name": run.name}, run.last)  # there is something to resume
+        run.log(f"{len(pairs)} pairs, {len(places)} layers, {len(data.test)} images on {device}: {args.similarity}")
+        jobs = jobs_of(run.part, pairs)
+        for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
+            with job:
+                record = run_job(args, job, networks, places, data, run)
+                job.finish(record)
+                run.log(f"[{i - 1}/{len(pairs)}] {line_of(args, job, record, reference=jobs[0])}")
+        result = report(args, jobs, places, run)
+        if result["pairs"]:
+            draw(result, run.part)
+            run.log(report_table(result))
+        status = run.finish(result)
+    echo(zoo_pairs.where_to_look(run, result))
+    return status
 
 
 if __name__ == "__main__":

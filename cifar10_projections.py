@@ -12,42 +12,39 @@ leaves its figures in results/cifar10_projections/. README.md says what each of 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from common import paper_figures
+from common import checkpoint, paper_figures
 from common.datasets import images
 from common.datasets.classification import Splits, load_splits
-from common.datasets.images import DataError
 from common.models import zoo
-from common.run import checkpoint, options
-from common.run.checkpoint import CheckpointError
-from common.run.classifier import RECIPES, accuracy, evaluate, learning_rate, make_optimizer, training_step
-from common.run.directory import RunDirectory
-from common.run.ending import EXIT_RESUMABLE, has_finished, open_run, refusing, say, surviving_full_disks, tell
-from common.run.epochs import Sums
-from common.run.interruption import Interrupted, Interruption
-from common.run.memory import keep_freed_memory
+from common.run import options
+from common.run.classifier import RECIPES, BestEpoch, evaluate, make_optimizer, train_epoch
+from common.run.clock import Clock
+from common.run.command import Command, echo
+from common.run.jobs import Job, failures, pending
+from common.run.memory import tune_malloc
+from common.run.metrics import Meter
 from common.run.options import at_least, real
-from common.run.records import RecordError, read_results, write_json, write_table
+from common.run.records import RecordError, read_json, read_results, write_table
+from common.run.run import Run
+from common.run.state import State
 from common.seeds import generator_of, seed_of
 from common.symmetry.rotations import GROUPS, random_element, transform_layer
 
 ARCHITECTURES = {"relu": "mCNN_k", "sigmoid": "mCNN_k_sigmoid"}
 LAYERS = (0, 2, 5, 8)  # convolutions, by their places in the network; the last one is published nowhere
-UNNAMED = ("results_dir", "data_dir", "resume", "overwrite", "dry_run", "progress", "name", "draw")
-FREE = ("results_dir", "data_dir", "resume", "overwrite", "progress", "dry_run", "draw")  # a test that goes on may have others
+LISTS = ("activations", "groups", "layers")  # options with several values
+MAY_CHANGE = ("results_dir", "data_dir", "resume", "retry_failed", "overwrite", "progress", "dry_run", "draw")
+NOT_IN_NAME = (*MAY_CHANGE, *LISTS, "name")
+FILES = ("cells/*", "penalties.csv", "penalties.png")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -62,7 +59,6 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--layers", nargs="+", type=int, choices=LAYERS, default=[0, 2, 5], help="convolutions [0 2 5]")
     own.add_argument("--dataset", choices=tuple(images.BY_OPTION), default="cifar10", help="[%(default)s]")
     own.add_argument("--data-dir", metavar="DIR", default="data", help="where the data set lies [%(default)s]")
-    own.add_argument("--results-dir", metavar="DIR", default="results", help="where run directories are made [%(default)s]")
     own.add_argument("--name", type=options.run_id, help="of the run [projections]")
     own.add_argument("--recipe", choices=tuple(RECIPES), default="published", help="as of train_zoo.py [%(default)s]")
     own.add_argument("--epochs", type=at_least(1), help="of the network, and again of each rest [by recipe: 50, 12]")
@@ -73,9 +69,8 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--subset", type=at_least(20), metavar="N", help="use N training images, chosen by the seed [all]")
     own.add_argument("--select", choices=("validation", "test"), default="validation", help="which images choose the epoch")
     own.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="[%(default)s]")
-    own.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help="go on with a test that was interrupted")
-    own.add_argument("--overwrite", action="store_true", help="replace a test of the same name")
-    own.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
+    own.add_argument("--retry-failed", action="store_true", help="repeat jobs that failed")
+    options.add_run_options(own, "test")
     own.add_argument("--draw", metavar="RUN", help="instead: figure and table of a finished test, from its result.json")
     return parser
 
@@ -83,261 +78,192 @@ def get_parser() -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, str]:
     """Options that can work together, with what the recipe sets, and the run's name; or the parser's error."""
     args = parser.parse_args(argv)
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with a test, --overwrite replaces it: choose one")
-    for option in ("activations", "groups", "layers"):
+    parts = [args.name or "projections"]
+    for option in LISTS:
         values = getattr(args, option)
         if len(set(values)) < len(values):
             parser.error(f"--{option} {' '.join(map(str, values))} names one twice")
-    parts = [args.name or "projections"]
-    for option in ("activations", "groups", "layers"):
-        if getattr(args, option) != parser.get_default(option):
-            parts.append(".".join([option, *map(str, getattr(args, option))]))
-    parts += options.not_defaults(parser, args, (*UNNAMED, "activations", "groups", "layers"))
-    name = "-".join(parts)
-    options.check_length(parser, name)
+        if values != parser.get_default(option):
+            parts.append(".".join([option, *map(str, values)]))
+    name = "-".join([*parts, *options.not_defaults(parser, args, NOT_IN_NAME)])
+    options.check(parser, args, name)
     for option, value in RECIPES[args.recipe].items():
         if getattr(args, option) is None:
             setattr(args, option, value)
     return args, name
 
 
-# ---- one cell: a network, or its rest behind a matrix ----------------------------------------------------------------------
+# ---- one job: a network, or its rest behind a matrix -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What is trained at once, and kept in a file of its own: without a group the network that others start from."""
+class Training(Job):
+    """The training of a network (no group), whose weights the others start from, or of its rest behind a random matrix."""
 
-    activation: str
-    group: str | None = None
-    layer: int = 0
-    run: int = 0
-
-    @property
-    def stem(self) -> str:
-        return self.activation + (f"_{self.group}_layer_{self.layer}_run_{self.run}" if self.group else "")
+    def __init__(self, folder: Path, activation: str, group: str | None = None, layer: int = 0, run: int = 0):
+        name = activation + (f"_{group}_layer_{layer}_run_{run}" if group else "")
+        super().__init__(folder, name, needs=(activation,) if group else ())
+        self.activation, self.group, self.layer, self.run = activation, group, layer, run
+        self.network, self.weights = folder / f"{activation}.json", folder / f"{activation}.pt"
+        self.place = {"activation": activation, "group": group, "layer": layer, "run": run}
 
 
-def cells_of(args: argparse.Namespace) -> list[Cell]:
-    """All cells, each network before what is made of it. Runs of the identity differ in the order of images alone."""
-    cells = []
+def jobs_of(args: argparse.Namespace, folder: Path) -> list[Training]:
+    """All trainings, each network before its rests. Runs of the identity differ in the order of images alone."""
+    jobs = []
     for activation in args.activations:
-        cells.append(Cell(activation))
-        for layer in args.layers:
-            for group in args.groups:
-                cells += [Cell(activation, group, layer, run) for run in range(args.repeats)]
-    return cells
+        jobs.append(Training(folder, activation))
+        places = product(args.layers, args.groups, range(args.repeats))
+        jobs += [Training(folder, activation, group, layer, run) for layer, group, run in places]
+    return jobs
 
 
-def make_network(args: argparse.Namespace, cell: Cell, folder: Path, device: torch.device) -> nn.Module:
-    """What a cell trains: a new network, or a trained one with a matrix in it and all before that frozen."""
-    torch.manual_seed(seed_of(args.seed, list(ARCHITECTURES).index(cell.activation)))
+def check_files(jobs: list[Training]) -> None:
+    """Raises InputError if a file that resuming needs is damaged."""
+    for job in jobs:
+        if not job.done:
+            if job.last.exists():
+                checkpoint.read(job.last)
+            continue
+        job.read()
+        if job.group is None:
+            checkpoint.read(job.weights)
+
+
+def make_network(args: argparse.Namespace, job: Training, device: torch.device) -> nn.Module:
+    """A new network, or a trained one with a random matrix in it and all before that frozen."""
+    torch.manual_seed(seed_of(args.seed, list(ARCHITECTURES).index(job.activation)))
     classes = images.N_CLASSES[images.BY_OPTION[args.dataset]]
-    network = zoo.make(ARCHITECTURES[cell.activation], classes, args.width)
-    if cell.group is not None:
+    network = zoo.make(ARCHITECTURES[job.activation], classes, args.width)
+    if job.group is not None:
         assert isinstance(network, nn.Sequential)
-        network.load_state_dict(torch.load(folder / f"{cell.activation}.pt", weights_only=True))
-        n = network[cell.layer].weight.shape[0]
-        chance = generator_of(args.seed, GROUPS.index(cell.group), cell.layer, cell.run)
-        network = transform_layer(network, cell.layer, random_element(cell.group, n, chance))
+        checkpoint.load_model(network, checkpoint.read(job.weights), job.weights)
+        n = network[job.layer].weight.shape[0]
+        generator = generator_of(args.seed, GROUPS.index(job.group), job.layer, job.run)
+        network = transform_layer(network, job.layer, random_element(job.group, n, generator))
     return network.to(device, memory_format=torch.channels_last)
 
 
-def train(
-    args: argparse.Namespace,
-    network: nn.Module,
-    data: Splits,
-    key: tuple[int, ...],
-    last: Path,
-    interruption: Interruption,
-) -> dict[str, Any]:
-    """Train what is not frozen; leaves the weights of the best epoch. `key` and the seed decide the order of the images.
+def train(args: argparse.Namespace, data: Splits, run: Run, job: Training) -> None:
+    """Train the parameters that are not frozen; write the record of the best epoch and, of a network, the weights.
 
-    After each epoch all that is needed to go on is in the file `last`, from which a training that was interrupted does go on.
-    Raises Interrupted if a signal comes, CheckpointError.
+    Raises Interrupted, Failed, CheckpointError.
     """
+    network = make_network(args, job, data.device)
     optimizer = make_optimizer(network, args.recipe, args.lr)
-    best: dict[str, Any] = {"accuracy": -math.inf}
-    rows: list[dict[str, Any]] = []
-    began = time.monotonic()
-    if last.exists():
-        state = checkpoint.load(last, ("model", "optimizer", "best", "epochs"))
-        checkpoint.load_model(network, state, last)
-        optimizer.load_state_dict(state["optimizer"])
-        best, rows = state["best"], state["epochs"]
-        began -= state.get("seconds", 0.0)
-    for epoch in range(len(rows), args.epochs):
-        batches = data.batches(args.batch_size, generator_of(args.seed, *key, epoch))
-        means = train_epoch(args, network, optimizer, batches, epoch, len(data.training) // args.batch_size, interruption)
-        selected = evaluate(network, data.selection, data.preprocessing, args.precision, interruption)
-        if selected is None:
-            raise Interrupted
-        if not math.isfinite(means["loss"]):
-            raise SystemExit(f"the loss in epoch {epoch + 1} is not finite: a smaller --lr may help")
-        figures = {"train_loss": means["loss"], "train_accuracy": 100 * means["accuracy"], "lr": means["lr"]}
-        rows.append({"epoch": epoch + 1, **figures, "val_loss": selected["loss"], "val_accuracy": 100 * selected["accuracy"]})
-        if selected["accuracy"] > best["accuracy"]:
-            weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-            best = {"accuracy": selected["accuracy"], "epoch": epoch + 1, "weights": weights}
-        state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "best": best, "epochs": rows}
-        checkpoint.save(state | {"seconds": time.monotonic() - began}, last)
-    network.load_state_dict(best["weights"])
-    seconds = time.monotonic() - began
-    return {"best_epoch": best["epoch"], "val_accuracy": 100 * best["accuracy"], "epochs": rows, "seconds": seconds}
-
-
-def train_epoch(
-    args: argparse.Namespace,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    epoch: int,
-    n_batches: int,
-    interruption: Interruption,
-) -> dict[str, float]:
-    """Mean loss and accuracy while it was trained on, and the rate of the last step. Raises Interrupted."""
-    network.train()
-    sums, rate = Sums(), 0.0
-    for batch, (x, labels) in enumerate(batches):
-        interruption.check()
-        rate = learning_rate(args.recipe, args.lr, epoch * n_batches + batch, n_batches, args.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        sums.add(len(x), training_step(network, optimizer, x, labels, args.precision))
-    return sums.means() | {"lr": rate}
-
-
-def run_cell(args: argparse.Namespace, cell: Cell, data: Splits, folder: Path, interruption: Interruption) -> dict[str, Any]:
-    """Train a cell and write what came out: figures as .json, of a network that others start from also the weights."""
-    network = make_network(args, cell, folder, data.device)
+    best, meter, clock = BestEpoch(), Meter(), Clock()
+    parts = {"optimizer": optimizer, "best": best, "meter": meter, "clock": clock}
+    state = State(job.last, run.options, run, data=data.fingerprint, model=network, **parts)
+    state.extra["epochs"] = []
+    if job.last.exists():
+        state.resume()
     # the same images for all groups, so that they differ in the matrix alone
-    last = folder / f"{cell.stem}.last.pkl"
-    found = train(args, network, data, (cell.layer, cell.run, int(cell.group is not None)), last, interruption)
-    test = accuracy(network, data.test, data.preprocessing)
-    figures = {
-        "activation": cell.activation,
-        "group": cell.group,
-        "layer": cell.layer,
-        "run": cell.run,
-        "accuracy": test,
-        **found,
-    }
-    if cell.group is None:
-        checkpoint.save(
-            {name: value.cpu().contiguous() for name, value in network.state_dict().items()}, folder / f"{cell.stem}.pt"
-        )
-    write_json(folder / f"{cell.stem}.json", figures)
-    last.unlink()
-    return figures
+    key = (args.seed, job.layer, job.run, int(job.group is not None))
+    while state.epoch < args.epochs:
+        means, selected = train_epoch(args, data, state, optimizer, meter, key)
+        row = {"epoch": state.epoch + 1, "train_loss": means["loss"], "train_accuracy": 100 * means["accuracy"]}
+        row |= {"lr": optimizer.param_groups[0]["lr"], "val_loss": selected["loss"], "val_accuracy": 100 * selected["accuracy"]}
+        state.extra["epochs"].append(row)
+        best.offer(network, selected["accuracy"], epoch=row["epoch"])
+        meter.reset()
+        state.end_epoch()
+    network.load_state_dict(best.weights)
+    test = evaluate(network, data.test, data.preprocessing, check_signal=state.check_signal)
+    if job.group is None:
+        checkpoint.save({name: value.cpu().contiguous() for name, value in best.weights.items()}, job.weights)
+    record = job.place | {"accuracy": 100 * test["accuracy"], "best_epoch": best.metrics["epoch"]}
+    record |= {"val_accuracy": 100 * best.accuracy, "epochs": state.extra["epochs"], "seconds": clock.used()}
+    job.finish(record)
+
+
+def in_words(job: Training, chance: float) -> str:
+    """A job that is done, for the log."""
+    accuracy, baseline = job.read()["accuracy"], read_json(job.network)["accuracy"]
+    what = f"{job.group} behind layer {job.layer}, run {job.run}" if job.group else "untouched"
+    return (
+        f"{job.activation}, {what}: {accuracy:.2f} % of test images (untouched {baseline:.2f}, chance {chance:.3g}), "
+        f"penalty {baseline - accuracy:.2f}"
+    )
 
 
 # ---- the test --------------------------------------------------------------------------------------------------------------
 
 
-def sweep(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDirectory, interruption: Interruption) -> bool:
-    """Train all cells that are not there yet; False if a signal came first."""
-    folder = run.path / "cells"
-    folder.mkdir(exist_ok=True)
-    checkpoint.save({"name": run.name}, run.last)  # there is something to go on with
-    chance = 100 / len(data.test.classes)
-    for i, cell in enumerate(tqdm(cells, disable=None if args.progress else True)):
-        if (folder / f"{cell.stem}.json").exists():
-            continue
-        try:
-            found = run_cell(args, cell, data, folder, interruption)
-        except Interrupted:
-            return False
-        except CheckpointError as error:
-            raise SystemExit(f"{error}; without the file, that training begins again") from None
-        baseline = read_cell(folder, Cell(cell.activation))["accuracy"]
-        what = f"{cell.group} behind layer {cell.layer}, run {cell.run}" if cell.group else "untouched"
-        tell(
-            run,
-            f"[{i + 1}/{len(cells)}] {cell.activation}, {what}: {found['accuracy']:.2f} % of test images "
-            f"(untouched {baseline:.2f}, chance {chance:.3g}), penalty {baseline - found['accuracy']:.2f}",
-        )
-        if interruption.signal:
-            return False
-    return True
-
-
-def read_cell(folder: Path, cell: Cell) -> dict[str, Any]:
-    return json.loads((folder / f"{cell.stem}.json").read_text())
-
-
-def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDirectory) -> dict[str, Any]:
-    """All figures; also metrics.csv, a row per epoch."""
-    found = [read_cell(run.path / "cells", cell) for cell in cells]
-    seconds = sum(figures.pop("seconds", 0.0) for figures in found)
-    rows = []
-    for figures in found:
-        of_cell = {name: figures[name] for name in ("activation", "group", "layer", "run")}
-        rows += [of_cell | row for row in figures.pop("epochs")]
-    write_table(run.path / "metrics.csv", rows)
-    penalties = penalties_of(args, found)
-    chosen_by = (
-        f"{len(data.selection)} training images that were left out" if args.select == "validation" else "the test images"
-    )
-    return {
+def report(args: argparse.Namespace, jobs: list[Training], data: Splits, run: Run) -> dict[str, Any]:
+    """The result, of all jobs that are done; also metrics.csv, a row an epoch."""
+    records = [job.read() for job in jobs if job.done]
+    seconds, rows = 0.0, []
+    for record in records:
+        seconds += record.pop("seconds", 0.0)
+        place = {name: record[name] for name in ("activation", "group", "layer", "run")}
+        rows += [place | row for row in record.pop("epochs")]
+    if rows:
+        write_table(run.part / "metrics.csv", rows)
+    left_out = f"{len(data.selection)} training images that were left out"
+    result = {
         "script": "cifar10_projections",
         "name": run.name,
         "dataset": args.dataset,
         "seed": args.seed,
-        "protocol": f"best epoch by {chosen_by}; accuracies are of the test images",
+        "protocol": f"best epoch by {left_out if args.select == 'validation' else 'the test images'}; "
+        "accuracies are of the test images",
         "device": str(data.device),
         "training_images": len(data.training),
         "seconds": seconds,
-        "baselines": {figures["activation"]: figures["accuracy"] for figures in found if figures["group"] is None},
-        "penalties": penalties,
-        "cells": found,
+        "baselines": {record["activation"]: record["accuracy"] for record in records if record["group"] is None},
+        "penalties": penalties_of(args, records),
+        "cells": records,
     }
+    failed = failures(jobs)
+    return result | {"failed": failed} if failed else result
+
+
+def penalties_of(args: argparse.Namespace, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each activation, layer and group: accuracy that was lost, against the untouched network and against the identity.
+
+    The identity, too, has been trained twice as long as the untouched network. Means and deviations (n - 1) over runs; against
+    the identity the runs are paired, as they saw the same images in the same order. Runs that are missing are left out.
+    """
+    accuracies = {(r["activation"], r["group"], r["layer"], r["run"]): r["accuracy"] for r in records}
+    rows = []
+    for activation, layer, group in product(args.activations, args.layers, args.groups):
+        runs = [run for run in range(args.repeats) if (activation, group, layer, run) in accuracies]
+        if not runs:
+            continue
+        own = np.array([accuracies[activation, group, layer, run] for run in runs])
+        lost = accuracies[activation, None, 0, 0] - own
+        row = {"activation": activation, "layer": layer, "group": group, "n": len(runs), "accuracy": float(own.mean())}
+        row |= {"penalty": float(lost.mean()), "deviation": deviation_of(own)}
+        control = np.array([accuracies.get((activation, "identity", layer, run), np.nan) for run in runs])
+        lost = (control - own)[~np.isnan(control)]
+        if len(lost):
+            row |= {"penalty_to_identity": float(lost.mean()), "deviation_to_identity": deviation_of(lost)}
+        rows.append(row)
+    return rows
+
+
+def deviation_of(values: np.ndarray) -> float | None:
+    return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
     """penalties.csv and penalties.png, from a test's result alone."""
     rows = result["penalties"]
     write_table(folder / "penalties.csv", rows)
-    title = f"rotation test on {result['dataset']}: mean and deviation of {rows[0]['n']}"
+    n = sorted({row["n"] for row in rows})
+    title = f"rotation test on {result['dataset']}: mean and deviation of {n[0]}" + (f" to {n[-1]}" if len(n) > 1 else "")
     bars = [row | {"kind": f"{row['activation']}, {row['group']}", "inside_block": False} for row in rows]
     paper_figures.plot_penalties(folder / "penalties.png", title, bars)
 
 
-def draw_again(parser: argparse.ArgumentParser, place: str) -> int:
+def draw_again(place: str) -> int:
     """--draw: the figure and the table of a finished test."""
-    with refusing(parser, RecordError):
+    with Command("cifar10_projections"):
         (result,) = read_results([place], "cifar10_projections")
-    with refusing(parser):
+        if not result["penalties"]:
+            raise RecordError(f"{place} has no penalties: its trainings failed")
         draw(result, Path(place))
-    say(report_table(result))
+    echo(report_table(result))
     return 0
-
-
-def penalties_of(args: argparse.Namespace, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each activation, layer and group: accuracy that was lost, against the untouched network and against the identity.
-
-    The identity, too, has been trained twice as long as the untouched network. Means and deviations (n - 1) over runs; against
-    the identity the runs are paired, as they saw the same images in the same order.
-    """
-    by_cell = {(of["activation"], of["group"], of["layer"], of["run"]): of["accuracy"] for of in found}
-    rows = []
-    for activation in args.activations:
-        baseline = by_cell[activation, None, 0, 0]
-        for layer in args.layers:
-            for group in args.groups:
-                own = np.array([by_cell[activation, group, layer, run] for run in range(args.repeats)])
-                row = {"activation": activation, "layer": layer, "group": group, "n": len(own), "accuracy": float(own.mean())}
-                row |= {"penalty": float((baseline - own).mean()), "deviation": deviation_of(own)}
-                if "identity" in args.groups:
-                    control = np.array([by_cell[activation, "identity", layer, run] for run in range(args.repeats)])
-                    lost = control - own
-                    row |= {"penalty_to_identity": float(lost.mean()), "deviation_to_identity": deviation_of(lost)}
-                rows.append(row)
-    return rows
-
-
-def deviation_of(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def report_table(result: dict[str, Any]) -> str:
@@ -358,41 +284,33 @@ def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args, name = parse(parser, argv)
     if args.draw is not None:
-        return draw_again(parser, args.draw)
+        return draw_again(args.draw)
     if args.dry_run:
         print(name)
         return 0
-    keep_freed_memory()
+    tune_malloc()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with (
-        Interruption() as interruption,
-        RunDirectory(args.results_dir, "cifar10_projections", name, another="--name NAME") as run,
-    ):
-        with refusing(parser, DataError):
-            if has_finished(run, args, FREE):
-                return 0
-            data = load_splits(
-                images.BY_OPTION[args.dataset],
-                args.data_dir,
-                device,
-                seed=args.seed,
-                batch_size=args.batch_size,
-                subset=args.subset,
-                select=args.select,
-            )
-            open_run(run, args, {"data": data.fingerprint}, FREE)
-        with surviving_full_disks(run):
-            cells = cells_of(args)
-            tell(run, f"{len(cells)} trainings on {len(data.training)} images, device {device}, seed {args.seed}")
-            if not sweep(args, cells, data, run, interruption):
-                tell(run, f"stopped by {interruption.signal}: --resume goes on from here")
-                return EXIT_RESUMABLE
-            result = report(args, cells, data, run)
-            draw(result, run.path)
-            tell(run, report_table(result))
-            run.finish(result)
-    say(f"figures: {run.final / 'result.json'}, {run.final / 'penalties.png'}")
-    return 0
+    with Run("cifar10_projections", name, args, another="--name NAME", may_change=MAY_CHANGE, files=FILES) as run:
+        splits = {option: getattr(args, option) for option in ("seed", "batch_size", "subset", "select")}
+        data = load_splits(images.BY_OPTION[args.dataset], args.data_dir, device, **splits)
+        if run.status == "unfinished":
+            check_files(jobs_of(args, run.path / "cells"))
+        run.open(data=data.fingerprint)
+        checkpoint.save({"name": run.name}, run.last)  # there is something to resume
+        jobs = jobs_of(args, run.part / "cells")
+        (run.part / "cells").mkdir(exist_ok=True)
+        run.log(f"{len(jobs)} trainings on {len(data.training)} images, device {device}, seed {args.seed}")
+        for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
+            with job:
+                train(args, data, run, job)
+                run.log(f"[{i}/{len(jobs)}] {in_words(job, 100 / len(data.test.classes))}")
+        result = report(args, jobs, data, run)
+        if result["penalties"]:
+            draw(result, run.part)
+            run.log(report_table(result))
+        status = run.finish(result)
+    echo(f"figures: {run.final / 'result.json'}" + (f", {run.final / 'penalties.png'}" if result["penalties"] else ""))
+    return status
 
 
 if __name__ == "__main__":

@@ -16,40 +16,39 @@ draws them beside each other. README.md says what each figure means.
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 import math
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from common import paper_figures, plotting
+from common import checkpoint, paper_figures, plotting
 from common.datasets import images
 from common.datasets.classification import Splits, load_splits
-from common.datasets.images import DataError
+from common.errors import InputError, Interrupted
 from common.models import zoo
-from common.models.zoo import ZooError
-from common.run import checkpoint, options
-from common.run.checkpoint import write_in_one_step
-from common.run.classifier import accuracy
-from common.run.directory import RunDirectory
-from common.run.ending import EXIT_RESUMABLE, has_finished, open_run, refusing, say, surviving_full_disks, tell
-from common.run.interruption import Interrupted, Interruption
-from common.run.memory import keep_freed_memory
+from common.run import options, zoo_pairs
+from common.run.classifier import BestEpoch, accuracy, evaluate
+from common.run.clock import Clock
+from common.run.command import Command, echo
+from common.run.jobs import Job, failures, pending
+from common.run.memory import tune_malloc
 from common.run.options import at_least, real
 from common.run.penalties import by_layer, choose_runs, with_chunks_together
-from common.run.records import RecordError, read_results, write_json, write_table
+from common.run.records import read_results, write_table
+from common.run.run import Run
+from common.run.schedule import halving
+from common.run.state import State, refuse_infinity, rng_state, set_rng_state
 from common.seeds import generator_of, seed_of
 from common.symmetry.joints import Birkhoff, Full, Joint, Lasso, LowRank, Wreath
-from common.symmetry.stitching import Place, StitchedModel, joints_of, reestimate_statistics, restore_statistics, stitch
-from common.symmetry.train import make_optimizers, make_schedule, published_lr, training_step
+from common.symmetry.stitching import Place, StitchedModel, reestimate_statistics, stitch
+from common.symmetry.train import make_optimizers, published_lr, training_step
 
 # what the original's batch files pass. All of them pass a rate of 0.001, too, which it ignores: see --stitch_lr
 RECIPES: dict[str, dict[str, Any]] = {
@@ -62,8 +61,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PUBLISHED_PAIRS = {"mCNN": 32}  # of others, 16
-UNNAMED = ("results_dir", "data_dir", "zoo", "resume", "overwrite", "dry_run", "progress", "compare", "name", "recipe", "arch")
-FREE = ("results_dir", "data_dir", "resume", "overwrite", "progress", "dry_run")  # a sweep that goes on may have others
+KINDS = ("wreath", "birkhoff", "lowrank", "lasso")
 CROSSVAL_SHARE = 0.2  # of the training images, which validate
 
 
@@ -100,38 +98,19 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("--chunk", type=at_least(0), default=0, help="which of them, from 0 [%(default)s]")
     own = parser.add_argument_group("options of this suite")
     own.add_argument("--recipe", choices=tuple(RECIPES), help="what the published batch files pass; other options override it")
-    own.add_argument("--zoo", metavar="DIR", help="where train_zoo.py has put the networks [results/zoo/DATASET-ARCH]")
-    own.add_argument("--dataset", choices=tuple(images.BY_OPTION), default="cifar10", help="[%(default)s]")
-    own.add_argument("--data-dir", metavar="DIR", default="data", help="where the data set lies [%(default)s]")
-    own.add_argument("--results-dir", metavar="DIR", default="results", help="where run directories are made [%(default)s]")
-    own.add_argument("--layers", type=at_least(1), nargs="+", help="indices of joints [all, the last first]")
-    own.add_argument("--pairs", nargs="+", metavar="I-J", help="numbers of networks [drawn by the seed]")
+    zoo_pairs.add_options(own, "sweep", layers="joints [all, the last first]")
     own.add_argument("--batch-size", type=at_least(2), default=32, help="[%(default)s]")
+    own.add_argument("--bn_batches", "--bn-batches", type=at_least(0), default=100, help="of --bn_epoch; 0: all [%(default)s]")
     own.add_argument(
-        "--bn_batches", "--bn-batches", type=at_least(0), default=100, help="of --bn_epoch; 0: a whole epoch [%(default)s]"
-    )
-    own.add_argument(
-        "--threshold", type=real(0), default=1e-3, help="of --lasso: smaller weights are 0 in evaluation [%(default)s]"
+        "--threshold", type=real(0), default=1e-3, help="of --lasso: below it weights are rounded to 0 [%(default)s]"
     )
     own.add_argument("--seed", type=at_least(0), default=0, help="of pairs, split, joints and order [%(default)s]")
     own.add_argument(
-        "--subset",
-        type=at_least(50),
-        metavar="N",
-        help="use N training images, those of a zoo with the same seed and subset [all]",
+        "--subset", type=at_least(50), metavar="N", help="training images, as of a zoo of this seed and subset [all]"
     )
-    own.add_argument(
-        "--select", choices=("validation", "test"), default="validation", help="what the best epoch is chosen by [%(default)s]"
-    )
+    own.add_argument("--select", choices=("validation", "test"), default="validation", help="chooses the epoch [%(default)s]")
     own.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="[%(default)s]")
-    own.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help="go on with a sweep that was interrupted")
-    own.add_argument("--overwrite", action="store_true", help="replace a sweep of the same name")
-    own.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
-    own.add_argument("--compare", nargs="+", metavar="RUN", help="instead of stitching: tables and figures of finished runs")
     return parser
-
-
-KINDS = ("wreath", "birkhoff", "lowrank", "lasso")
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -145,28 +124,21 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     args = parser.parse_args(argv)
     if args.compare:
         return args
-    if args.arch is None:
-        parser.error(f"--arch is missing: choose from {', '.join(zoo.ARCHITECTURES)}")
+    zoo_pairs.complete(parser, args)
     kinds = [f"--{kind}" for kind in KINDS if getattr(args, kind)]
     if len(kinds) > 1:
         parser.error(f"{' and '.join(kinds)} are two kinds of joint: choose one")
     if args.lowrank != (args.rank is not None):
         parser.error("--lowrank and --rank R belong together")
     if args.chunk >= args.num_chunks:
-        parser.error(
-            f"--chunk {args.chunk} is beyond the last of --num_chunks {args.num_chunks}, which is {args.num_chunks - 1}"
-        )
-    for option in ("alternating", "pgd_hook"):
-        if getattr(args, option) and not args.birkhoff:
-            parser.error(f"--{option} is for --birkhoff")
-    for option, of in (("alpha", "birkhoff"), ("multiplier", "lasso"), ("threshold", "lasso"), ("bn_batches", "bn_epoch")):
-        if getattr(args, option) != parser.get_default(option) and not getattr(args, of):
-            parser.error(f"--{option.replace('bn_', 'bn-')} {getattr(args, option)} is for --{of}")
+        parser.error(f"--chunk {args.chunk} is beyond the last of --num_chunks {args.num_chunks}: the first is 0")
+    needed = {"alternating": "birkhoff", "pgd_hook": "birkhoff", "alpha": "birkhoff"}
+    for option, kind in (needed | {"multiplier": "lasso", "threshold": "lasso", "bn_batches": "bn_epoch"}).items():
+        value = getattr(args, option)
+        if value != parser.get_default(option) and not getattr(args, kind):
+            parser.error(f"--{option.replace('bn_', 'bn-')}{'' if value is True else f' {value}'} is for --{kind}")
     if args.stitch_epochs < 2 and has_warmup(args):
         parser.error("--stitch_epochs 1 cannot be halved: take at least 2, or --nopermwarmup")
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with a sweep, --overwrite replaces it: choose one")
-    args.zoo = args.zoo or f"results/zoo/{args.dataset}-{args.arch}"
     args.retrain_repeats = args.retrain_repeats or PUBLISHED_PAIRS.get(args.arch, 16)
     return args
 
@@ -190,66 +162,53 @@ def kind_of(args: argparse.Namespace) -> str:
 def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     """The run's name: architecture and joint (or --name), recipe, and other options that are not at their defaults."""
     kind = kind_of(args).replace(" ", "").replace("(", "-").replace(")", "")
-    parts = [args.name or f"{args.arch}-{kind}", *([f"recipe.{args.recipe}"] if args.recipe else [])]
-    left_out = (*UNNAMED, *KINDS, "rank", "multiplier", "layers", "pairs", "retrain_repeats")
-    parts += options.not_defaults(parser, args, left_out)
-    for option in ("layers", "pairs"):
-        if getattr(args, option):
-            parts.append(".".join([option, *map(str, getattr(args, option))]))
-    if not args.pairs:
-        parts.append(f"retrain_repeats.{args.retrain_repeats}")
-    name = "-".join(parts)
-    options.check_length(parser, name)
-    return name
+    first = [args.name or f"{args.arch}-{kind}", *([f"recipe.{args.recipe}"] if args.recipe else [])]
+    return zoo_pairs.name_of(parser, args, first, (*KINDS, "recipe", "rank", "multiplier"), "retrain_repeats")
 
 
-# ---- images and pairs -------------------------------------------------------------------------------------------------
+# ---- images, pairs and jobs ----------------------------------------------------------------------------------------------
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Splits:
     """Images that train, choose and are reported. Raises DataError."""
     share = CROSSVAL_SHARE if args.alpha == "crossval" else None
-    return load_splits(
-        images.BY_OPTION[args.dataset],
-        args.data_dir,
-        device,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        subset=args.subset,
-        select=args.select,
-        validation_share=share,
-    )
+    shared = {name: getattr(args, name) for name in ("seed", "batch_size", "subset", "select")}
+    return load_splits(images.BY_OPTION[args.dataset], args.data_dir, device, validation_share=share, **shared)
 
 
 def pairs_of(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """Pairs of numbers of networks, those of this chunk. Raises ZooError if the zoo has too few."""
+    """Pairs of numbers of networks, those of this chunk. Raises InputError if the zoo has too few."""
     pairs = zoo.pairs_of(args.zoo, args.pairs, args.retrain_repeats, args.seed)
     chunk = pairs[len(pairs) * args.chunk // args.num_chunks : len(pairs) * (args.chunk + 1) // args.num_chunks]
     if not chunk:
-        raise ZooError(
-            f"chunk {args.chunk} of {args.num_chunks} has none of the {len(pairs)} pairs: fewer chunks, or more pairs"
-        )
+        raise InputError(f"chunk {args.chunk} of {args.num_chunks} has none of the {len(pairs)} pairs: take fewer chunks")
     return chunk
 
 
-# ---- one cell: a pair, a layer, a run ------------------------------------------------------------------------------------
+class StitchJob(Job):
+    """The training of one joint: of a pair of networks, after a layer, in one of the layer's runs."""
+
+    def __init__(self, folder: Path, pair: tuple[int, int], place: Place, run: int):
+        super().__init__(folder, f"{pair[0]}-{pair[1]}_layer_{place.index}_run_{run}")
+        self.pair, self.place, self.run = pair, place, run
+        self.key = (*pair, place.index, run)  # of its random numbers
+        self.joint = folder / f"{self.name}.pt"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What is trained at once, and kept in a file of its own."""
+def jobs_of(args: argparse.Namespace, folder: Path, pairs: list[tuple[int, int]], places: list[Place]) -> list[StitchJob]:
+    """All jobs in the published order: pair by pair, the last layer first. Raises InputError if the rank is too large."""
+    for place in places:
+        if args.lowrank and args.rank > place.channels:
+            raise InputError(f"--rank {args.rank} is above the {place.channels} channels of layer {place.index}")
+    runs = range(args.sr_offset, args.sr_offset + args.stitch_repeats)
+    return [StitchJob(folder, pair, place, run) for pair in pairs for place in reversed(places) for run in runs]
 
-    pair: tuple[int, int]
-    place: Place
-    run: int
 
-    @property
-    def stem(self) -> str:
-        return f"{self.pair[0]}-{self.pair[1]}_layer_{self.place.index}_run_{self.run}"
+# ---- training ------------------------------------------------------------------------------------------------------------
 
 
 def make_joint(args: argparse.Namespace, channels: int, run: int) -> Joint:
-    """The joint of the options. Raises ValueError for a rank above the number of channels."""
+    """The joint of the options, with random weights."""
     if args.lowrank:
         return LowRank(channels, args.rank)
     if args.lasso:
@@ -262,112 +221,110 @@ def make_joint(args: argparse.Namespace, channels: int, run: int) -> Joint:
     return Full(channels)
 
 
-def train_cell(
-    args: argparse.Namespace, cell: Cell, stitched: StitchedModel, data: Splits, interruption: Interruption
-) -> dict[str, Any]:
-    """Train a joint; leaves the best epoch's state, with the statistics that it was validated with. Its epochs' figures."""
-    halves = 2 if has_warmup(args) else 1
-    epochs = args.stitch_epochs // halves
-    rows: list[dict[str, Any]] = []
-    joint = stitched.joint
-    best: dict[str, Any] = {"val_accuracy": -math.inf}
-    for half in range(halves):
-        if half:
-            stitched.load_state_dict(best["state"])
+def train(args: argparse.Namespace, job: StitchJob, stitched: StitchedModel, data: Splits, run: Run) -> dict[str, Any]:
+    """Train a joint, or resume; leaves the best epoch's weights, with the statistics of its validation. Returns the metrics."""
+    joint, halves = stitched.joint, 2 if has_warmup(args) else 1
+    epochs, full_rate = args.stitch_epochs // halves, args.stitch_lr or published_lr(joint)
+    optimizers = make_optimizers(joint, full_rate, alternating=args.alternating)
+    best, clock = BestEpoch(), Clock()
+    parts = {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)} | {"best": best, "clock": clock}
+    state = State(job.last, run.options, run, data=data.fingerprint, model=stitched, **parts)
+    state.extra = {"epochs": [], "losses": torch.zeros(len(data.training) // args.batch_size)}
+    if job.last.exists():
+        state.resume()
+    state.extra["losses"] = state.extra["losses"].to(data.device)
+    while state.epoch < halves * epochs:
+        half, epoch = divmod(state.epoch, epochs)
         if isinstance(joint, Birkhoff | Wreath):
             joint.scalars = half == halves - 1
-            best = {"val_accuracy": -math.inf}  # without scales it is another joint
-        lr = args.stitch_lr or published_lr(joint)
-        if half and not args.noschedule:
-            lr /= 16
-        optimizers = make_optimizers(joint, lr, alternating=args.alternating)
-        schedules = [] if args.noschedule else [make_schedule(optimizer, epochs) for optimizer in optimizers]
-        for epoch in range(epochs):
-            rate = optimizers[0].param_groups[0]["lr"]
-            loss = train_epoch(args, cell, stitched, data, optimizers, half * epochs + epoch, interruption)
-            if not math.isfinite(loss):
-                raise SystemExit(f"the loss of {cell.stem} in epoch {epoch} is not finite: a smaller --stitch_lr may help")
-            for schedule in schedules:
-                schedule.step()
-            before = None
-            if args.bn_epoch:
-                key = (*cell.pair, cell.place.index, cell.run, half * epochs + epoch, 1)
-                batches = data.batches(args.batch_size, generator_of(args.seed, *key))
-                before = reestimate_statistics(stitched, (x for x, _ in islice(batches, args.bn_batches or None)))
-            value = accuracy(stitched, data.selection, data.preprocessing)
-            rows.append({"half": half, "epoch": epoch, "train_loss": loss, "val_accuracy": value, "lr": rate})
-            if value > best["val_accuracy"]:
-                state = {name: tensor.clone() for name, tensor in stitched.state_dict().items()}
-                best = {"val_accuracy": value, "state": state, "half": half, "epoch": epoch}
-            if before is not None:
-                restore_statistics(stitched, before)
-    stitched.load_state_dict(best.pop("state"))
-    return {"best": best, "epochs": rows}
+        if half and epoch == state.batch == 0:  # begin the second half with the best weights of the first
+            stitched.load_state_dict(best.weights)
+            for optimizer in optimizers:
+                optimizer.state.clear()
+            if isinstance(joint, Birkhoff | Wreath):
+                best.accuracy = -math.inf  # with scales it is another joint
+        rate = full_rate * (1.0 if args.noschedule else halving(epoch, epochs) / 16**half)
+        train_epoch(args, job, data, state, optimizers, rate)
+        loss = state.extra["losses"].mean().item()
+        refuse_infinity(loss, f"epoch {state.epoch + 1}", "--stitch_lr")
+        validated, value = validate(args, job, data, state)
+        best.offer(validated, value, half=half, epoch=epoch)
+        state.extra["epochs"].append({"half": half, "epoch": epoch, "train_loss": loss, "val_accuracy": value, "lr": rate})
+        state.end_epoch()
+    stitched.load_state_dict(best.weights)
+    test = evaluate(stitched, data.test, data.preprocessing, check_signal=state.check_signal)
+    of_best = {"val_accuracy": best.accuracy, **best.metrics}
+    return {"accuracy": 100 * test["accuracy"], "best": of_best, "epochs": state.extra["epochs"], "seconds": clock.used()}
 
 
 def train_epoch(
-    args: argparse.Namespace,
-    cell: Cell,
-    stitched: StitchedModel,
-    data: Splits,
-    optimizers: list[torch.optim.Optimizer],
-    epoch: int,
-    interruption: Interruption,
-) -> float:
-    """One epoch of the joint; the mean loss. Raises Interrupted if a signal comes."""
-    stitched.train()
-    key = (*cell.pair, cell.place.index, cell.run, epoch)
-    choice = generator_of(args.seed, *key, 2)
-    amp = torch.bfloat16 if args.precision == "bf16" else None
-    losses = []
-    for x, labels in data.batches(args.batch_size, generator_of(args.seed, *key, 0)):
-        interruption.check()
-        which = int(torch.randint(len(optimizers), (), generator=choice))  # matrix or scales, with --alternating
-        eps = 1e-3 if args.pgd_hook else None
-        losses.append(training_step(stitched, x, labels, optimizers[which], hook_eps=eps, amp=amp))
-    return torch.stack(losses).mean().item()
-
-
-def run_cell(
-    args: argparse.Namespace,
-    cell: Cell,
-    networks: tuple[nn.Module, nn.Module],
-    parents: tuple[float, float],
-    data: Splits,
-    folder: Path,
-    interruption: Interruption,
+    args: argparse.Namespace, job: StitchJob, data: Splits, state: State, optimizers: list[torch.optim.Optimizer], rate: float
 ) -> None:
-    """Train a cell's joint and write what came out: figures as .json, its state as .pt."""
-    began = time.monotonic()
-    torch.manual_seed(seed_of(args.seed, *cell.pair, cell.place.index, cell.run))
-    joint = make_joint(args, cell.place.channels, cell.run)
-    stitched = stitch(*networks, cell.place.index, joint.to(data.test.images.device))
-    found = train_cell(args, cell, stitched, data, interruption)
-    test = accuracy(stitched, data.test, data.preprocessing)
-    figures = {
-        "pair": list(cell.pair),
-        "layer": cell.place.index,
-        "module": cell.place.name,
-        "inside_block": cell.place.inside_block,
-        "channels": cell.place.channels,
-        "run": cell.run,
-        "joint_parameters": sum(p.numel() for p in joint.parameters()),
-        "parents": list(parents),
-        "val_accuracy": found["best"]["val_accuracy"],
-        "accuracy": test,
-        "penalty": sum(parents) / 2 - test,
-        **found,
-        **what_it_is(joint),
-        "seconds": time.monotonic() - began,
-    }
+    """Train on the batches of an epoch that are left; notes their losses. Raises Interrupted, saved, if a signal comes."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = rate
+    state.model.train()
+    key, losses = (args.seed, *job.key, state.epoch), state.extra["losses"]
+    which = torch.randint(len(optimizers), losses.shape, generator=generator_of(*key, 2)).tolist()  # with --alternating
+    step = {"hook_eps": 1e-3 if args.pgd_hook else None, "amp": torch.bfloat16 if args.precision == "bf16" else None}
+    for x, labels in data.batches(args.batch_size, generator_of(*key, 0), first=state.batch):
+        losses[state.batch] = training_step(state.model, x, labels, optimizers[which[state.batch]], **step)
+        state.after_step()
+
+
+def validate(args: argparse.Namespace, job: StitchJob, data: Splits, state: State) -> tuple[nn.Module, float]:
+    """A copy of the model, with re-estimated statistics for --bn_epoch, and its accuracy on the selection images (%).
+
+    Raises Interrupted if a signal comes; what is saved then is the state before the validation.
+    """
+    model, rng = copy.deepcopy(state.model), rng_state()
+
+    def check_signal() -> None:
+        if state.command.signal is not None:
+            set_rng_state(rng)  # re-estimation is in train mode, with dropout
+            state.check_signal()
+
+    def batches() -> Iterator[Tensor]:
+        epoch = data.batches(args.batch_size, generator_of(args.seed, *job.key, state.epoch, 1))
+        for x, _ in islice(epoch, args.bn_batches or None):
+            check_signal()
+            yield x
+
+    if args.bn_epoch:
+        reestimate_statistics(model, batches())
+    return model, 100 * evaluate(model, data.selection, data.preprocessing, check_signal=check_signal)["accuracy"]
+
+
+def run_job(
+    args: argparse.Namespace, job: StitchJob, networks: dict[int, nn.Module], parents: dict[int, float], data: Splits, run: Run
+) -> dict[str, Any]:
+    """Train a job's joint and write its state; the job's record."""
+    torch.manual_seed(seed_of(args.seed, *job.key))
+    joint = make_joint(args, job.place.channels, job.run)
+    stitched = stitch(*(networks[number] for number in job.pair), job.place.index, joint.to(data.device))
+    metrics = train(args, job, stitched, data, run)
     state = {name: value.cpu() for name, value in joint.state_dict().items()}
-    both = {"matrix": joint.matrix().detach().cpu(), "rounded": joint.rounded().cpu()}
-    write_in_one_step(folder / f"{cell.stem}.pt", lambda file: torch.save(state | both, file))
-    write_json(folder / f"{cell.stem}.json", figures)
+    matrices = {"matrix": joint.matrix().detach().cpu(), "rounded": joint.rounded().cpu()}
+    checkpoint.save(state | matrices, job.joint)
+    of_parents = [parents[number] for number in job.pair]
+    return {
+        "pair": list(job.pair),
+        "layer": job.place.index,
+        "module": job.place.name,
+        "inside_block": job.place.inside_block,
+        "channels": job.place.channels,
+        "run": job.run,
+        "joint_parameters": sum(p.numel() for p in joint.parameters()),
+        "parents": of_parents,
+        "val_accuracy": metrics["best"]["val_accuracy"],
+        "penalty": sum(of_parents) / 2 - metrics["accuracy"],
+        **metrics,
+        **learned(joint),
+    }
 
 
-def what_it_is(joint: Joint) -> dict[str, Any]:
-    """What is learned of a joint that can be told in numbers: permutation and scales, or sparsity."""
+def learned(joint: Joint) -> dict[str, Any]:
+    """Permutation and scales, or sparsity, of a joint that has them."""
     if isinstance(joint, Lasso):
         return {"sparsity": joint.sparsity()}
     if isinstance(joint, Birkhoff):
@@ -381,84 +338,42 @@ def what_it_is(joint: Joint) -> dict[str, Any]:
 # ---- the sweep -----------------------------------------------------------------------------------------------------------
 
 
-def cells_of(args: argparse.Namespace, pairs: list[tuple[int, int]], places: list[Place]) -> list[Cell]:
-    """All cells in the published order: pair by pair, the last layer first."""
-    runs = range(args.sr_offset, args.sr_offset + args.stitch_repeats)
-    return [Cell(pair, place, run) for pair in pairs for place in reversed(places) for run in runs]
+def measure_parents(networks: dict[int, nn.Module], data: Splits, run: Run) -> dict[int, float]:
+    """Move the networks to the device; their accuracies (% of test images). Raises Interrupted if a signal comes."""
+    accuracies = {}
+    for number, network in networks.items():
+        if run.signal is not None:
+            raise Interrupted("before the first joint")
+        network.to(data.device, memory_format=torch.channels_last)
+        accuracies[number] = accuracy(network, data.test, data.preprocessing)
+        run.log(f"network {number}: {accuracies[number]:.2f} % of {len(data.test)} test images")
+    return accuracies
 
 
-def places_of(args: argparse.Namespace, network: nn.Module) -> list[Place]:
-    """The joints that were asked for. Raises ValueError if a network has none there, or the rank is too large."""
-    places = joints_of(network)
-    unknown = [layer for layer in args.layers or [] if layer not in [place.index for place in places]]
-    if unknown:
-        raise ValueError(f"--layers {unknown[0]}: {args.arch} has joints at {' '.join(str(place.index) for place in places)}")
-    chosen = [place for place in places if not args.layers or place.index in args.layers]
-    for place in chosen:
-        if args.lowrank and args.rank > place.channels:
-            raise ValueError(f"--rank {args.rank} is above the {place.channels} channels of layer {place.index}")
-    return chosen
-
-
-def sweep(
-    args: argparse.Namespace,
-    cells: list[Cell],
-    networks: dict[int, nn.Module],
-    data: Splits,
-    run: RunDirectory,
-    interruption: Interruption,
-) -> bool:
-    """Train all cells that are not there yet; False if a signal came first."""
-    folder = run.path / "cells"
-    folder.mkdir(exist_ok=True)
-    checkpoint.save({"name": run.name}, run.last)  # there is something to go on with
-    parents = {number: accuracy(network, data.test, data.preprocessing) for number, network in networks.items()}
-    for number, value in parents.items():
-        tell(run, f"network {number}: {value:.2f} % of {len(data.test)} test images")
-    with tqdm(cells, disable=None if args.progress else True) as bar:
-        for i, cell in enumerate(bar):
-            if (folder / f"{cell.stem}.json").exists():
-                continue
-            first, second = cell.pair
-            try:
-                both = (networks[first], networks[second])
-                run_cell(args, cell, both, (parents[first], parents[second]), data, folder, interruption)
-            except Interrupted:
-                return False
-            found = read_cell(folder, cell)
-            star = "*" if cell.place.inside_block else ""
-            tell(
-                run,
-                f"[{i + 1}/{len(cells)}] pair {first}-{second} layer {cell.place.index}{star} run {cell.run}: "
-                f"{found['accuracy']:.2f} % of test images (parents {parents[first]:.2f}, {parents[second]:.2f}; "
-                f"chance {100 / len(data.test.classes):.3g}), penalty {found['penalty']:.2f}",
-            )
-            if interruption.signal:
-                return False
-    return True
-
-
-def read_cell(folder: Path, cell: Cell) -> dict[str, Any]:
-    return json.loads((folder / f"{cell.stem}.json").read_text())
-
-
-def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDirectory) -> dict[str, Any]:
-    """All figures of a sweep; also metrics.csv, a row per epoch, and a picture of each layer's first joint."""
-    folder = run.path / "cells"
-    found = [read_cell(folder, cell) for cell in cells]
-    rows = []
-    for cell, figures in zip(cells, found, strict=True):
-        of_cell = {"pair": f"{cell.pair[0]}-{cell.pair[1]}", "layer": cell.place.index, "run": cell.run}
-        rows += [of_cell | row for row in figures["epochs"]]
-    write_table(run.path / "metrics.csv", rows)
-    draw_matrices(cells, folder, run)
-    selected = choose_runs(args.select, found)
-    seconds = sum(figures.pop("seconds", 0.0) for figures in found)
-    for figures in found:
-        del figures["epochs"]
-    protocol = "best epoch, and best of a layer's runs, by " + (
-        f"{len(data.selection)} training images that were left out" if args.select == "validation" else "the test images"
+def line_of(record: dict[str, Any], n_classes: int) -> str:
+    """The metrics of a joint for the log."""
+    (first, second), (accuracy1, accuracy2) = record["pair"], record["parents"]
+    return (
+        f"pair {first}-{second} layer {record['layer']}{'*' * record['inside_block']} run {record['run']}: "
+        f"{record['accuracy']:.2f} % of test images (parents {accuracy1:.2f}, {accuracy2:.2f}; "
+        f"chance {100 / n_classes:.3g}), penalty {record['penalty']:.2f}"
     )
+
+
+def report(args: argparse.Namespace, jobs: list[StitchJob], data: Splits, run: Run) -> dict[str, Any]:
+    """The result of a sweep; also metrics.csv, a row per epoch, and a picture of each layer's first joint."""
+    done, failed = [job for job in jobs if job.done], failures(jobs)
+    records = [job.read() for job in done]
+    rows = [
+        {"pair": f"{job.pair[0]}-{job.pair[1]}", "layer": job.place.index, "run": job.run} | epoch
+        for job, record in zip(done, records, strict=True)
+        for epoch in record.pop("epochs")
+    ]
+    if done:
+        write_table(run.part / "metrics.csv", rows)
+        draw_matrices(done, run)
+    seconds = sum(record.pop("seconds", 0.0) for record in records)
+    by = "the test images" if args.select == "test" else f"{len(data.selection)} training images that were left out"
     return {
         "script": "cifar10_stitching",
         "name": run.name,
@@ -468,60 +383,60 @@ def report(args: argparse.Namespace, cells: list[Cell], data: Splits, run: RunDi
         "seed": args.seed,
         "zoo": args.zoo,
         "select": args.select,
-        "protocol": f"{protocol}; accuracies are of the test images",
-        "device": str(data.test.images.device),
+        "protocol": f"best epoch, and best of a layer's runs, by {by}; accuracies are of the test images",
+        "device": str(data.device),
         "training_images": len(data.training),
         "seconds": seconds,
-        "layers": by_layer(selected),
-        "cells": found,
+        "layers": by_layer(choose_runs(args.select, records)),
+        "cells": records,
+        **({"failed": failed} if failed else {}),
     }
 
 
 def report_table(result: dict[str, Any]) -> str:
     """The penalties as text."""
     lines = [f"{result['kind']}: penalty in % of accuracy, mean and deviation over pairs (* inside a residual block)"]
-    for of in result["layers"]:
-        deviation = "" if of["deviation"] is None else f" +- {of['deviation']:.2f}"
-        star = "*" if of["inside_block"] else " "
-        lines.append(f"  layer {of['layer']:>3}{star} {of['penalty']:7.2f}{deviation}  (n = {of['n']})")
+    for metrics in result["layers"]:
+        layer, deviation = f"{metrics['layer']:>3}{'*' if metrics['inside_block'] else ' '}", metrics["deviation"]
+        spread = "" if deviation is None else f" +- {deviation:.2f}"
+        lines.append(f"  layer {layer} {metrics['penalty']:7.2f}{spread}  (n = {metrics['n']})")
     return "\n".join(lines)
 
 
-def draw_matrices(cells: list[Cell], folder: Path, run: RunDirectory) -> None:
+def draw_matrices(jobs: list[StitchJob], run: Run) -> None:
     """matrices.png: the joints of the first pair, as trained and as rounded for evaluation."""
-    shown = []
-    for cell in cells:
-        if cell.pair == cells[0].pair and cell.run == cells[0].run:
-            state = torch.load(folder / f"{cell.stem}.pt", weights_only=True)
-            shown.append((f"layer {cell.place.index}", state["matrix"].numpy(), state["rounded"].numpy()))
-    plotting.plot_matrices(run.path / "matrices.png", run.name, list(reversed(shown)))
+    first = [job for job in reversed(jobs) if (job.pair, job.run) == (jobs[0].pair, jobs[0].run)]
+    states = [checkpoint.read(job.joint) for job in first]
+    shown = [(f"layer {j.place.index}", s["matrix"].numpy(), s["rounded"].numpy()) for j, s in zip(first, states, strict=True)]
+    plotting.plot_matrices(run.part / "matrices.png", run.name, shown)
 
 
 # ---- figures of several runs ---------------------------------------------------------------------------------------------
 
 
-def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def compare(args: argparse.Namespace) -> int:
     """--compare: penalties.csv and .png of several finished runs, accuracy by rank, accuracy by sparsity."""
-    with refusing(parser, RecordError):
-        results = with_chunks_together(read_results(args.compare, "cifar10_stitching"))
+    results = with_chunks_together(read_results(args.compare, "cifar10_stitching"))
     order = ["full", "permutation", "permutation (cross-validated)", "softsort"]
     results.sort(key=lambda result: (order.index(result["kind"]) if result["kind"] in order else 9, result["kind"]))
+    rows = [{"kind": result["kind"], **layer} for result in results for layer in result["layers"]]
+    if not rows:
+        raise InputError("all joints of these runs failed")
     folder = Path(args.results_dir) / "cifar10_stitching" / f"figures-{results[0]['arch']}-{results[0]['dataset']}"
-    with refusing(parser):
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [{"kind": result["kind"], **of} for result in results for of in result["layers"]]
-        write_table(folder / "penalties.csv", rows)
-        title = f"{results[0]['arch']} on {results[0]['dataset']}"
-        paper_figures.plot_penalties(folder / "penalties.png", f"{title}: mean and deviation over pairs", rows)
-        for kind, axis in (("rank", "rank"), ("lasso", "sparsity")):
-            some = [row for row in rows if row["kind"].startswith(f"{kind} ")]
-            if some:
-                points = [row | {"rank": int(row["kind"].split()[1])} if kind == "rank" else row for row in some]
-                references = [row for row in rows if row["kind"] in ("full", "permutation")]
-                paper_figures.plot_accuracies(folder / f"{axis}.png", title, axis, points, references)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(folder / "penalties.csv", rows)
+    title = f"{results[0]['arch']} on {results[0]['dataset']}"
+    paper_figures.plot_penalties(folder / "penalties.png", f"{title}: mean and deviation over pairs", rows)
+    for kind, axis in (("rank", "rank"), ("lasso", "sparsity")):
+        points = [row for row in rows if row["kind"].split()[0] == kind]
+        if kind == "rank":
+            points = [row | {"rank": int(row["kind"].split()[1])} for row in points]
+        if points:
+            baselines = [row for row in rows if row["kind"] in ("full", "permutation")]
+            paper_figures.plot_accuracies(folder / f"{axis}.png", title, axis, points, baselines)
     for result in results:
-        say(report_table(result))
-    say(f"figures: {', '.join(str(path) for path in sorted(folder.iterdir()))}")
+        echo(report_table(result))
+    echo(f"figures: {', '.join(str(path) for path in sorted(folder.iterdir()))}")
     return 0
 
 
@@ -532,40 +447,35 @@ def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args = parse(parser, argv)
     if args.compare:
-        return compare(parser, args)
+        with Command("cifar10_stitching"):
+            return compare(args)
     name = name_of(parser, args)
     if args.dry_run:
         print(name)
         return 0
-    keep_freed_memory()
+    tune_malloc()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run_directory = RunDirectory(args.results_dir, "cifar10_stitching", name, another="--name NAME")
-    with Interruption() as interruption, run_directory as run:
-        with refusing(parser, DataError, ZooError, ValueError):
-            if has_finished(run, args, FREE):
-                return 0
-            pairs = pairs_of(args)
-            n_classes = images.N_CLASSES[images.BY_OPTION[args.dataset]]
-            networks = zoo.load_members(args.zoo, args.arch, {number for pair in pairs for number in pair}, n_classes)
-            places = places_of(args, next(iter(networks.values())))
-            data = load_data(args, device)
-            open_run(run, args, {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": data.fingerprint}, FREE)
-        with surviving_full_disks(run):
-            cells = cells_of(args, pairs, places)
-            tell(
-                run,
-                f"{len(pairs)} pairs, {len(places)} layers, {len(cells)} joints to train: {kind_of(args)}, seed {args.seed}",
-            )
-            layout = torch.channels_last
-            on_device = {number: network.to(device, memory_format=layout) for number, network in networks.items()}
-            if not sweep(args, cells, on_device, data, run, interruption):
-                tell(run, f"stopped by {interruption.signal}: --resume goes on from here")
-                return EXIT_RESUMABLE
-            result = report(args, cells, data, run)
-            tell(run, report_table(result))
-            run.finish(result)
-    say(f"figures: {run.final / 'result.json'}, {run.final / 'matrices.png'}; --compare draws several runs beside each other")
-    return 0
+    own = {"another": "--name NAME", "may_change": zoo_pairs.MAY_CHANGE, "files": ("cells/*", "matrices.png")}
+    with Run("cifar10_stitching", name, args, **own) as run:
+        pairs = pairs_of(args)
+        networks, places = zoo_pairs.load(args, pairs)
+        jobs = jobs_of(args, run.part / "cells", pairs, places)
+        data = load_data(args, device)
+        run.open(drawn_pairs=pairs, networks=zoo.fingerprint(networks), data=data.fingerprint)
+        (run.part / "cells").mkdir(exist_ok=True)
+        checkpoint.save({"name": run.name}, run.last)  # there is something to resume
+        run.log(f"{len(pairs)} pairs, {len(places)} layers, {len(jobs)} joints to train: {kind_of(args)}, seed {args.seed}")
+        parents = measure_parents(networks, data, run)
+        for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
+            with job:
+                record = run_job(args, job, networks, parents, data, run)
+                job.finish(record)
+                run.log(f"[{i}/{len(jobs)}] {line_of(record, len(data.test.classes))}")
+        result = report(args, jobs, data, run)
+        run.log(report_table(result))
+        status = run.finish(result)
+    echo(zoo_pairs.where_to_look(run, result))
+    return status
 
 
 if __name__ == "__main__":

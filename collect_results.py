@@ -27,15 +27,14 @@ import numpy as np
 
 from common import paper_figures
 from common.run.collected import MISSHAPEN, Run, find_runs, is_run
-from common.run.directory import RunError
-from common.run.ending import refusing, say
+from common.run.command import Command, echo
 from common.run.figures import Figure, value_at
-from common.run.interruption import Interruption
 from common.run.lock import release_lock, take_lock
 from common.run.options import OneLineParser, at_least
 from common.run.page import write_page
 from common.run.penalties import with_chunks_together
 from common.run.records import RecordError, finite, write_table, write_text
+from common.run.run import RunError
 
 # what tells the rows of an experiment apart in the first place, as its paper's figure does
 MAIN = {
@@ -346,7 +345,7 @@ class Collection:
             try:
                 self.pictures[script] = draw(script, [group for group in group_runs(runs) if group.finished], self.tables)
             except (RecordError, *MISSHAPEN) as error:
-                say(f"{printable(script)}: no figure: {printable(str(error))}")
+                echo(f"{printable(script)}: no figure: {printable(str(error))}")
             self.drawn[script] = finished
         pictures = [{"name": path.name, "source": self.address(path)} for path in self.pictures.get(script, [])]
         groups = [list(rows[0]), *([as_text(value) for value in row.values()] for row in rows)]
@@ -401,33 +400,35 @@ def main(argv: list[str] | None = None) -> int:
     if not place.is_dir():
         parser.error(f"{place} is no directory: name the one that runs are in, as --results-dir did")
     collection = Collection(place, out)
-    with refusing(parser):
+    command = Command("collect_results")
+    if args.watch is None:
+        command.signals = ()  # they end it as they end any program
+    with command:
         if is_run(place, os.listdir(place)):
             parser.error(f"{place} is a run itself: name the directory above it")
         if args.watch is None:
             if next(find_runs(place), None) is None:
                 parser.error(f"there is no run below {place}")
-            say(summary(collection.write(None)))
+            echo(summary(collection.write(None)))
         else:
-            watch(collection, args.watch)
-    say(f"{out / 'index.html'}, {out / 'tables'}/")
+            watch(collection, args.watch, command)
+    echo(f"{out / 'index.html'}, {out / 'tables'}/")
     return 0
 
 
-def watch(collection: Collection, seconds: int) -> None:
-    """Collect again and again, until a signal comes; what is left behind then reloads itself no more."""
-    with Interruption() as interruption:
-        say(f"{collection.out / 'index.html'} is written every {seconds} seconds, until Ctrl-C")
-        while not interruption.signal:
-            try:
-                states = [run.state for run in collection.write(seconds)]
-                say(f"{datetime.now():%H:%M:%S}  {len(states)} runs, {states.count('running')} at work")
-            except (OSError, RunError) as error:  # which may pass
-                say(f"{datetime.now():%H:%M:%S}  not written: {error}")
-            until = time.monotonic() + seconds
-            while not interruption.signal and time.monotonic() < until:
-                time.sleep(0.1)
-        collection.write(None)
+def watch(collection: Collection, seconds: int, command: Command) -> None:
+    """Collect again and again, until a signal comes; the page that is left then does not reload itself any more."""
+    echo(f"{collection.out / 'index.html'} is written every {seconds} seconds, until Ctrl-C")
+    while command.signal is None:
+        try:
+            states = [run.state for run in collection.write(seconds)]
+            echo(f"{datetime.now():%H:%M:%S}  {len(states)} runs, {states.count('running')} at work")
+        except (OSError, RunError) as error:  # which may pass
+            echo(f"{datetime.now():%H:%M:%S}  not written: {error}")
+        until = time.monotonic() + seconds
+        while command.signal is None and time.monotonic() < until:
+            time.sleep(0.1)
+    collection.write(None)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from common.plotting import PALETTE, save_figure
 from common.run import options
-from common.run.directory import RunDirectory
-from common.run.ending import refusing, say
+from common.run.command import echo
 from common.run.options import at_least, real
+from common.run.run import Run
 
 N_OBJECTS = 10
 SUBSET = (3, 5)  # class 0 has 3 objects at 1/3, class 1 has 5 at 1/5
 MLP_HIDDEN = 20
-UNNAMED = ("results_dir", "show", "overwrite", "dry_run")  # options that do not make another run
+NOT_IN_NAME = ("results_dir", "show", "overwrite", "dry_run")  # options that do not make another run
 SWEEP_WIDTHS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 
@@ -320,65 +320,60 @@ def sweep_table(swept: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def exercise(args: argparse.Namespace, run: RunDirectory) -> dict[str, Any]:
+def exercise(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     """Every step of the sheet in its order; what goes into result.json."""
-
-    def tell(text: str) -> None:
-        run.log(text)
-        say(text)
-
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
     how = args.steps, args.batch_size, args.lr
 
-    tell("1. Data: 10 objects; class 0 has three of 1/3, class 1 five of 1/5")
+    run.log("1. Data: 10 objects; class 0 has three of 1/3, class 1 five of 1/5")
     X, y = make_data(args.batch_size)
     draw_batch(X, y, run.path / "batch.png")
-    tell(f"   X {tuple(X.shape)}, y {tuple(y.shape)}; sums of objects from {X.sum(1).min():.6f} to {X.sum(1).max():.6f}")
+    run.log(f"   X {tuple(X.shape)}, y {tuple(y.shape)}; sums of objects from {X.sum(1).min():.6f} to {X.sum(1).max():.6f}")
 
-    tell("2. Two models")
+    run.log("2. Two models")
     deep_set, mlp = DeepSet(args.hidden), make_mlp()
-    tell(f"{deep_set}\n{mlp}")
+    run.log(f"{deep_set}\n{mlp}")
 
-    tell(f"3. Training both for {args.steps} steps of {args.batch_size} fresh instances")
+    run.log(f"3. Training both for {args.steps} steps of {args.batch_size} fresh instances")
     deep_set, deep_set_history = train(deep_set, *how)
     mlp, mlp_history = train(mlp, *how)
     result: dict[str, Any] = {}
     for name, model in (("DeepSet", deep_set), ("MLP", mlp)):
         loss, accuracy = evaluate(model)
         result[name] = {"parameters": count_params(model), "loss": loss, "accuracy": accuracy}
-        tell(
+        run.log(
             f"   {name:>8}: {count_params(model):5} parameters, loss {loss:.2e}, accuracy {accuracy:.4f} over all 372 instances"
         )
 
     draw_losses({"DeepSet": deep_set_history, "MLP": mlp_history}, run.path / "losses.png")
 
-    tell("4. The symmetry holds exactly: one instance, its objects in other orders")
+    run.log("4. The symmetry holds exactly: one instance, its objects in other orders")
     table, result["largest_difference"] = compare_permutations({"DeepSet": deep_set, "MLP": mlp})
-    tell(table)
+    run.log(table)
 
     if not args.no_sweep:
-        tell(f"5. How many parameters does an MLP need to match the DeepSet? {args.seeds} seeds each, all trained together")
+        run.log(f"5. How many parameters does an MLP need to match the DeepSet? {args.seeds} seeds each, all trained together")
         swept = sweep(args)
-        tell(sweep_table(swept))
+        run.log(sweep_table(swept))
         match = first_match(swept)
         if match is None:
-            tell("   None of these MLPs matches the DeepSet's median loss and accuracy.")
+            run.log("   None of these MLPs matches the DeepSet's median loss and accuracy.")
         else:
             times = match["parameters"] / swept["DeepSet"]["parameters"]
-            tell(
+            run.log(
                 f"   The MLP with {match['hidden']} hidden units a layer does, with {times:.1f} times the DeepSet's parameters."
             )
         draw_sweep(swept, run.path / "sweep.png")
         result["sweep"] = swept | {"match": match}
 
-    tell("6. The DeepSet without the non-linearity in its element network")
+    run.log("6. The DeepSet without the non-linearity in its element network")
     linear, linear_history = train(DeepSet(args.hidden, linear_elements=True), *how)
     assert isinstance(linear, DeepSet)
     loss, accuracy = evaluate(linear)
     class_0, class_1 = pooled_by_class(linear)
     result["linear"] = {"loss": loss, "accuracy": accuracy, "ln 2": math.log(2), "pooled": [class_0, class_1]}
-    tell(
+    run.log(
         f"   loss {loss:.4f}, accuracy {accuracy:.4f}: ln 2 = {math.log(2):.4f} is the loss of knowing nothing.\n"
         "   Why: the element network is a linear map now, x -> a x + b, and its sum over the objects is a (sum of x) + 10 b.\n"
         "   That sees only the sum and the number of the objects, and they are 3/3 = 5/5 = 1 and 10 in both classes. The set\n"
@@ -391,31 +386,24 @@ def exercise(args: argparse.Namespace, run: RunDirectory) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
-    args = options.parse_tokens(parser, options.split_command_line(parser, argv, UNNAMED))
+    args = options.parse_tokens(parser, options.split_command_line(parser, argv, NOT_IN_NAME))
     if args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size} is odd: half of a batch is of each class")
-    name = "-".join(options.not_defaults(parser, args, UNNAMED)) or "default"
-    options.check_length(parser, name)
+    name = "-".join(options.not_defaults(parser, args, NOT_IN_NAME)) or "default"
+    options.check(parser, args, name)
     if args.dry_run:
         print(name)
         return 0
-    with RunDirectory(args.results_dir, "deepsets_exercise", name, another="--seed N") as run:
-        with refusing(parser):
-            # "auto": one that was interrupted has saved nothing to go on from, and starts anew
-            if run.check(resume="auto", overwrite=args.overwrite) == "finished":
-                run.finish_interrupted_rename()
-                parser.error(f"the run {run.final} has finished: --overwrite replaces it, --seed N starts another beside it")
-            run.open(vars(args), overwrite=args.overwrite, to_stdout=False)
-        try:
-            result = exercise(args, run)
-            run.finish({"script": "deepsets_exercise", "name": run.name, "seed": args.seed, **result})
-        except OSError as error:
-            parser.exit(1, f"cannot write {error.filename or run.path}: {error.strerror}\n")
-    say(f"pictures: {', '.join(str(path) for path in sorted(run.final.glob('*.png')))}")
+    files = ("*.png",)
+    with Run("deepsets_exercise", name, args, another="--seed N", may_change=NOT_IN_NAME, files=files) as run:
+        run.open()
+        result = exercise(args, run)
+        status = run.finish({"script": "deepsets_exercise", "name": run.name, "seed": args.seed, **result})
+    echo(f"pictures: {', '.join(str(path) for path in sorted(run.final.glob('*.png')))}")
     if args.show:
         plt.show()
     plt.close("all")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

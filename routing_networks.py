@@ -15,6 +15,7 @@ README.md says what each logged quantity means.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -30,31 +31,29 @@ from torch import Tensor, nn
 import common.routing as routing
 from common import paper_figures, plotting
 from common.datasets import images, multitask
-from common.datasets.images import DataError
 from common.datasets.multitask import MultitaskSet
 from common.models import routed
 from common.models.routed import RoutedNet, SoftMixture
 from common.routing import Decision, Loss, Trajectories
-from common.run import checkpoint, options
-from common.run.directory import RunDirectory, environment
-from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks, tell
-from common.run.epochs import EpochTraining, Sums, load_last
-from common.run.interruption import Interruption
-from common.run.memory import keep_freed_memory
+from common.routing.measures import modules_used, policy_entropy, task_overlap
+from common.run import options
+from common.run.clock import Clock
+from common.run.command import Command, echo
+from common.run.memory import tune_malloc
+from common.run.metrics import Meter, Metrics, Traces, read_metrics
 from common.run.options import at_least, real
-from common.run.records import RecordError, read_results, write_text
-from common.run.traces import read_metrics
-from common.seeds import generator_of, seed_of
+from common.run.records import read_results, write_text
+from common.run.run import Run, environment
+from common.run.state import State, refuse_infinity
+from common.seeds import generator_of, seed_everything, seed_of
 
 DECISIONS = (
     "WPL", "REINFORCE", "REINFORCEBl1", "REINFORCEBl2", "EGreedyREINFORCE", "ActorCritic", "AAC", "BootstrapAAC", "EGreedyAAC",
     "QLearning", "SARSA", "AdvantageLearning", "BootstrapAdvantageLearning", "GumbelSoftmax", "RELAX",
 )  # fmt: skip
 LEARNED = ("routed-all-fc", "dispatched", "single-agent")  # models that decide
-SPLITS = ("train", "test")
 MAX_NORM = 40.0  # of the gradient, of modules and of routers apart
-# options that do not make another run
-UNNAMED = ("data_dir", "results_dir", "device", "resume", "overwrite", "dry_run", "compare")
+NOT_IN_NAME = ("data_dir", "results_dir", "device", "resume", "overwrite", "dry_run", "compare")  # they make no other run
 COLUMNS = (
     "epoch", "step", "seconds", "lr", "exploration", "train_loss", "train_accuracy", "train_routing_loss", "test_loss",
     "test_accuracy", "test_routing_loss", "policy_entropy", "modules_used", "task_overlap",
@@ -74,9 +73,8 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("--agents", type=at_least(1, 10**4), metavar="N", help="of dispatched [as many as tasks]")
     paper.add_argument("--depth", type=at_least(1, 100), default=3, metavar="N", help="fully connected layers [%(default)s]")
     paper.add_argument("--exploration", type=real(0, 1), default=0.1, metavar="E", help="of routers, 0 to 1 [%(default)s]")
-    paper.add_argument(
-        "--collaboration", type=real(0, 1), default=0.3, metavar="R", help="share of reward for popular modules [%(default)s]"
-    )
+    popular = "share of reward for popular modules [%(default)s]"
+    paper.add_argument("--collaboration", type=real(0, 1), default=0.3, metavar="R", help=popular)
     paper.add_argument("--lr", type=real(0, 10, above=True), default=0.003, help="of trunk and modules [%(default)s]")
     paper.add_argument("--routing-lr", type=real(0, 10, above=True), metavar="LR", help="of routers [0.3 --lr]")
     paper.add_argument("--epochs", type=at_least(1, 10**6), default=50, metavar="N", help="[%(default)s]")
@@ -93,10 +91,7 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of products and convolutions [%(default)s]")
     own.add_argument("--device", choices=("cpu", "cuda"), help="[cuda when available]")
     own.add_argument("--data-dir", metavar="PATH", default="data", help="where the data set lies, or is saved [%(default)s]")
-    own.add_argument("--results-dir", metavar="PATH", default="results", help="[%(default)s]")
-    own.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help="go on with a run that was interrupted")
-    own.add_argument("--overwrite", action="store_true", help="replace a run that is there")
-    own.add_argument("--dry-run", action="store_true", help="check the options, print the run's name, exit")
+    options.add_run_options(own)
     own.add_argument("--compare", nargs="+", metavar="RUN", help="instead of training: a table of finished runs")
     return parser
 
@@ -105,10 +100,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     """Options that can work together, what was left open filled in, and the run's name; or the parser's error."""
     args = parser.parse_args(argv)
     n_tasks = multitask.N_TASKS[args.data]
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run, --overwrite replaces it: choose one")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU here")
     if args.model.startswith("per-task") and args.modules not in (None, n_tasks):
         parser.error(f"--modules {args.modules}: {args.model} has one for each of the {n_tasks} tasks")
     if args.agents is not None and args.model != "dispatched":
@@ -117,10 +108,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         if args.model not in LEARNED and getattr(args, name) != parser.get_default(name):
             option = f"--{name.replace('_', '-')}"
             parser.error(f"{option} {getattr(args, name)}: {args.model} decides nothing, {', '.join(LEARNED)} do")
-    name = ".".join([args.data, args.model])
-    named = options.not_defaults(parser, args, (*UNNAMED, "data", "model"))
-    name = "-".join([name, *named])
-    options.check_length(parser, name)
+    named = options.not_defaults(parser, args, (*NOT_IN_NAME, "data", "model"))
+    name = "-".join([f"{args.data}.{args.model}", *named])
+    options.check(parser, args, name)
     args.modules = args.modules or n_tasks
     args.agents = args.agents or n_tasks
     args.routing_lr = args.routing_lr or 0.3 * args.lr
@@ -139,39 +129,39 @@ class Data:
         train, test = (images.load(name, split, args.data_dir, download=True) for split in images.SPLITS)
         self.fingerprint = train.fingerprint()
         if args.data == "CIFAR100-MTL":
-            self.train, self.test = (multitask.superclasses(split).to(device) for split in (train, test))
+            tasks = multitask.superclasses(train), multitask.superclasses(test)
         else:
-            self.train, self.test = (
-                multitask.one_against_rest(split, multitask.PER_TASK[which], args.seed).to(device)
-                for which, split in zip(SPLITS, (train, test), strict=True)
-            )
+            sizes = (multitask.PER_TASK[split] for split in images.SPLITS)
+            tasks = (multitask.one_against_rest(*own, args.seed) for own in zip((train, test), sizes, strict=True))
+        self.train, self.test = (split.to(device) for split in tasks)
         pixels = self.train.images.float() / 255
         self.mean, self.deviation = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
         self.n_tasks, self.n_labels = multitask.N_TASKS[args.data], multitask.N_LABELS[args.data]
 
-    def batch(self, split: MultitaskSet, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, split: MultitaskSet, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised images (B, C, H, W), tasks (B) and labels (B)."""
-        x = (split.images[chosen].float() / 255 - self.mean) / self.deviation
-        return x.contiguous(memory_format=torch.channels_last), split.tasks[chosen], split.labels[chosen]
+        x = (split.images[indices].float() / 255 - self.mean) / self.deviation
+        return x.contiguous(memory_format=torch.channels_last), split.tasks[indices], split.labels[indices]
 
 
 # ---- model and loss ------------------------------------------------------------------------------------------------------
 
 
 def make_model(args: argparse.Namespace, data: Data) -> RoutedNet | SoftMixture:
-    """The network of the options, in its initial state."""
+    """The network of the options, with weights from the seed."""
+    seed_everything(seed_of(args.seed))
     _, channels, side, _ = data.train.images.shape
 
     def make_decision(n: int, in_features: int, n_agents: int, storage: str) -> Decision:
         # on the output, where the factor's gradient is what more of the module would change
         more = {"scale": "output"} if args.decision == "GumbelSoftmax" else {}
         reward = routing.CollaborationReward(args.collaboration, num_actions=n)
-        return getattr(routing, args.decision)(
-            n, in_features, n_agents, args.exploration, storage, additional_reward_func=reward, **more
-        )
+        decision = getattr(routing, args.decision)
+        return decision(n, in_features, n_agents, args.exploration, storage, additional_reward_func=reward, **more)
 
     sizes = routed.layer_sizes(side, args.depth, args.width, data.n_labels)
-    return routed.make(args.model, channels, sizes, data.n_tasks, args.modules, args.agents, make_decision)
+    model = routed.make(args.model, channels, sizes, data.n_tasks, args.modules, args.agents, make_decision)
+    return model.to(data.train.images.device, memory_format=torch.channels_last)
 
 
 def make_optimizer(args: argparse.Namespace, model: RoutedNet | SoftMixture) -> torch.optim.Optimizer:
@@ -183,21 +173,19 @@ def make_optimizer(args: argparse.Namespace, model: RoutedNet | SoftMixture) -> 
     return kind([{"params": modules, "lr": args.lr}, {"params": routers, "lr": args.routing_lr}], fused=True)
 
 
-def make_loss(args: argparse.Namespace) -> Loss:
-    module_loss = nn.MSELoss() if args.loss == "mse" else nn.CrossEntropyLoss()
-    return Loss(module_loss, routing.NegLossReward() if args.reward == "loss" else routing.CorrectClassifiedReward())
-
-
 def losses_of(
-    args: argparse.Namespace, model: nn.Module, loss_func: Loss, x: Tensor, tasks: Tensor, labels: Tensor, n_labels: int
+    args: argparse.Namespace, model: nn.Module, x: Tensor, tasks: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Trajectories]:
     """One batch through the network: logits (B, labels), module loss, routing loss, and its trajectories."""
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16"):
         logits, records = model(x, tasks)
     logits = logits.float()
-    targets = F.one_hot(labels, n_labels).float() if args.loss == "mse" else labels
-    module_loss, routing_loss = loss_func(logits, records, targets)
-    return logits, module_loss, routing_loss, records
+    reward = routing.NegLossReward() if args.reward == "loss" else routing.CorrectClassifiedReward()
+    if args.loss == "mse":
+        loss_func, targets = Loss(nn.MSELoss(), reward), F.one_hot(labels, logits.shape[1]).float()
+    else:
+        loss_func, targets = Loss(nn.CrossEntropyLoss(), reward), labels
+    return logits, *loss_func(logits, records, targets), records
 
 
 def rate_share(args: argparse.Namespace, epoch: int) -> float:
@@ -212,7 +200,20 @@ def exploration_in(args: argparse.Namespace, epoch: int) -> float:
     return routing.annealed(args.exploration, args.exploration_end, epoch / max(1, args.epochs - 1))
 
 
-# ---- the loop ------------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+
+class Training(State):
+    """The state of a training, with its parts. `extra`: "tested", metrics of the last test, and "maps" of all epochs."""
+
+    model: RoutedNet | SoftMixture
+
+    def __init__(self, run: Run, model: RoutedNet | SoftMixture, optimizer: torch.optim.Optimizer, data: str):
+        self.run, self.optimizer = run, optimizer
+        self.clock, self.meter, self.traces = Clock(), Meter(), Traces(model)
+        self.metrics = Metrics(run.part / "metrics.csv", COLUMNS)
+        parts = {name: getattr(self, name) for name in ("optimizer", "clock", "meter", "metrics", "traces")}
+        super().__init__(run.last, run.options, run, data=data, model=model, **parts)
 
 
 def batches_of(args: argparse.Namespace, data: Data, epoch: int) -> list[Tensor]:
@@ -221,114 +222,79 @@ def batches_of(args: argparse.Namespace, data: Data, epoch: int) -> list[Tensor]
     return [batch for batch in order.split(args.batch_size) if len(batch) > 1]
 
 
-def train_epoch(args: argparse.Namespace, data: Data, training: EpochTraining, interruption: Interruption) -> bool:
-    """Train on the batches of the epoch that are left; False if a signal comes first."""
-    model, optimizer, loss_func = training.model, training.optimizer, make_loss(args)
+def train_epoch(args: argparse.Namespace, data: Data, training: Training) -> None:
+    """Train on the batches of the epoch that are left."""
+    model, optimizer = training.model, training.optimizer
     model.train()
     if args.exploration_end is not None:
         routing.set_exploration(model, exploration_in(args, training.epoch))
     for group, rate in zip(optimizer.param_groups, (args.lr, args.routing_lr), strict=True):
         group["lr"] = rate * rate_share(args, training.epoch)
-    for chosen in batches_of(args, data, training.epoch)[training.batch :]:
-        if interruption.signal is not None:
-            return False
-        # what routers draw is a function of the step, so that a run that is gone on with draws the same
-        torch.manual_seed(seed_of(args.seed, 1, training.epoch, training.batch))
-        x, tasks, labels = data.batch(data.train, chosen)
-        logits, module_loss, routing_loss, _ = losses_of(args, model, loss_func, x, tasks, labels, data.n_labels)
+    for indices in batches_of(args, data, training.epoch)[training.batch :]:
+        torch.manual_seed(seed_of(args.seed, 1, training.epoch, training.batch))  # of what routers draw
+        x, tasks, labels = data.batch(data.train, indices)
+        logits, module_loss, routing_loss, _ = losses_of(args, model, x, tasks, labels)
         optimizer.zero_grad()
         (module_loss + routing_loss).backward()
         for group in optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], MAX_NORM)
         optimizer.step()
         accuracy = (logits.argmax(1) == labels).float().mean()
-        training.step_done(len(chosen), {"loss": module_loss, "accuracy": accuracy, "routing_loss": routing_loss})
-        training.save_now_and_then()
-    return True
+        training.meter.add(len(indices), {"loss": module_loss, "accuracy": accuracy, "routing_loss": routing_loss})
+        training.after_step()
 
 
 @torch.no_grad()
-def evaluate(
-    args: argparse.Namespace, data: Data, model: RoutedNet | SoftMixture, interruption: Interruption
-) -> dict[str, Any] | None:
-    """Figures of the test images, greedy decisions: means, accuracy by task, and routing maps; None if a signal comes.
-
-    A routing map (tasks, modules) is, for a layer, the share of a task's images that go through a module.
-    """
-    model.eval()
-    sums, loss_func = Sums(), make_loss(args)
+def evaluate(args: argparse.Namespace, data: Data, training: Training) -> dict[str, Any]:
+    """Metrics of the test images, greedy decisions: means, accuracy by task, a routing map (tasks, modules) for each layer."""
+    model, meter = training.model.eval(), Meter()
     right = torch.zeros(data.n_tasks, device=data.test.labels.device)
     maps: list[Tensor] = []
-    for chosen in torch.arange(len(data.test), device=right.device).split(EVALUATED_AT_ONCE):
-        if interruption.signal is not None:
-            return None
-        x, tasks, labels = data.batch(data.test, chosen)
-        logits, module_loss, routing_loss, records = losses_of(args, model, loss_func, x, tasks, labels, data.n_labels)
+    for indices in torch.arange(len(data.test), device=right.device).split(EVALUATED_AT_ONCE):
+        training.check_signal()
+        x, tasks, labels = data.batch(data.test, indices)
+        logits, module_loss, routing_loss, records = losses_of(args, model, x, tasks, labels)
         hits = (logits.argmax(1) == labels).float()
         right.index_add_(0, tasks, hits)
-        figures = {"loss": module_loss, "accuracy": hits.mean(), "routing_loss": routing_loss}
-        sums.add(len(chosen), figures | {"policy_entropy": policy_entropy(records, module_loss)})
+        metrics = {"loss": module_loss, "accuracy": hits.mean(), "routing_loss": routing_loss}
+        meter.add(len(indices), metrics | {"policy_entropy": policy_entropy(records, module_loss)})
         used = [choice.float() for choice in model.routing(records, tasks)]
         new = [torch.zeros(data.n_tasks, use.shape[1], device=use.device).index_add(0, tasks, use) for use in used]
         maps = [old + more for old, more in zip(maps, new, strict=True)] if maps else new
     per_task = torch.bincount(data.test.tasks, minlength=data.n_tasks)
     maps = [counts / per_task[:, None] for counts in maps]
-    return sums.means() | {
-        "accuracy_by_task": (right / per_task).tolist(),
-        "maps": [counts.tolist() for counts in maps],
+    return meter.means() | {
         "modules_used": statistics.fmean(modules_used(m) for m in maps),
         "task_overlap": statistics.fmean(task_overlap(m) for m in maps),
+        "accuracy_by_task": dict(zip(data.test.task_names, (right / per_task).tolist(), strict=True)),
+        "maps": [counts.tolist() for counts in maps],
     }
 
 
-def policy_entropy(records: Trajectories, like: Tensor) -> Tensor:
-    """Mean entropy, in nats, of the softmax of what the decisions are made by: policies' logits, or values."""
-    if not records.steps:
-        return torch.zeros_like(like)
-    policies = [step.states[:, :, 0].log_softmax(1) for step in records.steps]
-    return torch.stack([-(log_p.exp() * log_p).sum(1).mean() for log_p in policies]).mean()
-
-
-def modules_used(m: Tensor) -> float:
-    """The effective number of modules of a layer: exp of the entropy of how often each is used."""
-    share = m.mean(0)
-    return math.exp(-torch.special.xlogy(share, share).sum().item())
-
-
-def task_overlap(m: Tensor) -> float:
-    """How likely images of two different tasks go through the same module."""
-    same = m @ m.T
-    n = len(m)
-    return ((same.sum() - same.trace()) / (n * (n - 1))).item()
-
-
-def train(args: argparse.Namespace, data: Data, training: EpochTraining, interruption: Interruption) -> bool:
-    """Train until the epochs are over; False if a signal came first, with all that is needed to go on saved."""
-    model = training.model
-    assert isinstance(model, RoutedNet | SoftMixture)
+def train(args: argparse.Namespace, data: Data, training: Training) -> None:
+    """Train until the epochs are over: each ends with a test and is a row of metrics.csv."""
     while training.epoch < args.epochs:
         try:
-            tested = evaluate(args, data, model, interruption) if train_epoch(args, data, training, interruption) else None
+            train_epoch(args, data, training)
+            tested = evaluate(args, data, training)
         except ValueError as error:  # of rewards
-            if "no finite value" not in str(error):
-                raise
-            raise SystemExit(f"the loss of epoch {training.epoch + 1} is not finite: a smaller --lr may help") from None
-        if tested is None:
-            training.save_last()
-            return False
-        means = training.sums.means()
-        if not math.isfinite(means["loss"] + means["routing_loss"]):
-            raise SystemExit(f"the loss of epoch {training.epoch + 1} is not finite: a smaller --lr may help")
-        tested["maps"] = [*training.tested.get("maps", []), tested["maps"]]  # of all epochs
-        training.tested = tested
+            if "no finite value" in str(error):
+                refuse_infinity(math.nan, f"epoch {training.epoch + 1}")
+            raise
+        means = training.meter.means()
+        refuse_infinity(means["loss"] + means["routing_loss"], f"epoch {training.epoch + 1}")
+        training.extra["maps"] = [*training.extra.get("maps", []), tested.pop("maps")]
+        training.extra["tested"] = tested
         row: dict[str, float | int] = {"epoch": training.epoch + 1, "step": training.step, "seconds": training.clock.used()}
         row |= {"lr": training.optimizer.param_groups[0]["lr"], "exploration": exploration_in(args, training.epoch)}
         row |= {f"train_{name}": value for name, value in means.items()}
         row |= {name if name in COLUMNS else f"test_{name}": tested[name] for name in tested if isinstance(tested[name], float)}
-        tell(training.run, epoch_line(row, 1 / data.n_labels))
-        training.epoch_done(row)
-    training.save_last()
-    return True
+        training.run.log(epoch_line(row, 1 / data.n_labels))
+        training.metrics.append(row)
+        training.traces.record(training.epoch + 1, {})
+        training.meter.reset()
+        training.end_epoch()
+    training.save()
 
 
 def epoch_line(row: dict[str, float | int], chance: float) -> str:
@@ -349,47 +315,40 @@ def n_parameters(model: RoutedNet | SoftMixture) -> dict[str, int]:
     return {"total": sum(parameter.numel() for parameter in model.parameters()), "routers": routers}
 
 
-def draw(data: Data, training: EpochTraining) -> None:
+def draw(data: Data, training: Training) -> None:
     """metrics.png, weights.png, and routing.png: which task goes through which module, over time."""
-    run = training.run
+    run, metrics, traced = training.run, read_metrics(training.metrics.path), training.traces.by_parameter()
     chance = {"accuracy": {"chance": 1 / data.n_labels}}
-    metrics = read_metrics(training.metrics.path)
-    plotting.plot_epochs(run.path / "metrics.png", run.name, metrics, ("loss", "accuracy", "routing_loss"), chance)
-    traced = training.traces.by_parameter()
-    shown = {name: traced[name].numpy() for name in list(traced)[:: max(1, len(traced) // N_SHOWN)]}
-    plotting.plot_weights(run.path / "weights.png", run.name, training.traces.steps, shown, 1)
-    plotting.plot_routing_maps(run.path / "routing.png", run.name, training.tested["maps"], data.train.task_names)
+    plotting.plot_epochs(run.part / "metrics.png", run.name, metrics, ("loss", "accuracy", "routing_loss"), chance)
+    shown = {name: traced[name] for name in list(traced)[:: max(1, len(traced) // N_SHOWN)]}
+    plotting.plot_weights(run.part / "weights.png", run.name, training.traces.steps, shown, 1)
+    plotting.plot_routing_maps(run.part / "routing.png", run.name, training.extra["maps"], data.train.task_names)
 
 
-def report(data: Data, training: EpochTraining) -> dict[str, Any]:
-    """The final figures of the last epoch."""
-    run, model, tested = training.run, training.model, training.tested
-    assert isinstance(model, RoutedNet | SoftMixture)
-    by_task = dict(zip(data.train.task_names, tested["accuracy_by_task"], strict=True))
+def report(data: Data, training: Training) -> dict[str, Any]:
+    """The final metrics of the last epoch."""
     return {
         "script": "routing_networks",
-        "name": run.name,
-        "options": training.args,
+        "name": training.run.name,
+        "options": training.options,
         "protocol": "the model of the last epoch, measured on the test images, decisions greedy; nothing was chosen by them",
-        "parameters": n_parameters(model),
+        "parameters": n_parameters(training.model),
         "epochs": training.epoch,
         "steps": training.step,
         "seconds": training.clock.used(),
-        "images": {split: len(getattr(data, split)) for split in SPLITS},
-        "test": {name: value for name, value in tested.items() if isinstance(value, float)} | {"accuracy_by_task": by_task},
+        "images": {split: len(getattr(data, split)) for split in images.SPLITS},
+        "test": training.extra["tested"],
         "chance_accuracy": 1 / data.n_labels,
-        "maps": tested["maps"][-1],
+        "maps": training.extra["maps"][-1],
         "data": data.fingerprint,
         **environment(),
     }
 
 
 def report_table(result: dict[str, Any]) -> str:
-    """The final figures as text."""
-    test, chance = result["test"], result["chance_accuracy"]
-    lines = [
-        f"{'all tasks':>22}: accuracy {test['accuracy']:.4f} (chance {chance:g}) on {result['images']['test']} test images"
-    ]
+    """The final metrics as text."""
+    test, chance, n = result["test"], result["chance_accuracy"], result["images"]["test"]
+    lines = [f"{'all tasks':>22}: accuracy {test['accuracy']:.4f} (chance {chance:g}) on {n} test images"]
     lines += [f"{task:>22}: accuracy {accuracy:.4f}" for task, accuracy in test["accuracy_by_task"].items()]
     lines.append(f"{'modules used':>22}: {test['modules_used']:.2f} a layer; overlap of tasks {test['task_overlap']:.2f}")
     return "\n".join(lines)
@@ -406,115 +365,91 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
 
 
-def compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def compare(args: argparse.Namespace) -> int:
     """--compare: runs that differ by their seed alone are one row; the table, table.md and comparison.png."""
-    with refusing(parser, RecordError):
-        results = read_results(args.compare, "routing_networks")
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        label = "-".join(part for part in result["name"].split("-") if not part.startswith("seed."))
-        groups.setdefault(label, []).append(result)
-    rows = [row_of(label, of) for label, of in sorted(groups.items())]
-    folder = Path(args.results_dir) / "routing_networks" / f"figures-{results[0]['options']['data']}"
-    with refusing(parser):
+    with Command("routing_networks"):
+        results, rows = read_results(args.compare, "routing_networks"), []
+        groups = {label: list(group) for label, group in itertools.groupby(sorted(results, key=label_of), label_of)}
+        for label, group in groups.items():
+            mean, half = interval([100 * result["test"]["accuracy"] for result in group])
+            row = {"label": label, "n": len(group), "accuracy": mean, "half": half}
+            rows.append(row | {"chance": 100 * group[0]["chance_accuracy"]})
+        folder = Path(args.results_dir) / "routing_networks" / f"figures-{results[0]['options']['data']}"
         folder.mkdir(parents=True, exist_ok=True)
-        text = comparison_table(rows)
+        text = comparison_table(groups)
         write_text(folder / "table.md", text + "\n")
         paper_figures.plot_intervals(folder / "comparison.png", "test accuracy, mean and 95 % interval over seeds", rows)
-    say(text)
-    say(f"{folder / 'table.md'}, {folder / 'comparison.png'}")
+    echo(f"{text}\n{folder / 'table.md'}, {folder / 'comparison.png'}")
     return 0
 
 
-def row_of(label: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and interval of several runs of one kind."""
-    mean, half = interval([100 * result["test"]["accuracy"] for result in results])
-    tasks = results[0]["test"]["accuracy_by_task"]
-    return {
-        "label": label,
-        "n": len(results),
-        "accuracy": mean,
-        "half": half,
-        "by_task": {task: interval([100 * r["test"]["accuracy_by_task"][task] for r in results]) for task in tasks},
-        "parameters": results[0]["parameters"]["total"],
-        "minutes": statistics.fmean(result["seconds"] for result in results) / 60,
-        "modules_used": statistics.fmean(result["test"]["modules_used"] for result in results),
-        "task_overlap": statistics.fmean(result["test"]["task_overlap"] for result in results),
-        "chance": 100 * results[0]["chance_accuracy"],
-    }
+def label_of(result: dict[str, Any]) -> str:
+    """The name of a run without its seed."""
+    return "-".join(part for part in result["name"].split("-") if not part.startswith("seed."))
 
 
-def with_interval(mean: float, half: float | None) -> str:
+def with_interval(values: Sequence[float]) -> str:
+    mean, half = interval(values)
     return f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
 
 
-def comparison_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one table of all tasks together, one of each task."""
+def comparison_table(groups: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: one table of all tasks together, and the accuracy of each task."""
     lines = ["| run | n | accuracy % (95 %) | parameters | modules used | overlap | minutes |", "| --- " * 7 + "|"]
-    for row in rows:
-        figures = f"{row['parameters']:,} | {row['modules_used']:.2f} | {row['task_overlap']:.2f} | {row['minutes']:.1f}"
-        lines.append(f"| {row['label']} | {row['n']} | {with_interval(row['accuracy'], row['half'])} | {figures} |")
-    for row in rows:
-        lines += ["", f"{row['label']}, accuracy % by task (chance {row['chance']:g}):", ""]
-        lines.append("; ".join(f"{task} {with_interval(*figures)}" for task, figures in row["by_task"].items()))
+    for label, results in groups.items():
+        accuracy = with_interval([100 * result["test"]["accuracy"] for result in results])
+        used, overlap = (statistics.fmean(r["test"][name] for r in results) for name in ("modules_used", "task_overlap"))
+        minutes = statistics.fmean(result["seconds"] for result in results) / 60
+        metrics = f"{results[0]['parameters']['total']:,} | {used:.2f} | {overlap:.2f} | {minutes:.1f}"
+        lines.append(f"| {label} | {len(results)} | {accuracy} | {metrics} |")
+    for label, results in groups.items():
+        lines += ["", f"{label}, accuracy % by task (chance {100 * results[0]['chance_accuracy']:g}):", ""]
+        runs = [result["test"]["accuracy_by_task"] for result in results]
+        lines.append("; ".join(f"{task} {with_interval([100 * run[task] for run in runs])}" for task in runs[0]))
     return "\n".join(lines)
 
 
 # ---- one run from start to end -------------------------------------------------------------------------------------------
 
 
+def introduce(args: argparse.Namespace, data: Data, training: Training) -> None:
+    """Log what was derived from the options."""
+    log, counts = training.run.log, n_parameters(training.model)
+    log(
+        f"{args.model}: {counts['total']:,} parameters, {counts['routers']:,} of them in routers; {data.n_tasks} tasks of "
+        f"{data.n_labels} labels, {len(data.train)} training and {len(data.test)} test images; "
+        f"{len(batches_of(args, data, 0))} steps an epoch on {data.test.labels.device}, seed {args.seed}"
+    )
+    if training.step:
+        log(f"resumed in epoch {training.epoch + 1} after step {training.step}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args, name = parse(parser, argv)
-    keep_freed_memory()
+    tune_malloc()
     if args.compare:
-        return compare(parser, args)
+        return compare(args)
     if args.dry_run:
         print(name)
         return 0
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with Interruption() as interruption, RunDirectory(args.results_dir, "routing_networks", name, another="--seed N") as run:
-        with refusing(parser, DataError):
-            found = run.check(resume=args.resume, overwrite=args.overwrite)
-            if found == "finished":
-                run.finish_interrupted_rename()
-                say(f"the run {run.final} has finished: nothing to do")
-                return 0
-            data = Data(args, device)
-            checkpoint.seed_everything(seed_of(args.seed))
-            model = make_model(args, data).to(device, memory_format=torch.channels_last)
-            optimizer = make_optimizer(args, model)
-            named = {option: value for option, value in vars(args).items() if option not in UNNAMED}
-            last = load_last(run, model, optimizer, named, data.fingerprint) if found == "unfinished" else None
-            run.open(vars(args), overwrite=args.overwrite, to_stdout=False)
-        with surviving_full_disks(run):
-            training = EpochTraining(run, model, optimizer, named, fingerprint=data.fingerprint, columns=COLUMNS, last=last)
-            return run_to_the_end(args, data, training, interruption)
-
-
-def run_to_the_end(args: argparse.Namespace, data: Data, training: EpochTraining, interruption: Interruption) -> int:
-    """Train, report, and give the run its name."""
-    run, model = training.run, training.model
-    assert isinstance(model, RoutedNet | SoftMixture)
-    counts = n_parameters(model)
-    tell(
-        run,
-        f"{args.model}: {counts['total']:,} parameters, {counts['routers']:,} of them in routers; {data.n_tasks} tasks of "
-        f"{data.n_labels} labels, {len(data.train)} training and {len(data.test)} test images; "
-        f"{len(batches_of(args, data, 0))} steps an epoch on {data.test.labels.device}, seed {args.seed}",
-    )
-    if training.step:
-        tell(run, f"resumed in epoch {training.epoch + 1} after step {training.step}")
-    if not train(args, data, training, interruption):
-        tell(run, f"stopped by {interruption.signal} after step {training.step}: --resume goes on from here")
-        return EXIT_RESUMABLE
-    with training.clock.paused():
-        draw(data, training)
-    result = report(data, training)
-    tell(run, report_table(result))
-    run.finish(result)
-    say(f"{'pictures':>22}: {', '.join(str(run.final / file) for file in ('metrics.png', 'weights.png', 'routing.png'))}")
-    return 0
+    with Run("routing_networks", name, args, another="--seed N", may_change=NOT_IN_NAME, files=("routing.png",)) as run:
+        data = Data(args, torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        model = make_model(args, data)
+        training = Training(run, model, make_optimizer(args, model), data.fingerprint)
+        if run.status == "unfinished":
+            training.resume()
+        run.open()
+        training.save()
+        introduce(args, data, training)
+        train(args, data, training)
+        with training.clock.paused():
+            draw(data, training)
+        result = report(data, training)
+        run.log(report_table(result))
+        status = run.finish(result)
+    echo(f"{'pictures':>22}: {', '.join(str(run.final / file) for file in ('metrics.png', 'weights.png', 'routing.png'))}")
+    return status
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import difflib
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,19 +27,20 @@ from tqdm import tqdm
 
 from common import plotting
 from common.datasets import images
-from common.datasets.images import DataError, ImageSet
+from common.datasets.images import ImageSet
 from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
 from common.models.sets import NON_LINEARITIES
-from common.run import checkpoint, options
-from common.run.directory import RunDirectory
-from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks
-from common.run.interruption import Interruption
-from common.run.memory import MicroBatches, keep_freed_memory
+from common.run import options
+from common.run.budget import BudgetedTraining
+from common.run.command import echo
+from common.run.memory import MicroBatches, tune_malloc
+from common.run.metrics import read_metrics
 from common.run.options import at_least, boolean, real, shortest
-from common.run.training import Training, check_data, epoch_order, load_checkpoint
+from common.run.run import Run
+from common.seeds import epoch_order, seed_everything
 
 DATA = tuple(images.SHAPES)
-UNNAMED = ("name", "resume", "results_dir", "data_dir", "overwrite", "dry_run", "to_stdout")  # they do not make another run
+NOT_IN_NAME = ("name", "resume", "results_dir", "data_dir", "overwrite", "dry_run", "to_stdout")  # they do not make another run
 # the published name has these fields alone; other options that are not at their defaults follow, as -option.value
 NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 NAME = re.compile(
@@ -99,7 +101,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Options of a command line, those of -name among them. Ends with the parser's error if they contradict each other."""
-    tokens = options.split_command_line(parser, argv, UNNAMED)
+    tokens = options.split_command_line(parser, argv, NOT_IN_NAME)
     names = [value for option, value, _ in tokens if option == "-name"]
     named = named_options(parser, names[-1]) if names else []
     args = options.parse_tokens(parser, [*named, *tokens])
@@ -115,8 +117,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         parser.error(
             f"-n_hidden {args.n_hidden} is not a multiple of 4: locations are made of sines and cosines in two directions"
         )
-    if args.resume == "auto" and args.overwrite:
-        parser.error("-resume auto goes on with a run, -overwrite replaces it: choose one")
     return args
 
 
@@ -132,9 +132,9 @@ def named_options(parser: argparse.ArgumentParser, name: str) -> list[options.To
             parser.error(f"-name {name!r} does not parse: there is no option -{word}; did you mean -{meant}?")
         print(f"note: the last field of -name, {word}, is left out: no option is called so", file=sys.stderr)
         more = ""  # the original's last field, of an option that its scripts do not have
-    further = options.split_command_line(parser, [more] if more else [], UNNAMED)
+    further = options.split_command_line(parser, [more] if more else [], NOT_IN_NAME)
     for option, _, _ in further:
-        if option.lstrip("-") in (*match.groupdict(), *UNNAMED, "h", "help"):
+        if option.lstrip("-") in (*match.groupdict(), *NOT_IN_NAME, "h", "help"):
             parser.error(f"-name {name!r} does not parse: {option} is no part of the end of a name")
     return [(f"-{field}", value, "") for field, value in fields] + further
 
@@ -145,8 +145,8 @@ def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
         f"{args.data}-{args.n_layers}-{args.non_lin}-{args.n_hidden}-{args.n_iter}"
         f"-wc{shortest(args.wc)}-lr{shortest(args.lr)}-bs{args.bs}"
     )
-    name += "".join(f"-{part}" for part in options.not_defaults(parser, args, (*UNNAMED, *NAME.groupindex)))
-    options.check_length(parser, name)
+    name += "".join(f"-{part}" for part in options.not_defaults(parser, args, (*NOT_IN_NAME, *NAME.groupindex)))
+    options.check(parser, args, name)
     return name
 
 
@@ -214,13 +214,12 @@ def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: st
 
 @torch.no_grad()
 def evaluate(
-    model: ImageTransformer, data: ImageSet, precision: str, size: int, interruption: Interruption | None = None
-) -> Tensor | None:
-    """Nats per value of each image, in float64 (N), `size` images at a time; None if a signal comes before the end."""
+    model: ImageTransformer, data: ImageSet, precision: str, size: int, check_signal: Callable[[], None] = lambda: None
+) -> Tensor:
+    """Nats per value of each image, in float64 (N), `size` images at a time; `check_signal` is called between them."""
     parts = []
     for start in range(0, len(data), size):
-        if interruption is not None and interruption.signal:
-            return None
+        check_signal()
         parts.append(nats(model, data[start : start + size], precision).double().cpu())
     return torch.cat(parts)
 
@@ -235,88 +234,67 @@ def epoch_size(args: argparse.Namespace, data: Data) -> int:
     return min(args.epoch_images or len(data.training), len(data.training))
 
 
-def train_epoch(
-    args: argparse.Namespace, data: Data, training: Training, micro: MicroBatches, interruption: Interruption, progress: tqdm
-) -> bool:
-    """Train on the batches of an epoch that are left, until the time is up or a signal comes; False if the loss diverged."""
+def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, micro: MicroBatches, progress: tqdm) -> bool:
+    """Train on the batches of an epoch that are left, until the time is up; False if the loss diverged."""
     order = epoch_order(len(data.training), args.seed, training.epoch)[: epoch_size(args, data)]
     batches = order.to(data.training.images.device).split(args.bs)
-    for chosen in batches[training.batch :]:
-        loss = micro.as_fits(partial(accumulate_gradients, training.model, data.training[chosen], args.precision))
+    for indices in batches[training.batch :]:
+        if training.time_is_up():
+            break
+        loss = micro.as_fits(partial(accumulate_gradients, training.model, data.training[indices], args.precision))
         norm = gradient_norm(training.model)
         if not math.isfinite(loss) or not math.isfinite(norm):
             return False
         training.optimizer.step()
 
-        training.step_done(len(chosen), loss, gradient_norm=norm)
         progress.set_description_str(
-            f"epoch {training.epoch + 1} batch {training.batch}/{len(batches)}  loss {loss:.3f}  best validation "
-            f"{training.backtracking.best:.3f} (by position {data.levels['validation']['by position']:.3f})  "
+            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(batches)}  loss {loss:.3f}  best validation "
+            f"{training.best.loss:.3f} (by position {data.levels['validation']['by position']:.3f})  "
             f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
             refresh=False,
         )
         progress.update()
-        if training.clock.is_up() or interruption.signal:
-            break
-        training.save_now_and_then()
+        training.step_done(len(indices), loss, gradient_norm=norm)
     return True
 
 
-def end_epoch(data: Data, training: Training, losses: Tensor | None) -> None:
-    """Note the figures, and keep the model, save it as the best, or go back to the best. No losses: training diverged."""
-    val_loss = math.nan if losses is None else losses.mean().item()
+def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, micro: MicroBatches, finite: bool) -> None:
+    """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
+    val_loss = math.nan
+    if finite:
+        validate = partial(evaluate, training.model, data.validation, args.precision, check_signal=training.check_signal)
+        val_loss = micro.as_fits(validate).mean().item()
     row = {
         "epoch": training.epoch + 1,
         "step": training.step,
         "seconds": training.clock.used(),
-        "train_loss": math.nan if losses is None else training.mean_loss,
+        "train_loss": training.meter.means()["loss"] if finite else math.nan,
         "val_loss": val_loss,
         "val_bits": val_loss / math.log(2),
         "lr": training.learning_rate,
     }
-    verdict = training.conclude_epoch(val_loss, row)
+    verdict = training.conclude_epoch(row)
     levels = data.levels["validation"]
     training.run.log(
         f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
         f"validation {val_loss:.4f} (by position {levels['by position']:.4f}, chance {levels['chance']:.4f}) | "
-        f"{row['val_bits']:.4f} bits per dimension | lr {row['lr']:.4g}{training.in_words(verdict)}"
+        f"{row['val_bits']:.4f} bits per dimension | lr {row['lr']:.4g}{verdict}"
     )
-
-
-def train(args: argparse.Namespace, data: Data, training: Training, micro: MicroBatches, interruption: Interruption) -> bool:
-    """Train until the epochs or the time are used up; False if a signal came first, with all that is needed to go on saved."""
-    clock, plotted_at = training.clock, -math.inf
-    with tqdm(disable=None, bar_format="{desc}") as progress:
-        while training.goes_on(args.max_epochs or math.inf):
-            finite = train_epoch(args, data, training, micro, interruption, progress)
-            final = clock.is_up()  # then a signal has to wait for the validation, which would never be made up for
-            losses = None
-            if finite:
-                stopping = None if final else interruption
-                losses = micro.as_fits(
-                    partial(evaluate, training.model, data.validation, args.precision, interruption=stopping)
-                )
-            if interruption.signal and not final:
-                if finite:
-                    training.save_last()
-                return False
-            end_epoch(data, training, losses)
-            if clock.used() - plotted_at >= 60 * args.update_interval:
-                with clock.paused():
-                    draw(args, data, training)
-                plotted_at = clock.used()
-    return True
 
 
 # ---- report --------------------------------------------------------------------------------------------------------------
 
 
-def draw(args: argparse.Namespace, data: Data, training: Training) -> None:
+def draw(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> None:
     """metrics.png, weights.png, samples.png."""
-    steps_per_epoch = -(-epoch_size(args, data) // args.bs)
-    level = {"by position": data.levels["validation"]["by position"]}  # chance is so far away that the curve would look flat
-    plotting.plot_training(training, steps_per_epoch, {"val_loss": level}, "nats per value")
-    plotting.plot_images(training.run.path / "samples.png", training.run.name, samples(args, data, training.model))
+    run, traces, n_steps = training.run, training.traces, -(-epoch_size(args, data) // args.bs)
+    levels = {"by position": data.levels["validation"]["by position"]}  # with chance, far away, the curve would look flat
+    metrics, path = read_metrics(training.metrics.path), run.part / "metrics.png"
+    plotting.plot_metrics(
+        path, run.name, metrics, traces.steps, traces.numbers, n_steps, {"val_loss": levels}, "nats per value"
+    )
+    plotting.plot_weights(run.part / "weights.png", run.name, traces.steps, traces.by_parameter(), n_steps)
+    plotting.plot_images(run.part / "samples.png", run.name, samples(args, data, training.model))
 
 
 def samples(args: argparse.Namespace, data: Data, model: ImageTransformer) -> list[plotting.ImageGrid]:
@@ -351,9 +329,9 @@ def measured(losses: Tensor, levels: dict[str, float]) -> dict[str, Any]:
     return {"images": len(losses), "nats": losses.mean().item(), "bits": losses.mean().item() / math.log(2), "levels": levels}
 
 
-def report(args: argparse.Namespace, data: Data, training: Training, micro: MicroBatches) -> dict[str, Any]:
+def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, micro: MicroBatches) -> dict[str, Any]:
     """The final figures of the best model: on the validation images, which chose it, and, once, on the test images."""
-    training.load_best()
+    training.best.load()
     validation, test = (
         micro.as_fits(partial(evaluate, training.model, split, args.precision)) for split in (data.validation, data.test)
     )
@@ -399,7 +377,7 @@ def report_table(result: dict[str, Any]) -> str:
 
 def make_model(args: argparse.Namespace) -> ImageTransformer:
     """The model of the options, on its device, with weights from the seed."""
-    checkpoint.seed_everything(args.seed)
+    seed_everything(args.seed)
     model = ImageTransformer(
         shape=images.SHAPES[args.data],
         n_hidden=args.n_hidden,
@@ -413,7 +391,7 @@ def make_model(args: argparse.Namespace) -> ImageTransformer:
     return model.to("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
 
 
-def introduce(args: argparse.Namespace, data: Data, training: Training) -> None:
+def introduce(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> None:
     """Log what was derived from the options."""
     log, parameters = training.run.log, list(training.model.parameters())
     learned = sum(p.numel() for p in parameters if p.requires_grad)
@@ -433,40 +411,33 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(name)
         return 0
-    keep_freed_memory()
-    with Interruption() as interruption, RunDirectory(args.results_dir, "swarm_transformer", name, another="-seed N") as run:
-        with refusing(parser, DataError):
-            found = run.check(resume=args.resume, overwrite=args.overwrite)
-            if found == "finished":
-                run.finish_interrupted_rename()
-                print(f"the run {run.final} has finished: nothing to do")
-                return 0
-            model = make_model(args)
-            optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-            named = {option: value for option, value in vars(args).items() if option not in UNNAMED}
-            last = load_checkpoint(run, found, args.resume, model, optimizer, named)
-            data = load_data(args.data, args.data_dir, args.seed, next(model.parameters()).device)
-            check_data(run, last, data.fingerprint)
-            run.open(vars(args), overwrite=args.overwrite, to_stdout=args.to_stdout)
-        say(f"running in {run.path}")
-        with surviving_full_disks(run):
-            limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
-            training = Training(run, model, optimizer, named, columns=COLUMNS, fingerprint=data.fingerprint, **limits)
-            training.start(last)
-            introduce(args, data, training)
-            micro = MicroBatches(args.bs, run.log)
-            if not train(args, data, training, micro, interruption):
-                run.log(f"stopped by {interruption.signal} after step {training.step}: -resume auto goes on from here")
-                return EXIT_RESUMABLE
-            with training.clock.paused():
-                result = report(args, data, training, micro)
-                draw(args, data, training)
-            run.log(report_table(result))
-            run.finish(result)
+    tune_malloc()
+    with Run("swarm_transformer", name, args, another="-seed N", may_change=NOT_IN_NAME, quiet=True) as run:
+        model = make_model(args)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        data = load_data(args.data, args.data_dir, args.seed, next(model.parameters()).device)
+        limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
+        training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, data=data.fingerprint, **limits)
+        training.start(args.resume)
+        introduce(args, data, training)
+        micro, drawn_at = MicroBatches(args.bs, run.log), -math.inf
+        with tqdm(disable=None, bar_format="{desc}") as progress:
+            while training.goes_on(args.max_epochs or math.inf):
+                finite = train_epoch(args, data, training, micro, progress)
+                validate_epoch(args, data, training, micro, finite)
+                if training.clock.used() - drawn_at >= 60 * args.update_interval:
+                    with training.clock.paused():
+                        draw(args, data, training)
+                    drawn_at = training.clock.used()
+        with training.clock.paused():
+            result = report(args, data, training, micro)
+            draw(args, data, training)
+        run.log(report_table(result))
+        status = run.finish(result)
     if not args.to_stdout:
-        say(report_table(result))
-    say(f"after {result['seconds'] / 60:.1f} minutes of training:\n{run.where_to_look()}")
-    return 0
+        echo(report_table(result))
+    echo(f"after {result['seconds'] / 60:.1f} minutes of training:\n{run.where_to_look(samples='samples.png')}")
+    return status
 
 
 if __name__ == "__main__":

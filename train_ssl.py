@@ -16,6 +16,7 @@ import argparse
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,22 +25,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import plotting
+from common import checkpoint, parallel, plotting
 from common.datasets import images
 from common.datasets.images import DataError, ImageSet
+from common.errors import InputError, Interrupted
 from common.models.resnet import BLOCKS, CifarResNet
-from common.run import checkpoint, options, trackers
-from common.run.directory import RunDirectory, RunError
-from common.run.ending import EXIT_RESUMABLE, refusing, say, surviving_full_disks, tell
-from common.run.epochs import EpochTraining, Sums, load_last
-from common.run.interruption import Interruption
-from common.run.memory import keep_freed_memory
+from common.run import options, trackers
+from common.run.clock import Clock
+from common.run.command import Command, echo
+from common.run.memory import tune_malloc
+from common.run.metrics import Meter, Metrics, Traces, read_metrics
 from common.run.options import at_least, real
 from common.run.records import write_json
+from common.run.run import Run, RunError
 from common.run.schedule import warmup_cosine
-from common.run.traces import read_metrics
-from common.seeds import generator_of
-from common.ssl import evaluation, losses, parallel
+from common.run.state import State, refuse_infinity
+from common.seeds import generator_of, seed_everything
+from common.ssl import evaluation, losses
 from common.ssl.evaluation import as_floats
 from common.ssl.method import Batch, Method
 from common.ssl.models import CLASSES, ESSL_CODES, Outputs, SelfSupervised, encoder_of, read_saved
@@ -47,20 +49,13 @@ from common.ssl.targets import TARGETS
 from common.ssl.views import CIRCULAR, CODES, COLOURS, NEEDS_RGB, PARAMETRISED, Stack, clean_view
 
 ENCODERS = ("Cifar10_ResNet", *(f"{lifted}cifar10_{name}" for lifted in ("", "lifted_") for name in BLOCKS))
-# options that do not make another run
-UNNAMED = (
+NOT_IN_NAME = (  # options that do not make another run
     "device", "dataset_root", "save_dir", "wandb_project", "tensorboard", "resume", "results_dir", "overwrite", "dry_run",
     "linear_probe", "knn",
 )  # fmt: skip
-SPLITS = ("train", "test")
-PICTURES = {
-    "log": "log",
-    "curves": "metrics.png",
-    "weight traces": "weights.png",
-    "views": "samples.png",
-    "group marginals": "marginals.png",
-}
+FILES = ("*.pt", "marginals.png", "tensorboard/*", "wandb/*", "wandb-id")
 DRAW_SECONDS = 600.0  # between two drawings of metrics.png
+Means = dict[str, dict[str, float]]  # mean metrics, by split and name
 N_SHOWN, N_SWEPT = 12, 500  # images in samples.png, and in the heat map
 
 
@@ -70,41 +65,26 @@ def get_parser() -> argparse.ArgumentParser:
     paper = parser.add_argument_group("options of the paper")
     paper.add_argument("--device", choices=("cpu", "cuda"), help="[cuda when available]")
     paper.add_argument("--dataset", choices=tuple(images.BY_OPTION), help="[cifar10]")
-    paper.add_argument(
-        "--dataset-root", metavar="PATH", default="data", help="where the data set lies, or is saved [%(default)s]"
-    )
+    paper.add_argument("--dataset-root", metavar="PATH", default="data", help="where images lie, or are saved [%(default)s]")
     paper.add_argument("--batch-size", type=at_least(2), default=1024, metavar="INT", help="of all processes [%(default)s]")
     paper.add_argument("--image-size", type=at_least(8, 512), default=32, metavar="INT", help="side of a view [%(default)s]")
     paper.add_argument("--center-crop", action="store_true", help="use images 8/7 as large, of which tests see the centre")
     paper.add_argument("--save-dir", metavar="PATH", help="where to save the model [the run's directory]")
-    paper.add_argument(
-        "--wandb-project", metavar="STR", help="log to Weights & Biases (credentials: .wandb.yaml, see README.md)"
-    )
+    paper.add_argument("--wandb-project", metavar="STR", help="log to Weights & Biases (credentials: see README.md)")
     paper.add_argument("--model", choices=("duet", "simclr", "essl"), default="duet", help="[%(default)s]")
     paper.add_argument("--encoder", choices=ENCODERS, default="cifar10_resnet32", help="[%(default)s]")
     paper.add_argument("--num-classes", type=at_least(1, 10**6), metavar="INT", help="[those of the data set]")
     paper.add_argument("--epochs", type=at_least(0), default=800, metavar="INT", help="[%(default)s]")
     paper.add_argument("--warmup-epochs", type=at_least(0), default=10, metavar="INT", help="linear warm-up [%(default)s]")
-    paper.add_argument(
-        "--test-every", type=at_least(1), default=10, metavar="INT", help="epochs between two tests [%(default)s]"
-    )
-    paper.add_argument(
-        "--lr", type=real(0, 10, above=True), default=0.0004, metavar="FLOAT", help="learning rate [%(default)s]"
-    )
+    paper.add_argument("--test-every", type=at_least(1), default=10, metavar="INT", help="epochs between tests [%(default)s]")
+    paper.add_argument("--lr", type=real(0, 10, above=True), default=0.0004, metavar="FLOAT", help="rate [%(default)s]")
     paper.add_argument("--tx", nargs="*", choices=CODES, help="transformations, in the order in which they are applied")
-    paper.add_argument(
-        "--equi-tx",
-        choices=CODES,
-        help="what to learn the structure of: one of --tx for duet, one that is taken out of it for essl",
-    )
-    paper.add_argument(
-        "--duet-lambda", type=real(0, 1e9), default=10.0, metavar="FLOAT", help="weight of structure [%(default)s]"
-    )
+    structured = "what to learn the structure of: one of --tx for duet, one that is taken out of it for essl"
+    paper.add_argument("--equi-tx", choices=CODES, help=structured)
+    paper.add_argument("--duet-lambda", type=real(0, 1e9), default=10.0, metavar="FLOAT", help="of structure [%(default)s]")
     paper.add_argument("--duet-bins", type=at_least(0, 4096), default=8, metavar="INT", help="G; 0 is SimCLR [%(default)s]")
     paper.add_argument("--duet-target", choices=tuple(TARGETS), default="ga", help="Gaussian or von Mises [%(default)s]")
-    paper.add_argument(
-        "--essl-lambda", type=real(0, 1e9), default=0.4, metavar="FLOAT", help="weight of equivariance [%(default)s]"
-    )
+    paper.add_argument("--essl-lambda", type=real(0, 1e9), default=0.4, metavar="FLOAT", help="of equivariance [%(default)s]")
     paper.add_argument("--debug-steps", type=at_least(1), metavar="INT", help="steps per epoch, and per test [all]")
     own = parser.add_argument_group("options of this suite")
     own.add_argument("--seed", type=at_least(0), default=0, help="of weights, order and views [%(default)s]")
@@ -113,54 +93,44 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     own.add_argument("--joint-pass", action="store_true", help="encode both views in one pass, with common batch statistics")
     own.add_argument("--subset", type=at_least(20), metavar="N", help="train on N images, chosen by the seed [all]")
-    own.add_argument("--results-dir", default="results", metavar="PATH", help="where run directories are made [%(default)s]")
-    own.add_argument(
-        "--resume", nargs="?", const="auto", choices=("auto",), help="go on with this run where it was interrupted"
-    )
-    own.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     own.add_argument("--keep-all", action="store_true", help="keep the models of all tests, not of the last alone")
     own.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, in the run's directory")
-    own.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
-    own.add_argument(
-        "--linear-probe", metavar="PATH", help="instead of training: test accuracy of a linear classifier on an encoder"
-    )
-    own.add_argument("--knn", metavar="PATH", help="instead of training: the same of its nearest neighbours")
+    options.add_run_options(own)
+    instead = "instead of training: test accuracy of"
+    own.add_argument("--linear-probe", metavar="PATH", help=f"{instead} a linear classifier on a saved encoder")
+    own.add_argument("--knn", metavar="PATH", help=f"{instead} the nearest neighbours of a saved encoder")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Options that can work together, or the parser's error."""
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, str]:
+    """Options that can work together, and the run's name ("probe" if saved encoders are measured); or the parser's error."""
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU here")
     if args.linear_probe is not None or args.knn is not None:
-        return args
+        options.check(parser, args, "probe")
+        return args, "probe"
     args.dataset = args.dataset or "cifar10"
     if args.tx is None:
         parser.error(f"--tx is missing: choose from {' '.join(CODES)}")
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run, --overwrite replaces it: choose one")
     check_encoder(parser, args)
     check_transformations(parser, args)
-    classes = images.N_CLASSES[images.BY_OPTION[args.dataset]]
-    if args.num_classes is None:
-        args.num_classes = classes
-    if args.num_classes < classes:
-        parser.error(f"--num-classes {args.num_classes} is too small: {args.dataset} has {classes}")
+    n_classes = images.N_CLASSES[images.BY_OPTION[args.dataset]]
+    args.num_classes = args.num_classes or n_classes
+    if args.num_classes < n_classes:
+        parser.error(f"--num-classes {args.num_classes} is too small: {args.dataset} has {n_classes}")
     if args.model == "essl" and args.equi_tx in args.tx:
         args.tx = [code for code in args.tx if code != args.equi_tx]  # in their order
         if parallel.is_main() and not args.dry_run:
-            say(f"[ESSL] Transformation {args.equi_tx} removed from tx, only using {args.tx}")
-    return args
+            echo(f"[ESSL] Transformation {args.equi_tx} removed from tx, only using {args.tx}")
+    name = name_of(parser, args)
+    options.check(parser, args, name)
+    return args, name
 
 
 def check_encoder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.encoder.startswith("lifted_"):
         parser.error(f"--encoder {args.encoder} wants 54 input channels, from a lift of images that was never published")
     if args.encoder == "Cifar10_ResNet":
-        parser.error(
-            "--encoder Cifar10_ResNet is the class of the others, without a number of blocks: choose cifar10_resnet20, ..."
-        )
+        parser.error("--encoder Cifar10_ResNet is the class of the others, without a depth: choose cifar10_resnet20, ...")
     features = 8 * args.encoder_width
     if args.model == "duet" and args.duet_bins and features % args.duet_bins:
         parser.error(f"--duet-bins {args.duet_bins} does not divide the encoder's {features} features")
@@ -192,11 +162,9 @@ def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     parts = [args.dataset, args.model, ".".join(["tx", *args.tx])]
     if args.equi_tx:
         parts.append(f"equi-tx.{args.equi_tx}")
-    of_the_data = ("num_classes",) if args.num_classes == images.N_CLASSES[images.BY_OPTION[args.dataset]] else ()
-    parts += options.not_defaults(parser, args, (*UNNAMED, *of_the_data, "dataset", "model", "tx", "equi_tx"))
-    name = "-".join(parts)
-    options.check_length(parser, name)
-    return name
+    derived = ("num_classes",) if args.num_classes == images.N_CLASSES[images.BY_OPTION[args.dataset]] else ()
+    parts += options.not_defaults(parser, args, (*NOT_IN_NAME, *derived, "dataset", "model", "tx", "equi_tx"))
+    return "-".join(parts)
 
 
 # ---- data and model ------------------------------------------------------------------------------------------------------
@@ -210,21 +178,15 @@ class Data:
     test: ImageSet
     fingerprint: str
 
-    @property
-    def side(self) -> int:
-        return self.training.images.shape[3]
-
-
-def fetch_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
-    """Both splits as published, downloaded if they are not there. Raises DataError."""
-    name = images.BY_OPTION[args.dataset]
-    return tuple(images.load(name, split, args.dataset_root, download=True) for split in ("train", "test"))  # type: ignore
-
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     """The data set, at a side of --image-size, or 8/7 of it with --center-crop (as published: 36 for 32). Raises DataError."""
-    side = args.image_size * 256 // 224 if args.center_crop else args.image_size
-    training, test = fetch_data(args)
+
+    def fetch() -> list[ImageSet]:
+        return [images.load(images.BY_OPTION[args.dataset], split, args.dataset_root, download=True) for split in images.SPLITS]
+
+    parallel.main_first(fetch, InputError, OSError)
+    training, test = fetch()
     fingerprint = training.fingerprint() + test.fingerprint()
     if args.subset:
         if args.subset > len(training):
@@ -235,6 +197,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
             f"{args.dataset} has {len(training)} training and {len(test)} test images, --batch-size {args.batch_size}: "
             f"too few for {parallel.world_size()} processes"
         )
+    side = args.image_size * 256 // 224 if args.center_crop else args.image_size
     return Data(images.resize(training, side).to(device), images.resize(test, side).to(device), fingerprint)
 
 
@@ -248,13 +211,13 @@ def method_of(args: argparse.Namespace) -> Method:
     return Method(*views)
 
 
-def make_model(args: argparse.Namespace, device: torch.device) -> SelfSupervised:
+def make_model(args: argparse.Namespace, method: Method, device: torch.device) -> SelfSupervised:
     """The model of the options, with weights from the seed."""
-    checkpoint.seed_everything(args.seed)
+    seed_everything(args.seed)
     blocks = BLOCKS[args.encoder.removeprefix("cifar10_")]
     channels = images.SHAPES[images.BY_OPTION[args.dataset]][0]
     encoder = CifarResNet((blocks,) * 3, in_channels=channels, width=args.encoder_width)
-    model = method_of(args).make_model(encoder, args.num_classes)
+    model = method.make_model(encoder, args.num_classes)
     model = parallel.synchronise_batch_norm(model.to(device, memory_format=torch.channels_last))
     if args.compile:
         model.base_network.compile()
@@ -265,7 +228,22 @@ def make_optimizer(model: SelfSupervised, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
 
 
-# ---- epochs --------------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+
+class Training(State):
+    """The state of a training, with its method and its parts. `extra["tested"]`: metrics of the last test."""
+
+    model: SelfSupervised
+
+    def __init__(self, args: argparse.Namespace, run: Run, method: Method, model: SelfSupervised, data: str):
+        self.run, self.method, self.optimizer = run, method, make_optimizer(model, args.lr)
+        self.clock, self.meter, self.traces = Clock(), Meter(), Traces(model)
+        names = method.figure_names(args.batch_size)
+        columns = ("epoch", "step", "seconds", "lr", *(f"{split}_{name}" for split in images.SPLITS for name in names))
+        self.metrics = Metrics(run.part / "metrics.csv", columns)
+        parts = {name: getattr(self, name) for name in ("optimizer", "clock", "meter", "metrics", "traces")}
+        super().__init__(run.last, run.options, run, data=data, model=model, **parts)
 
 
 def forward(args: argparse.Namespace, model: SelfSupervised, batch: Batch) -> Outputs:
@@ -288,115 +266,92 @@ def training_batches(args: argparse.Namespace, data: ImageSet, epoch: int) -> li
     return batches_of(args, order.to(data.images.device), smallest=2)  # for batch norm
 
 
-def train_epoch(
-    args: argparse.Namespace, data: ImageSet, training: EpochTraining, interruption: Interruption, progress: tqdm
-) -> bool:
-    """Train on the batches of an epoch that are left; False if a signal comes first."""
-    method, model, optimizer = method_of(args), training.model, training.optimizer
-    assert isinstance(model, SelfSupervised)
+def train_epoch(args: argparse.Namespace, data: ImageSet, training: Training, progress: tqdm) -> None:
+    """Train on the batches of an epoch that are left."""
+    method, model, optimizer = training.method, training.model, training.optimizer
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = args.lr * warmup_cosine(training.epoch, args.warmup_epochs, args.epochs)
     batches = training_batches(args, data, training.epoch)
-    for chosen in batches[training.batch :]:
-        if parallel.any_process(interruption.signal is not None):
-            return False
+    for indices in batches[training.batch :]:
         generator = generator_of(args.seed, 1, training.epoch, training.batch)
-        batch = method.make_batch(data.images, data.labels, chosen, generator, training=True)
-        loss, figures = method.loss(forward(args, model, batch), batch, training=True)
+        batch = method.make_batch(data.images, data.labels, indices, generator, training=True)
+        loss, metrics = method.loss(forward(args, model, batch), batch, training=True)
         optimizer.zero_grad()
         loss.backward()
         parallel.sum_gradients(model.parameters())
         optimizer.step()
 
-        training.step_done(len(chosen), figures)
-        progress.set_description_str(
-            f"epoch {training.epoch}/{args.epochs} batch {training.batch}/{len(batches)}", refresh=False
-        )
+        at = f"epoch {training.epoch}/{args.epochs} batch {training.batch + 1}/{len(batches)}"
+        progress.set_description_str(at, refresh=False)
         progress.update()
-        training.save_now_and_then()
-    return True
+        training.meter.add(len(indices), metrics)
+        training.after_step()
 
 
 @torch.no_grad()
-def test_epoch(
-    args: argparse.Namespace, data: ImageSet, model: SelfSupervised, interruption: Interruption
-) -> dict[str, float] | None:
-    """Mean figures of the test images, always with the same views; None if a signal comes."""
-    method, sums = method_of(args), Sums()
+def test_epoch(args: argparse.Namespace, data: ImageSet, training: Training) -> dict[str, float]:
+    """Mean metrics of the test images, always with the same views."""
+    method, model, meter = training.method, training.model, Meter()
     model.eval()
-    for i, chosen in enumerate(batches_of(args, torch.arange(len(data), device=data.images.device), smallest=1)):
-        if parallel.any_process(interruption.signal is not None):
-            return None
-        batch = method.make_batch(data.images, data.labels, chosen, generator_of(args.seed, 2, i), training=False)
-        sums.add(len(chosen), method.loss(forward(args, model, batch), batch, training=False)[1])
-    return sums.means()
+    for i, indices in enumerate(batches_of(args, torch.arange(len(data), device=data.images.device), smallest=1)):
+        training.check_signal()
+        batch = method.make_batch(data.images, data.labels, indices, generator_of(args.seed, 2, i), training=False)
+        meter.add(len(indices), method.loss(forward(args, model, batch), batch, training=False)[1])
+    return meter.means()
 
 
-def train(
-    args: argparse.Namespace, data: Data, training: EpochTraining, sinks: trackers.Trackers, interruption: Interruption
-) -> bool:
-    """Train until the epochs are over; False if a signal came first, with all that is needed to go on saved."""
-    assert isinstance(training.model, SelfSupervised)
-    drawn_at = -math.inf
-    with tqdm(disable=None, bar_format="{desc} {rate_fmt}", unit="step") as progress:
+def train(args: argparse.Namespace, data: Data, training: Training) -> None:
+    """Train until the epochs are over: each is a row of metrics.csv, some end with a test and a saved model."""
+    clock, drawn_at = training.clock, -math.inf
+    baselines = chance_levels(args, training.method, min(args.batch_size, len(data.training)))
+    progress = tqdm(disable=None, bar_format="{desc} {rate_fmt}", unit="step")
+    with progress, trackers.Trackers(training.run, training.epoch) as sinks:
         while training.epoch < args.epochs:
-            due = training.epoch % args.test_every == 0 or training.epoch == args.epochs - 1
-            finished = train_epoch(args, data.training, training, interruption, progress)
-            trained_at, tested = training.clock.used(), None
-            if finished and due:
-                tested = test_epoch(args, data.test, training.model, interruption)
-            if not finished or (due and tested is None):
-                training.save_last()
-                return False
-            means = training.sums.means()
-            if not math.isfinite(means["total_loss"]):
-                raise SystemExit(f"the loss of epoch {training.epoch} is not finite: a smaller --lr or --duet-lambda may help")
-            row = tell_epoch(args, training, len(data.training), means, tested, trained_at)
-            figures = {{"lr": "train_lr"}.get(name, name): value for name, value in row.items() if not math.isnan(value)}
-            sinks.log(figures, training.epoch)
-            if tested is not None:
-                training.tested = tested
-                if training.writes:
+            began = clock.used()
+            train_epoch(args, data.training, training, progress)
+            means, seconds = {"train": training.meter.means()}, {"train": clock.used() - began}
+            refuse_infinity(means["train"]["total_loss"], f"epoch {training.epoch}", "--lr or --duet-lambda")
+            if training.epoch % args.test_every == 0 or training.epoch == args.epochs - 1:
+                training.extra["tested"] = means["test"] = test_epoch(args, data.test, training)
+                seconds["test"] = clock.used() - began - seconds["train"]
+            if parallel.is_main():
+                log_epoch(training, means, seconds, baselines)
+                note_epoch(training, means, sinks)
+                if "test" in means:
                     save_model(args, training, f"{training.epoch:04d}")
-            training.epoch_done(row)
-            if tested is not None and training.writes and training.clock.used() - drawn_at >= DRAW_SECONDS:
-                with training.clock.paused():
-                    draw_curves(args, training)
-                drawn_at = training.clock.used()
-    training.save_last()
-    return True
+                if "test" in means and clock.used() - drawn_at >= DRAW_SECONDS:
+                    with clock.paused():
+                        draw_curves(args, training)
+                    drawn_at = clock.used()
+            training.meter.reset()
+            training.end_epoch()
+    if "tested" not in training.extra:  # --epochs 0
+        training.extra["tested"] = test_epoch(args, data.test, training)
+    training.save()
 
 
-def tell_epoch(
-    args: argparse.Namespace,
-    training: EpochTraining,
-    n_training: int,
-    train_means: dict[str, float],
-    test_means: dict[str, float] | None,
-    trained_at: float,
-) -> dict[str, float | int]:
-    """Tell the figures of an epoch; its row of metrics.csv."""
-    epoch, lr = training.epoch, training.optimizer.param_groups[0]["lr"]
-    seconds = {"train": trained_at - training.epoch_began, "test": training.clock.used() - trained_at}
-    row: dict[str, float | int] = {"epoch": epoch, "step": training.step, "seconds": training.clock.used(), "lr": lr}
-    for split, means in zip(SPLITS, (train_means, test_means), strict=True):
-        row |= {
-            f"{split}_{name}": math.nan if means is None else means.get(name, math.nan)
-            for name in method_of(args).figure_names(args.batch_size)
-        }
-        if means is not None and training.writes:
-            rate = f", lr: {lr:g}" if split == "train" else ""
-            levels = chance_levels(args, min(args.batch_size, n_training))
-            told = {name: f" (chance {levels[name]:.3g})" if name in levels else "" for name in means}
-            figures = ", ".join(f"{name}: {value:.3f}{told[name]}" for name, value in means.items())
-            tell(training.run, f"[{split.capitalize():<5} epoch {epoch} in {seconds[split]:.2f}s]  {figures}{rate}")
-    return row
+def log_epoch(training: Training, means: Means, seconds: dict[str, float], baselines: dict[str, float]) -> None:
+    """Log the metrics of an epoch, each with its baseline, a line a split."""
+    for split, values in means.items():
+        chance = {name: f" (chance {baselines[name]:.3g})" for name in values if name in baselines}
+        metrics = ", ".join(f"{name}: {value:.3f}{chance.get(name, '')}" for name, value in values.items())
+        rate = f", lr: {training.optimizer.param_groups[0]['lr']:g}" if split == "train" else ""
+        training.run.log(f"[{split.capitalize():<5} epoch {training.epoch} in {seconds[split]:.2f}s]  {metrics}{rate}")
 
 
-def chance_levels(args: argparse.Namespace, n: int) -> dict[str, float]:
-    """What figures would be by chance, in batches of n images: to judge those in the log by."""
-    method = method_of(args)
+def note_epoch(training: Training, means: Means, sinks: trackers.Trackers) -> None:
+    """Enter an epoch into metrics.csv, the traces and the trackers."""
+    lr = training.optimizer.param_groups[0]["lr"]
+    row: dict[str, float | int] = {"epoch": training.epoch, "step": training.step, "seconds": training.clock.used()}
+    row |= {f"{split}_{name}": value for split, values in means.items() for name, value in values.items()}
+    sinks.log(row | {"train_lr": lr}, training.epoch)
+    training.metrics.append(dict.fromkeys(training.metrics.columns, math.nan) | row | {"lr": lr})
+    training.traces.record(training.epoch + 1, {})
+
+
+def chance_levels(args: argparse.Namespace, method: Method, n: int) -> dict[str, float]:
+    """Metrics of chance in batches of n images."""
     nce = "model_loss_mean" if method.structure is None and method.predicts is None else "model_nce_loss_mean"
     levels = {nce: 2 * math.log(2 * n - 1)}
     for k in (1, 5):
@@ -416,11 +371,10 @@ def file_stem(args: argparse.Namespace) -> str:
     return f"encoder_{args.dataset}_{args.model}{equi}{more[args.model]}"
 
 
-def save_model(args: argparse.Namespace, training: EpochTraining, when: str) -> None:
+def save_model(args: argparse.Namespace, training: Training, when: str) -> None:
     """Save the model with its options; those of earlier epochs go, unless all are to be kept."""
-    model, stem = training.model, file_stem(args)
-    assert isinstance(model, SelfSupervised)
-    folder = Path(args.save_dir) if args.save_dir else training.run.path
+    run, model, stem = training.run, training.model, file_stem(args)
+    folder = Path(args.save_dir) if args.save_dir else run.part
     path = folder / f"{stem}_{when}.pt"
     state = {
         "model": {name: value.cpu() for name, value in model.state_dict().items()},
@@ -429,12 +383,10 @@ def save_model(args: argparse.Namespace, training: EpochTraining, when: str) -> 
         "steps": training.step,
     }
     checkpoint.save(state, path)
-    if not args.keep_all:
-        for old in saved_models(folder, stem):
-            if old != path:
-                old.unlink()
-    named_at_the_end = path if args.save_dir or when != "final" else training.run.final / path.name
-    tell(training.run, f"Model saved as {named_at_the_end}")
+    for old in saved_models(folder, stem):
+        if old != path and not args.keep_all:
+            old.unlink()
+    run.log(f"Model saved as {path if args.save_dir or when != 'final' else run.final / path.name}")
 
 
 def saved_models(folder: Path, stem: str) -> list[Path]:
@@ -442,7 +394,7 @@ def saved_models(folder: Path, stem: str) -> list[Path]:
     return sorted(path for path in folder.glob(f"{stem}_*.pt") if re.fullmatch(r"\d{4,}|final", path.stem[len(stem) + 1 :]))
 
 
-def claim_save_dir(args: argparse.Namespace, name: str, found: str) -> None:
+def claim_save_dir(args: argparse.Namespace, run: Run) -> None:
     """See that --save-dir can be written to, and that its models, whose published names say little, are of this run alone.
 
     A file <stem>.run there says whose they are. Raises RunError if another run's, or OSError.
@@ -455,48 +407,45 @@ def claim_save_dir(args: argparse.Namespace, name: str, found: str) -> None:
     if args.overwrite:
         for old in (owner, *models):
             old.unlink(missing_ok=True)
-    elif models and (found != "unfinished" or not owner.exists()):
+    elif models and (run.status != "unfinished" or not owner.exists()):
         raise RunError(f"{models[0]} is there, of another run: --overwrite replaces it, another --save-dir keeps it")
     try:
         with open(owner, "x") as file:  # of two that start at once, one alone can
-            file.write(name)
+            file.write(run.name)
     except FileExistsError:
-        if owner.read_text() != name:
+        if owner.read_text() != run.name:
             raise RunError(f"{owner} says that the run {owner.read_text()!r} saves there: choose another --save-dir") from None
 
 
-def draw_curves(args: argparse.Namespace, training: EpochTraining) -> None:
+def draw_curves(args: argparse.Namespace, training: Training) -> None:
     """metrics.png, and weights.png (of convolutions and linear maps: a panel a tensor)."""
-    metrics = read_metrics(training.metrics.path)
+    run, metrics = training.run, read_metrics(training.metrics.path)
     measures = [name.removeprefix("train_") for name in metrics if name.startswith("train_") and "top_5" not in name]
     chance = {"track_head_top_1_mean": {"chance": 100 / args.num_classes}}
-    plotting.plot_epochs(training.run.path / "metrics.png", training.run.name, metrics, measures, chance)
+    plotting.plot_epochs(run.part / "metrics.png", run.name, metrics, measures, chance)
     traced = training.traces.by_parameter()
-    weights = {name: values.numpy() for name, values in traced.items() if training.model.get_parameter(name).ndim > 1}
-    if weights:
-        plotting.plot_weights(training.run.path / "weights.png", training.run.name, training.traces.steps, weights, 1)
+    weights = {name: values for name, values in traced.items() if training.model.get_parameter(name).ndim > 1}
+    plotting.plot_weights(run.part / "weights.png", run.name, training.traces.steps, weights, 1)
 
 
-def draw_views(args: argparse.Namespace, data: Data, run: RunDirectory) -> None:
+def draw_views(args: argparse.Namespace, data: Data, run: Run) -> None:
     """samples.png: some training images, and two views of each."""
-    chosen = training_batches(args, data.training, 0)[0][:N_SHOWN]
-    generator = generator_of(args.seed, 3)
-    stack = Stack(args.tx, args.image_size)
-    pixels = as_floats(data.training.images[chosen])
-    drawn = [stack.draw(len(chosen), data.side, generator) for _ in range(2)]
+    indices = training_batches(args, data.training, 0)[0][:N_SHOWN]
+    generator, stack = generator_of(args.seed, 3), Stack(args.tx, args.image_size)
+    pixels = as_floats(data.training.images[indices])
+    drawn = [stack.draw(len(indices), pixels.shape[3], generator) for _ in range(2)]
     shown = [clean_view(pixels, args.image_size), *(stack(pixels, draw.to(pixels.device)) for draw in drawn)]
     mosaic = ((torch.cat(shown) + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    names = None
+    title, names = "training images (above), and two views of each", None
     if args.equi_tx in stack.codes and args.equi_tx in PARAMETRISED:
         parameters = (stack.parameter(args.equi_tx, draw)[:, 0].tolist() for draw in drawn)
         names = [f"{first:.2f}, {second:.2f}" for first, second in zip(*parameters, strict=True)]
-    title = "training images (above), and two views of each" + (f", with their parameters of {args.equi_tx}" if names else "")
-    grid = plotting.ImageGrid(title, mosaic, len(chosen), names)
-    plotting.plot_images(run.path / "samples.png", run.name, [grid])
+        title += f", with their parameters of {args.equi_tx}"
+    plotting.plot_images(run.part / "samples.png", run.name, [plotting.ImageGrid(title, mosaic, len(indices), names)])
 
 
-def draw_marginals(args: argparse.Namespace, data: Data, model: SelfSupervised, run: RunDirectory) -> dict[str, Any] | None:
-    """marginals.png: the group marginal of test images as the transformation goes through its range; and its figures."""
+def draw_marginals(args: argparse.Namespace, data: Data, model: SelfSupervised, run: Run) -> dict[str, Any] | None:
+    """marginals.png: the group marginal of test images as the transformation goes through its range; and its metrics."""
     code = args.equi_tx or next((code for code in args.tx if code in PARAMETRISED), None)
     features = 8 * args.encoder_width
     if code not in PARAMETRISED or not args.duet_bins or features % args.duet_bins:
@@ -504,16 +453,15 @@ def draw_marginals(args: argparse.Namespace, data: Data, model: SelfSupervised, 
     shown = data.test.images[:N_SWEPT]
     parameters, learned = evaluation.marginals_by_parameter(model.base_network, shown, args.image_size, code, args.duet_bins)
     target = TARGETS[args.duet_target](torch.tensor(parameters), args.duet_bins)
-    plotting.plot_marginals(run.path / "marginals.png", run.name, code, parameters, learned.cpu().numpy(), target.numpy())
+    plotting.plot_marginals(run.part / "marginals.png", run.name, code, parameters, learned.cpu().numpy(), target.numpy())
     divergence = losses.jensen_shannon(learned.cpu().log(), target).item()
     uniform = losses.jensen_shannon(torch.zeros_like(target), target).item()
     return {"code": code, "divergence_from_target": divergence, "divergence_of_uniform": uniform, "images": len(shown)}
 
 
-def report(args: argparse.Namespace, data: Data, training: EpochTraining) -> dict[str, Any]:
-    """The final figures of the last model, and pictures of what it learned."""
-    run, model = training.run, training.model
-    assert isinstance(model, SelfSupervised)
+def report(args: argparse.Namespace, data: Data, training: Training) -> dict[str, Any]:
+    """The final metrics of the last model, and pictures of what it learned."""
+    run, model, size = training.run, training.model, args.image_size
     encoder = model.base_network.eval()
     if training.epoch:
         draw_curves(args, training)
@@ -536,27 +484,25 @@ def report(args: argparse.Namespace, data: Data, training: EpochTraining) -> dic
         "seconds": training.clock.used(),
         "training_images": len(train_set),
         "test_images": len(test_set),
-        "test": training.tested,
+        "test": training.extra["tested"],
         "chance_top_1": 100 / args.num_classes,
         "marginals": marginals,
     }
-    known = split_representations(encoder, train_set, test_set, args.image_size)
+    known = represent_splits(encoder, train_set, test_set, size)
     result["linear_probe"] = evaluation.linear_probe(*known, args.num_classes, args.seed)
     result["knn"] = evaluation.nearest_neighbours(*known, args.num_classes)
     if "rot" in (*args.tx, args.equi_tx):
         bins = args.duet_bins if marginals is not None and marginals["code"] == "rot" else 0
-        some = train_set.images[:10_000]
-        result["rotation_error_degrees"] = evaluation.rotation_errors(
-            encoder, some, test_set.images, args.image_size, bins, args.seed
-        )
+        rotated = train_set.images[:10_000], test_set.images
+        result["rotation_error_degrees"] = evaluation.rotation_errors(encoder, *rotated, size, bins, args.seed)
     return result
 
 
-def split_representations(
-    encoder: CifarResNet, training: ImageSet, test: ImageSet, size: int
+def represent_splits(
+    encoder: CifarResNet, training: ImageSet, test: ImageSet, size: int, check_signal: Callable[[], None] = lambda: None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Representations and labels of the training images, then of the test images."""
-    z, z_test = (evaluation.represent(encoder, split.images, size) for split in (training, test))
+    z, z_test = (evaluation.represent(encoder, split.images, size, check_signal) for split in (training, test))
     return z, training.labels, z_test, test.labels
 
 
@@ -573,11 +519,8 @@ def report_table(result: dict[str, Any]) -> str:
         means = f"{error['mean']:.1f} degrees in the mean, {error['median']:.1f} in the median (chance 90)"
         lines.append(f"{f'rotation, by the {how}':>34}: {means}")
     if result["marginals"]:
-        of = result["marginals"]
-        lines.append(
-            f"{'divergence of marginals from target':>34}: {of['divergence_from_target']:.4f} nats "
-            f"(of a uniform one {of['divergence_of_uniform']:.4f})"
-        )
+        learned, uniform = (result["marginals"][name] for name in ("divergence_from_target", "divergence_of_uniform"))
+        lines.append(f"{'divergence of marginals from target':>34}: {learned:.4f} nats (of a uniform one {uniform:.4f})")
     return "\n".join(lines)
 
 
@@ -586,174 +529,114 @@ def report_table(result: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Probe:
-    """A saved encoder that is to be measured, and where the figures go."""
+    """A saved encoder that is to be measured, and the file of its metrics."""
 
-    which: str  # linear_probe or knn
+    kind: str  # linear_probe or knn
     path: Path
     encoder: CifarResNet
     options: argparse.Namespace  # that it was trained with, but for data, subset and seed
     out: Path
 
 
-def make_probe(args: argparse.Namespace, which: str) -> Probe:
-    """Read an encoder. Raises ValueError if it is none, does not fit the data, or figures are there already."""
-    path = Path(getattr(args, which))
+def read_probe(args: argparse.Namespace, kind: str) -> Probe:
+    """Read an encoder. Raises InputError if it is none, does not fit the data, or was measured before."""
+    path = Path(getattr(args, kind))
     saved = read_saved(path)
-    encoder, of = encoder_of(saved, path), saved["options"]
-    if of.get("dataset") not in images.BY_OPTION or not {"image_size", "center_crop", "batch_size"} <= of.keys():
-        raise ValueError(f"{path} has no options of a training")
-    own = {
-        "dataset_root": args.dataset_root,
-        "dataset": args.dataset or of["dataset"],
-        "subset": args.subset,
-        "seed": args.seed,
-    }
-    trained_with = argparse.Namespace(**{**of, **own})
-    channels = images.SHAPES[images.BY_OPTION[trained_with.dataset]][0]
+    encoder, noted = encoder_of(saved, path), saved["options"]
+    if noted.get("dataset") not in images.BY_OPTION or not {"image_size", "center_crop", "batch_size"} <= noted.keys():
+        raise InputError(f"{path} has no options of a training")
+    dataset = args.dataset or noted["dataset"]
+    own = {"dataset_root": args.dataset_root, "dataset": dataset, "subset": args.subset, "seed": args.seed}
+    channels = images.SHAPES[images.BY_OPTION[dataset]][0]
     if channels != encoder.conv1.in_channels:
-        raise ValueError(f"{path} takes {encoder.conv1.in_channels} channels, images of {trained_with.dataset} have {channels}")
-    out = path.with_name(f"{path.stem}_{which}_{trained_with.dataset}.json")
+        raise InputError(f"{path} takes {encoder.conv1.in_channels} channels, images of {dataset} have {channels}")
+    out = path.with_name(f"{path.stem}_{kind}_{dataset}.json")
     if out.exists() and not args.overwrite:
-        raise ValueError(f"{out} is there: --overwrite replaces it")
-    return Probe(which, path, encoder, trained_with, out)
+        raise InputError(f"{out} is there: --overwrite replaces it")
+    return Probe(kind, path, encoder, argparse.Namespace(**{**noted, **own}), out)
 
 
-def evaluate_saved(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """--linear-probe and --knn: print the accuracy of a saved encoder, and write it beside the file."""
-    if parallel.launched():
-        parser.error("--linear-probe and --knn are for one process: leave torchrun out")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with refusing(parser, ValueError):
-        probes = [make_probe(args, which) for which in ("linear_probe", "knn") if getattr(args, which) is not None]
-    for probe in probes:
-        if args.dry_run:
-            print(probe.out)
-            continue
-        with refusing(parser, DataError, ValueError):
-            data = load_data(probe.options, device)
-        n_classes = images.N_CLASSES[images.BY_OPTION[probe.options.dataset]]
-        known = split_representations(probe.encoder.to(device), data.training, data.test, probe.options.image_size)
-        if probe.which == "linear_probe":
-            found = evaluation.linear_probe(*known, n_classes, args.seed)
-        else:
-            found = evaluation.nearest_neighbours(*known, n_classes)
-        say(f"{probe.path}: {probe.which.replace('_', ' ')} top-1 {found['top_1']:.2f} % (chance {100 / n_classes:.3g})")
-        result = {"file": str(probe.path), "dataset": probe.options.dataset, "seed": args.seed, "chance_top_1": 100 / n_classes}
-        result |= {"training_images": len(data.training), "test_images": len(data.test), **found}
-        with refusing(parser):
-            write_json(probe.out, result)
-        say(f"written to {probe.out}")
+def measure(probe: Probe, device: torch.device, command: Command) -> None:
+    """Print the accuracy of a saved encoder, and write it beside the file."""
+
+    def check_signal() -> None:
+        if command.signal is not None:
+            raise Interrupted(f"before {probe.path} was measured")
+
+    seed, dataset, size = (getattr(probe.options, name) for name in ("seed", "dataset", "image_size"))
+    data, n_classes = load_data(probe.options, device), images.N_CLASSES[images.BY_OPTION[dataset]]
+    known = represent_splits(probe.encoder.to(device), data.training, data.test, size, check_signal)
+    if probe.kind == "linear_probe":
+        metrics = evaluation.linear_probe(*known, n_classes, seed)
+    else:
+        metrics = evaluation.nearest_neighbours(*known, n_classes)
+    echo(f"{probe.path}: {probe.kind.replace('_', ' ')} top-1 {metrics['top_1']:.2f} % (chance {100 / n_classes:.3g})")
+    result = {"file": str(probe.path), "dataset": dataset, "seed": seed, "chance_top_1": 100 / n_classes}
+    write_json(probe.out, result | {"training_images": len(data.training), "test_images": len(data.test), **metrics})
+    echo(f"written to {probe.out}")
+
+
+def evaluate_saved(args: argparse.Namespace, device: torch.device) -> int:
+    """--linear-probe and --knn. All files are read before anything is computed."""
+    with Command("train_ssl") as command:
+        if parallel.launched():
+            raise InputError("--linear-probe and --knn are for one process: leave torchrun out")
+        for probe in [read_probe(args, kind) for kind in ("linear_probe", "knn") if getattr(args, kind) is not None]:
+            if args.dry_run:
+                echo(str(probe.out))
+            else:
+                measure(probe, device, command)
     return 0
 
 
 # ---- one run from start to end -------------------------------------------------------------------------------------------
 
 
-def introduce(args: argparse.Namespace, data: Data, training: EpochTraining) -> None:
-    """Tell what was derived from the options."""
-    parameters = sum(p.numel() for p in training.model.parameters())
-    tell(
-        training.run,
-        f"{parameters:,} parameters on {data.test.images.device}, {parallel.world_size()} processes, seed {args.seed}; "
-        f"{len(data.training)} training and {len(data.test)} test images of {data.side}x{data.side} pixels, "
-        f"{len(training_batches(args, data.training, 0))} steps an epoch",
+def start(args: argparse.Namespace, data: Data, training: Training) -> None:
+    """Begin or resume the run, once nothing can be refused any more, and log what was derived from the options."""
+    run, side = training.run, data.training.images.shape[3]
+    if run.status == "unfinished":
+        training.resume()
+    parallel.main_says(lambda: claim_save_dir(args, run), InputError, OSError)
+    run.open()
+    training.save()
+    run.log(
+        f"{sum(p.numel() for p in training.model.parameters()):,} parameters on {data.test.images.device}, "
+        f"{parallel.world_size()} processes, seed {args.seed}; {len(data.training)} training and {len(data.test)} test images "
+        f"of {side}x{side} pixels, {len(training_batches(args, data.training, 0))} steps an epoch"
     )
-    if method_of(args).structure and args.duet_target == "vm" and args.equi_tx not in CIRCULAR:
-        tell(training.run, f"note: on the circle of --duet-target vm, both ends of the range of {args.equi_tx} are one point")
-    tell(training.run, f"resumed in epoch {training.epoch} after step {training.step}" if training.step else "Training starts!")
+    if training.method.structure and args.duet_target == "vm" and args.equi_tx not in CIRCULAR:
+        run.log(f"note: on the circle of --duet-target vm, both ends of the range of {args.equi_tx} are one point")
+    run.log(f"resumed in epoch {training.epoch} after step {training.step}" if training.step else "Training starts!")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
-    args = parse(parser, argv)
-    keep_freed_memory()
+    args, name = parse(parser, argv)
+    tune_malloc()
+    device_type = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.linear_probe is not None or args.knn is not None:
-        return evaluate_saved(parser, args)
-    name = name_of(parser, args)
+        return evaluate_saved(args, torch.device(device_type))
     if args.dry_run:
         print(name)
         return 0
-    with parallel.process_group(args.device or ("cuda" if torch.cuda.is_available() else "cpu")) as device:
-        return run_training(parser, args, name, device)
-
-
-def start(args: argparse.Namespace, run: RunDirectory) -> str:
-    """What a start finds: see RunDirectory.check. Raises RunError or TrackerError if it cannot go on as asked."""
-    trackers.check(tensorboard=args.tensorboard, wandb_project=args.wandb_project)
-    return run.check(resume=args.resume, overwrite=args.overwrite)
-
-
-def open_run(args: argparse.Namespace, run: RunDirectory, found: str) -> None:
-    """Make, or go on with, the run's directory, and its place for models. Raises RunError, OSError."""
-    claim_save_dir(args, run.name, found)
-    run.open(vars(args), overwrite=args.overwrite, to_stdout=False)
-
-
-def run_training(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, device: torch.device) -> int:
-    is_main = parallel.is_main()
-    with Interruption() as interruption, RunDirectory(args.results_dir, "train_ssl", name, another="--seed N") as run:
-        with refusing(parser, DataError, trackers.TrackerError):
-            found = parallel.main_says(lambda: start(args, run), RunError, trackers.TrackerError, OSError)
-            if found == "finished":
-                if is_main:
-                    run.finish_interrupted_rename()
-                    say(f"the run {run.final} has finished: nothing to do")
-                return 0
-            parallel.main_first(lambda: fetch_data(args), DataError, OSError)
-            data = load_data(args, device)
-            model = make_model(args, device)
-            optimizer = make_optimizer(model, args.lr)
-            named = {option: value for option, value in vars(args).items() if option not in UNNAMED}
-            last = load_last(run, model, optimizer, named, data.fingerprint) if found == "unfinished" else None
-            parallel.main_says(lambda: open_run(args, run, found), RunError, OSError)
-        with surviving_full_disks(run):
-            columns = (
-                "epoch",
-                "step",
-                "seconds",
-                "lr",
-                *(f"{split}_{key}" for split in SPLITS for key in method_of(args).figure_names(args.batch_size)),
-            )
-            training = EpochTraining(
-                run, model, optimizer, named, fingerprint=data.fingerprint, columns=columns, last=last, writes=is_main
-            )
-            return run_epochs(parser, args, data, training, interruption)
-
-
-def run_epochs(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, data: Data, training: EpochTraining, interruption: Interruption
-) -> int:
-    """Train, report, and give the run its name."""
-    run, model = training.run, training.model
-    assert isinstance(model, SelfSupervised)
-    tracked = {"tensorboard": args.tensorboard, "wandb_project": args.wandb_project} if training.writes else {}
-    with refusing(parser, trackers.TrackerError):
-        sinks = trackers.Trackers(run.path, run.name, vars(args), epoch=training.epoch, **tracked)
-    try:
-        if training.writes:
-            introduce(args, data, training)
-        if not train(args, data, training, sinks, interruption):
-            if training.writes:
-                by = interruption.signal or "a signal to another process"
-                tell(run, f"stopped by {by} after step {training.step}: --resume goes on from here")
-            parallel.wait_for_all()  # torchrun kills the others when the first has gone
-            return EXIT_RESUMABLE
-        if not training.tested:  # --epochs 0
-            training.tested = test_epoch(args, data.test, model, Interruption()) or {}
-    finally:
-        sinks.close()
-    if not training.writes:
-        return 0
-    save_model(args, training, "final")
-    with training.clock.paused():
-        result = report(args, data, training)
-    tell(run, report_table(result))
-    run.finish(result)
-    say(f"after {result['seconds'] / 60:.1f} minutes of training:")
-    for what, file in PICTURES.items():
-        if (run.final / file).exists():
-            say(f"{what:>34}: {run.final / file}")
-    return 0
+    run = Run("train_ssl", name, args, another="--seed N", may_change=NOT_IN_NAME, files=FILES)
+    with parallel.process_group(device_type) as device, run:
+        parallel.main_says(lambda: trackers.check(args), InputError)
+        data, method = load_data(args, device), method_of(args)
+        training = Training(args, run, method, make_model(args, method, device), data.fingerprint)
+        start(args, data, training)
+        train(args, data, training)
+        if not parallel.is_main():
+            return 0
+        save_model(args, training, "final")
+        with training.clock.paused():
+            result = report(args, data, training)
+        run.log(report_table(result))
+        status = run.finish(result)
+    looks = run.where_to_look(views="samples.png", marginals="marginals.png")
+    echo(f"after {result['seconds'] / 60:.1f} minutes of training:\n{looks}")
+    return status
 
 
 if __name__ == "__main__":

@@ -11,40 +11,39 @@ and a row an epoch (.csv). The same line again trains what is missing. README.md
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
-import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from common import checkpoint
 from common.datasets import images
 from common.datasets.classification import Splits, load_splits
-from common.datasets.images import DataError, ImageSet
 from common.models import cnn, zoo
-from common.run import checkpoint, epochs, options
-from common.run.checkpoint import CheckpointError
-from common.run.classifier import RECIPES, evaluate, learning_rate, make_optimizer, training_step
+from common.run import options
+from common.run.classifier import RECIPES, BestEpoch, evaluate, make_optimizer, train_epoch
 from common.run.clock import Clock
-from common.run.directory import RunError, environment
-from common.run.ending import EXIT_RESUMABLE, refusing, say
-from common.run.epochs import Sums
-from common.run.interruption import Interruption
-from common.run.lock import release_lock, take_lock
-from common.run.memory import keep_freed_memory
+from common.run.command import Command, echo
+from common.run.jobs import Job, failures, pending
+from common.run.lock import is_locked
+from common.run.memory import tune_malloc
+from common.run.metrics import Meter, Metrics
 from common.run.options import at_least, real
-from common.run.records import write_json
-from common.run.traces import Metrics
-from common.seeds import generator_of, seed_of
+from common.run.records import RecordError
+from common.run.run import RunError, environment
+from common.run.state import State, refuse_differences
+from common.seeds import seed_everything, seed_of
 
-# options that do not make another model
-UNNAMED = (
-    "num_models", "progress", "num_chunks", "chunk", "data_dir", "device", "compile", "out", "resume", "overwrite", "dry_run"
+NOT_IN_NAME = (  # options that do not make another model
+    "num_models", "progress", "num_chunks", "chunk", "data_dir", "device", "compile", "out", "resume", "retry_failed",
+    "overwrite", "dry_run",
 )  # fmt: skip
-LAST_ENTRIES = ("model", "optimizer", "options", "data", "progress", "sums", "best", "rng", "seconds", "metrics_size")
+PROTOCOLS = {
+    "validation": "the epoch with the highest accuracy on the validation images, measured once on the test images",
+    "test": "as published: the epoch with the highest accuracy on the test images, and that accuracy",
+}
+HINTS = "--overwrite replaces it, another --out keeps it"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -75,7 +74,8 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--compile", action="store_true", help="torch.compile the network")
     own.add_argument("--device", choices=("cpu", "cuda"), help="[cuda when available]")
     own.add_argument("--out", metavar="PATH", help="directory of the zoo [results/zoo/NAME]")
-    own.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help="go on with models that were interrupted")
+    own.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help="continue models that were interrupted")
+    own.add_argument("--retry-failed", action="store_true", help="repeat jobs that failed")
     own.add_argument("--overwrite", action="store_true", help="train models again that are there")
     own.add_argument("--dry-run", action="store_true", help="check the options, print the zoo's directory and models, exit")
     return parser
@@ -92,19 +92,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         parser.error("--num_chunks and --chunk go together")
     if args.num_chunks is not None and args.chunk >= args.num_chunks:
         parser.error(f"--chunk {args.chunk} is beyond --num_chunks {args.num_chunks}: chunks count from 0")
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with models, --overwrite replaces them: choose one")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU here")
     defaults = RECIPES[args.recipe] | {"width": cnn.WIDTHS.get(args.arch)}
     for name, value in defaults.items():
         if getattr(args, name) in (None, value):
             setattr(args, name, None)  # not in the name
-    if args.out is None:
-        named = options.not_defaults(parser, args, (*UNNAMED, "dataset", "arch"))
-        name = "-".join([args.dataset, args.arch, *named])
-        options.check_length(parser, name)
-        args.out = str(Path("results") / "zoo" / name)
+    name = "-".join([args.dataset, args.arch, *options.not_defaults(parser, args, (*NOT_IN_NAME, "dataset", "arch"))])
+    options.check(parser, args, name)
+    args.out = args.out or str(Path("results") / "zoo" / name)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -117,222 +111,130 @@ def models_of_chunk(args: argparse.Namespace) -> range:
     return range(n * chunk // chunks, n * (chunk + 1) // chunks)
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that make a model what it is."""
-    return {name: value for name, value in vars(args).items() if name not in UNNAMED}
-
-
 # ---- one model -----------------------------------------------------------------------------------------------------------
 
 
-class ModelFiles:
-    """The files of one model of a zoo. Nothing is created before `take`."""
+class Model(Job):
+    """A model of the zoo. It is also done if only its weights are there, trained elsewhere; not if it is to be replaced."""
 
-    def __init__(self, out: str, index: int):
-        folder = Path(out)
-        self.folder = folder
-        self.weights, self.record, self.metrics = (folder / f"{index}.{kind}" for kind in ("pt", "json", "csv"))
-        self.last, self.lock = folder / f"{index}.last.pkl", folder / f"{index}.lock"
-        self._lock: TextIO | None = None
+    def __init__(self, args: argparse.Namespace, index: int):
+        super().__init__(Path(args.out), str(index))
+        self.weights, self.metrics = (self.folder / f"{index}.{kind}" for kind in ("pt", "csv"))
+        self.options = {name: value for name, value in vars(args).items() if name not in NOT_IN_NAME}
+        self.index, self.seed, self.replaced = index, seed_of(args.seed, index), args.overwrite
 
-    def found(self, args: argparse.Namespace) -> str:
-        """What a start finds: "finished", "unfinished" or "new". Raises RunError if it cannot go on as asked."""
-        hints = "--overwrite replaces it, another --out keeps it"
-        if args.overwrite:
-            return "new"
+    @property
+    def done(self) -> bool:
+        return not self.replaced and self.weights.exists() and (self.record.exists() or not self.last.exists())
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Raises InputError if files that are there are damaged, or do not fit the options."""
+        if self.replaced:
+            return
         if self.weights.exists() and self.record.exists():
-            self._compare(json.loads(self.record.read_text())["options"], args, self.weights, hints)
-            return "finished"
-        if self.last.exists():
-            state = checkpoint.load(self.last, LAST_ENTRIES)
-            self._compare(state["options"], args, self.last, hints)
-            if not args.resume:
-                raise RunError(f"{self.last} is there, of a model in training: --resume goes on with it, {hints}")
-            return "unfinished"
-        if self.weights.exists():  # without a record: trained elsewhere, by the original, say
+            self._compare(self.read(), self.weights)
+        elif self.last.exists() and not is_locked(self.lock):
+            self._compare(checkpoint.read(self.last), self.last)
+            if not (args.resume or args.retry_failed):
+                raise RunError(f"{self.last} is there, of a model in training: --resume continues it, {HINTS}")
+        elif self.weights.exists() and not self.last.exists():
             there = zoo.load(self.weights, args.arch).state_dict()
             with torch.device("meta"):
-                own = zoo.make(args.arch, images.N_CLASSES[images.BY_OPTION[args.dataset]], args.width).state_dict()
-            if zoo.difference(there, own):
-                raise RunError(f"{self.weights} is of another model: {zoo.difference(there, own)}; {hints}")
-            return "finished"
-        return "new"
+                own = make_model(args).state_dict()
+            if why_not := zoo.difference(there, own):
+                raise RunError(f"{self.weights} is of another model: {why_not}; {HINTS}")
 
-    @staticmethod
-    def _compare(noted: dict[str, Any], args: argparse.Namespace, path: Path, hints: str) -> None:
-        for name, value in options_of(args).items():
-            if noted.get(name) != value:
-                option = f"--{name.replace('_', '-')}"
-                raise RunError(f"{path} was made with {option} {noted.get(name)}, not {value}: {hints}")
-
-    def take(self) -> bool:
-        """Whether the model is this process's own until `release`: of several, the first has it. Raises OSError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = take_lock(self.lock)
-        return self._lock is not None
-
-    def release(self) -> None:
-        if self._lock is not None:
-            release_lock(self._lock, self.lock)
-            self._lock = None
+    def _compare(self, content: Any, path: Path) -> None:
+        noted = content.get("options") if isinstance(content, dict) else None
+        if not isinstance(noted, dict):
+            raise RecordError(f"{path} is of another version, or damaged: no options are noted; {HINTS}")
+        refuse_differences(noted, self.options, f"{path} was made", HINTS)
 
     def remove(self) -> None:
-        for path in (self.weights, self.record, self.metrics, self.last):
+        """Remove the files. The record comes after the weights, which without it would look like trained elsewhere."""
+        for path in (self.weights, self.last, self.record, self.metrics):
             path.unlink(missing_ok=True)
+        self.replaced = False
 
 
-class Training:
-    """Where the training of a model stands: `batch` batches of epoch `epoch` are done, with their figures in `sums`."""
+def n_classes(args: argparse.Namespace) -> int:
+    return images.N_CLASSES[images.BY_OPTION[args.dataset]]
 
-    def __init__(self, args: argparse.Namespace, data: Splits, files: ModelFiles, index: int):
-        """Start anew, or where the model's last.pkl stands. Raises CheckpointError."""
-        self.args, self.data, self.files, self.index = args, data, files, index
-        self.seed = seed_of(args.seed, index)
-        self.n_batches = len(data.training) // args.batch_size  # the rest of the images waits for another epoch
-        checkpoint.seed_everything(self.seed)
-        self.model = zoo.make(args.arch, images.N_CLASSES[images.BY_OPTION[args.dataset]], args.width)
-        self.model.to(data.test.labels.device, memory_format=torch.channels_last)
-        if args.compile:
-            self.model.compile()
-        self.optimizer = make_optimizer(self.model, args.recipe, args.lr)
-        self.epoch = self.batch = self.step = 0
-        self.sums, self.best = Sums(), {"epoch": 0, "accuracy": -math.inf}
-        last = self.load() if files.last.exists() else None
-        columns = ("epoch", "step", "seconds", "lr", "train_loss", "train_accuracy", f"{args.select}_loss")
-        self.metrics = Metrics(files.metrics, (*columns, f"{args.select}_accuracy"), last["metrics_size"] if last else 0)
-        self.clock = Clock(math.inf, last["seconds"] if last else 0.0)
-        self.saved_at = time.monotonic()
-        if last is None:
-            self.save()
 
-    def load(self) -> dict[str, Any]:
-        last = checkpoint.load(self.files.last, LAST_ENTRIES)
-        if last["data"] != self.data.fingerprint:
-            raise CheckpointError(f"{self.files.last} was made with other data: name the place where those are")
-        if not self.files.metrics.exists() or self.files.metrics.stat().st_size < last["metrics_size"]:
-            raise CheckpointError(f"{self.files.metrics} is missing or cut off: --overwrite starts the model again")
-        checkpoint.load_model(self.model, last, self.files.last)
-        self.optimizer.load_state_dict(last["optimizer"])
-        self.epoch, self.batch, self.step = last["progress"]
-        self.sums, self.best = Sums(last["sums"]), last["best"]
-        checkpoint.set_rng_state(last["rng"])
-        return last
+def make_model(args: argparse.Namespace) -> torch.nn.Module:
+    return zoo.make(args.arch, n_classes(args), args.width)
 
-    def save(self) -> None:
-        """Write last.pkl: everything that is needed to go on exactly here. Weights that are not finite are never written."""
-        self.saved_at = time.monotonic()
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            return
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "options": options_of(self.args),
-            "data": self.data.fingerprint,
-            "progress": (self.epoch, self.batch, self.step),
-            "sums": self.sums.plain(),
-            "best": self.best,
-            "rng": checkpoint.rng_state(),  # of attention dropout
-            "seconds": self.clock.used(),
-            "metrics_size": self.metrics.size,
-        }
-        checkpoint.save(state, self.files.last)
 
-    def train_epoch(self, interruption: Interruption) -> bool:
-        """Train on the batches of the epoch that are left; False if a signal comes first."""
-        args, data, model = self.args, self.data, self.model
-        model.train()
-        left = data.batches(args.batch_size, generator_of(self.seed, self.epoch), first=self.batch)
-        what = f"model {self.index} epoch {self.epoch + 1}"
-        for x, labels in tqdm(left, what, self.n_batches - self.batch, disable=not args.progress, leave=False):
-            if interruption.signal is not None:
-                return False
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(args.recipe, args.lr, self.step, self.n_batches, args.epochs)
-            figures = training_step(model, self.optimizer, x, labels, args.precision)
-            self.sums.add(len(x), figures)
-            self.batch, self.step = self.batch + 1, self.step + 1
-            if time.monotonic() - self.saved_at > epochs.SAVE_SECONDS:
-                self.save()
-        return True
-
-    def epoch_done(self, selected: dict[str, float]) -> None:
-        """Note the figures of the epoch, keep its weights if they are the best; the next epoch begins."""
-        means, rate = self.sums.means(), self.optimizer.param_groups[0]["lr"]
-        if not math.isfinite(means["loss"]):
-            raise SystemExit(f"the loss of model {self.index} in epoch {self.epoch + 1} is not finite: a smaller --lr may help")
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums()
-        better = selected["accuracy"] > self.best["accuracy"]
-        if better:
-            state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-            self.best = {"epoch": self.epoch, "accuracy": selected["accuracy"], "loss": selected["loss"], "train": means}
-            self.best["model"] = state
-        row: dict[str, float | int] = {"epoch": self.epoch, "step": self.step, "seconds": self.clock.used(), "lr": rate}
+def train(args: argparse.Namespace, data: Splits, command: Command, job: Model) -> None:
+    """Train a model to its last epoch and write its files. Raises Interrupted, Failed, CheckpointError."""
+    seed_everything(job.seed)
+    model = make_model(args).to(data.device, memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    optimizer = make_optimizer(model, args.recipe, args.lr)
+    columns = ("epoch", "step", "seconds", "lr", "train_loss", "train_accuracy")
+    metrics = Metrics(job.metrics, (*columns, f"{args.select}_loss", f"{args.select}_accuracy"))
+    best, meter, clock = BestEpoch(), Meter(), Clock()
+    parts = {"optimizer": optimizer, "best": best, "meter": meter, "metrics": metrics, "clock": clock}
+    state = State(job.last, job.options, command, data=data.fingerprint, model=model, **parts)
+    if job.last.exists() and not job.replaced:
+        state.resume()
+        command.begun = True
+    else:
+        command.begun = True
+        job.remove()
+        state.save()
+    while state.epoch < args.epochs:
+        bar = f"model {job.index} epoch {state.epoch + 1}" if args.progress else None
+        means, selected = train_epoch(args, data, state, optimizer, meter, (job.seed,), bar)
+        row = {"epoch": state.epoch + 1, "step": state.step, "seconds": clock.used(), "lr": optimizer.param_groups[0]["lr"]}
+        better = best.offer(model, selected["accuracy"], epoch=row["epoch"], loss=selected["loss"], train=means)
         row |= {f"train_{name}": value for name, value in means.items()}
-        self.metrics.append(row | {f"{self.args.select}_{name}": value for name, value in selected.items()})
-        chance = 1 / images.N_CLASSES[images.BY_OPTION[self.args.dataset]]
-        say(
-            f"model {self.index:>3}  epoch {self.epoch:>3}  step {self.step:>6}  {self.clock.used() / 60:8.2f} min | "
-            f"training {means['loss']:.4f}, accuracy {means['accuracy']:.4f} | {self.args.select} {selected['loss']:.4f}, "
-            f"accuracy {selected['accuracy']:.4f} (chance {chance:g}) | lr {rate:.3g}" + (" | best so far" if better else "")
+        metrics.append(row | {f"{args.select}_{name}": value for name, value in selected.items()})
+        command.log(
+            f"model {job.index:>3}  epoch {row['epoch']:>3}  step {state.step:>6}  {clock.used() / 60:8.2f} min | training "
+            f"{means['loss']:.4f}, accuracy {means['accuracy']:.4f} | {args.select} {selected['loss']:.4f}, accuracy "
+            f"{selected['accuracy']:.4f} (chance {1 / n_classes(args):g}) | lr {row['lr']:.3g}"
+            + (" | best so far" if better else "")
         )
+        meter.reset()
+        state.end_epoch()
+    model.load_state_dict(best.weights)
+    test = {"loss": best.metrics["loss"], "accuracy": best.accuracy}
+    if args.select != "test":
+        test = evaluate(model, data.test, data.preprocessing, args.precision, state.check_signal)
+    checkpoint.save({name: value.cpu().contiguous() for name, value in best.weights.items()}, job.weights)
+    record = make_record(args, data, job, state, best, test, clock.used())
+    job.finish(record)
+    command.log(
+        f"model {job.index:>3}  finished after {record['seconds'] / 60:.2f} min: test accuracy {test['accuracy']:.4f} "
+        f"(epoch {record['best_epoch']}, chance {record['chance_accuracy']:g}): {job.weights}"
+    )
 
 
-def train_model(training: Training, interruption: Interruption) -> bool:
-    """Train until the epochs are over and write what is kept; False if a signal came first, with all to go on from saved."""
-    args, data, model = training.args, training.data, training.model
-
-    def measure(split: ImageSet) -> dict[str, float] | None:
-        return evaluate(model, split, data.preprocessing, args.precision, interruption)
-
-    while training.epoch < args.epochs:
-        selected = measure(data.selection) if training.train_epoch(interruption) else None
-        if selected is None:
-            training.save()
-            return False
-        training.epoch_done(selected)
-    training.save()
-    model.load_state_dict(training.best["model"])
-    test = {name: training.best[name] for name in ("loss", "accuracy")} if args.select == "test" else measure(data.test)
-    if test is None:
-        return False
-    finish(training, test)
-    return True
-
-
-def finish(training: Training, test: dict[str, float]) -> None:
-    """Write the weights, then the record, whose presence means finished; what was needed to go on goes."""
-    args, files, best = training.args, training.files, training.best
-    checkpoint.save({name: value.contiguous() for name, value in best["model"].items()}, files.weights)
-    chosen = {name: best[name] for name in ("loss", "accuracy")}
-    protocol = {
-        "validation": "the epoch with the highest accuracy on the validation images, measured once on the test images",
-        "test": "as published: the epoch with the highest accuracy on the test images, and that accuracy",
-    }
-    record = {
+def make_record(
+    args: argparse.Namespace, data: Splits, job: Model, state: State, best: BestEpoch, test: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """The record of a model that is done."""
+    return {
         "script": "train_zoo",
-        "model": training.index,
-        "seed": training.seed,
-        "options": options_of(args),
-        "parameters": sum(p.numel() for p in training.model.parameters()),
-        "protocol": protocol[args.select],
-        "epochs": training.epoch,
-        "best_epoch": best["epoch"],
-        "steps": training.step,
-        "seconds": training.clock.used(),
-        "images": {split: len(getattr(training.data, split)) for split in ("training", "selection", "test")},
-        "training": best["train"],  # while it was trained on: augmented, and with the weights of each step
-        "validation": chosen if args.select == "validation" else None,
+        "model": job.index,
+        "seed": job.seed,
+        "options": job.options,
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "protocol": PROTOCOLS[args.select],
+        "epochs": state.epoch,
+        "best_epoch": best.metrics["epoch"],
+        "steps": state.step,
+        "seconds": seconds,
+        "images": {split: len(getattr(data, split)) for split in ("training", "selection", "test")},
+        "training": best.metrics["train"],  # while it was trained on: augmented, and with the weights of each step
+        "validation": {"loss": best.metrics["loss"], "accuracy": best.accuracy} if args.select == "validation" else None,
         "test": test,
-        "chance_accuracy": 1 / images.N_CLASSES[images.BY_OPTION[args.dataset]],
-        "data": training.data.fingerprint,
+        "chance_accuracy": 1 / n_classes(args),
+        "data": data.fingerprint,
         **environment(),
     }
-    write_json(files.record, record)
-    files.last.unlink(missing_ok=True)
-    say(
-        f"model {training.index:>3}  finished after {record['seconds'] / 60:.2f} min: test accuracy {test['accuracy']:.4f} "
-        f"(epoch {best['epoch']}, chance {record['chance_accuracy']:g}): {files.weights}"
-    )
 
 
 # ---- the zoo -------------------------------------------------------------------------------------------------------------
@@ -341,65 +243,40 @@ def finish(training: Training, test: dict[str, float]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args = parse(parser, argv)
-    keep_freed_memory()
-    chosen = models_of_chunk(args)
+    jobs = [Model(args, index) for index in models_of_chunk(args)]
     if args.dry_run:
-        print(f"{args.out}: models {', '.join(map(str, chosen)) or 'none'}")
+        print(f"{args.out}: models {', '.join(job.name for job in jobs) or 'none'}")
         return 0
+    tune_malloc()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with Interruption() as interruption:
-        with refusing(parser, DataError, zoo.ZooError):
-            found = [ModelFiles(args.out, index).found(args) for index in chosen]
-            if all(state == "finished" for state in found):
-                for index in chosen:
-                    ModelFiles(args.out, index).last.unlink(missing_ok=True)  # of a process killed at its very end
-                say(f"all models of {args.out} that were asked for are there: nothing to do")
-                return 0
-            data = load_splits(
-                images.BY_OPTION[args.dataset],
-                args.data_dir,
-                device,
-                seed=args.seed,
-                batch_size=args.batch_size,
-                subset=args.subset,
-                select=args.select,
-            )
-        say(
-            f"{args.out}: {len(chosen)} models, {found.count('finished')} of them finished; {len(data.training)} training, "
+    with Command("train_zoo") as command:
+        for job in jobs:
+            job.check(args)
+        if all(job.done for job in jobs):
+            clear_up(jobs)
+            echo(f"all models of {args.out} that were asked for are there: nothing to do")
+            return 0
+        splits = {option: getattr(args, option) for option in ("seed", "batch_size", "subset", "select")}
+        data = load_splits(images.BY_OPTION[args.dataset], args.data_dir, device, **splits)
+        command.log(
+            f"{args.out}: {len(jobs)} models, {sum(job.done for job in jobs)} of them finished; {len(data.training)} training, "
             f"{len(data.selection)} {args.select} images on {device}"
         )
-        for index in chosen:
-            try:
-                ended = train_one(parser, args, data, index, interruption)
-            except OSError as error:
-                say(f"stopped: cannot write {error.filename or args.out}: {error.strerror}; --resume goes on")
-                return EXIT_RESUMABLE
-            if not ended:
-                say(f"stopped by {interruption.signal} in model {index}: --resume goes on from here")
-                return EXIT_RESUMABLE
-    return 0
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        for _, job in pending(command, jobs, retry_failed=args.retry_failed or args.overwrite):
+            with job:
+                train(args, data, command, job)
+    if failed := failures(jobs):
+        echo(f"{len(failed)} of {len(jobs)} models failed ({', '.join(failed)}): --retry-failed repeats them")
+    return 1 if failed else 0
 
 
-def train_one(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, data: Splits, index: int, interruption: Interruption
-) -> bool:
-    """Train a model unless it is finished or another process is at it; False if a signal came."""
-    files = ModelFiles(args.out, index)
-    try:
-        with refusing(parser, zoo.ZooError):
-            if not files.take():
-                say(f"model {index:>3}  is in training by another process: left to it")
-                return True
-            found = files.found(args)
-            if found == "finished":
-                files.last.unlink(missing_ok=True)
-                return True
-            if found == "new":
-                files.remove()
-            training = Training(args, data, files, index)
-        return train_model(training, interruption)
-    finally:
-        files.release()
+def clear_up(jobs: list[Model]) -> None:
+    """Remove the files that a killed process has left of models that are done."""
+    for job in jobs:
+        if (job.last.exists() or job.lock.exists()) and job.take():
+            job.last.unlink(missing_ok=True)
+            job.release()
 
 
 if __name__ == "__main__":

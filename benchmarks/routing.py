@@ -26,7 +26,7 @@ from benchmarks.plain_routing import plain_forward, plain_loss
 from common.models import routed
 from common.models.routed import RoutedNet
 from common.routing import WPL, CollaborationReward, Loss, NegLossReward
-from common.run.memory import keep_freed_memory
+from common.run.memory import tune_malloc
 
 N_TASKS = N_MODULES = 20
 
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 512], help="of part (a) [%(default)s]")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    keep_freed_memory()
+    tune_malloc()
     print(f"torch {torch.__version__}, CPU, 1 thread, medians of {args.rounds} rounds")
     compare_with_plain(args.batches, args.rounds)
     compare_with_trunk(64, args.rounds)

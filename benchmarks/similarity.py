@@ -32,7 +32,7 @@ from benchmarks.plain_similarity import plain_wreath_cka, plain_wreath_procruste
 from benchmarks.swarm_layer import peak_resident, seconds
 from common.matching import best_matching
 from common.models import zoo
-from common.run.memory import keep_freed_memory
+from common.run.memory import tune_malloc
 from common.symmetry.measures import features_of
 from common.symmetry.similarity import (
     TILE,
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         n, c, h, w = map(int, args.measure[1:])
         report_measure(args.measure[0], (n, c, h, w))
         return 0
-    keep_freed_memory()
+    tune_malloc()
     print(f"torch {torch.__version__}, CPU, {args.threads} threads, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     rounds = 2 if args.quick else args.rounds
     n = 10 if args.quick else 1  # how many times fewer images

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.swarm_layer import peak_resident, seconds
 from common.models import zoo
-from common.run.memory import keep_freed_memory
+from common.run.memory import tune_malloc
 from common.symmetry.joints import Birkhoff
 from common.symmetry.stitching import stitch
 from common.symmetry.train import make_optimizers, training_step
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.memory:
         measure_memory(args.memory[0], int(args.memory[1]), args.width)
         return 0
-    keep_freed_memory()
+    tune_malloc()
     if args.quick:
         args.width, args.rounds = 8, 2
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"

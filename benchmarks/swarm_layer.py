@@ -30,7 +30,7 @@ from benchmarks.plain_swarm import PlainSwarmLayer
 from common.datasets.clustering import N_LABELS, batches_by_size, make_tasks, padded_batch
 from common.matching import matched_cross_entropy
 from common.models.swarm import SwarmLayer
-from common.run.memory import keep_freed_memory
+from common.run.memory import tune_malloc
 
 N_HIDDEN, N_ITER, BATCH = 128, 10, 50
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -126,7 +126,7 @@ def peak_memory(kind: str, batch: str, entities: int, threads: int) -> float:
 
 def measure_memory(kind: str, batch: str, entities: int) -> None:
     if kind not in ("plain", "nothing"):
-        keep_freed_memory()
+        tune_malloc()
     data = a_batch(entities) if batch == "sets" else one_set(entities)
     if kind != "nothing":
         step = make_step(kind, data, "cpu")
@@ -218,7 +218,7 @@ def main() -> None:
     print("\nwith the C library's own memory policy:")
     compare_steps(["plain", "products"], [599], 3 if args.quick else args.rounds, args.device)
     print("\nwith the scripts' memory policy:")
-    keep_freed_memory()
+    tune_malloc()
     compare_steps(kinds, [599] if args.quick else [250, 599, 950], 3 if args.quick else args.rounds, args.device)
     if args.device == "cpu":
         compare_memory(kinds, 599, args.threads)

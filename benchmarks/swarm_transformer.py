@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.plain_swarm import PlainSwarmLayer
 from benchmarks.swarm_layer import has_bf16, peak_resident, seconds
 from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
-from common.run.memory import keep_freed_memory
+from common.run.memory import tune_malloc
 
 N_HIDDEN, N_ITER, BATCH, SIZE, N_SAMPLES = 256, 10, 10, 28, 12
 
@@ -152,7 +152,7 @@ def peak_memory(kind: str, n: int, size: int) -> float:
 
 def measure_memory(kind: str, n: int, size: int) -> None:
     if kind not in ("plain", "nothing"):
-        keep_freed_memory()
+        tune_malloc()
     if kind != "nothing":
         step = make_step(kind, n, size, "cpu")
         step(), step()
@@ -192,7 +192,7 @@ def main() -> None:
     if args.memory:
         measure_memory(args.memory[0], int(args.memory[1]), int(args.memory[2]))
         return
-    keep_freed_memory()
+    tune_malloc()
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}; bfloat16 in hardware: {'yes' if args.device == 'cuda' or has_bf16() else 'no'}")
     rounds = 3 if args.quick else args.rounds

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common.models.resnet import CifarResNet
-from common.run.memory import keep_freed_memory
+from common.run.memory import tune_malloc
 from common.ssl.method import Batch, Method
 
 METHOD = Method(("sca", "rot"), 32, bins=8, structure="rot", target="vm", weight=1000.0)
@@ -135,7 +135,7 @@ def kinds_for(device: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    keep_freed_memory()
+    tune_malloc()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = args.batch_size or (1024 if device == "cuda" else 64)
     repeats = args.repeats or (20 if device == "cuda" else 3)

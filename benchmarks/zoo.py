@@ -21,7 +21,7 @@ from common.datasets import augmentation
 from common.datasets.augmentation import Preprocessing
 from common.models import zoo
 from common.run import classifier
-from common.run.memory import keep_freed_memory
+from common.run.memory import tune_malloc
 
 N_TRAINING = 45_000
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -65,7 +65,7 @@ class Kind:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    keep_freed_memory()
+    tune_malloc()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = args.steps or (50 if device.type == "cuda" else 2)
     choices = list(product(("mCNN", "resnet20"), classifier.RECIPES, ("fp32", "bf16"), FORMATS))

@@ -15,9 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from common.run.checkpoint import write_in_one_step
-from common.run.traces import read_metrics
-from common.run.training import Training
+from common.checkpoint import atomic_write
 
 # Okabe and Ito's palette, told apart by colour-blind people, plus a grey and a brown
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#8C8C8C", "#7B3F00")
@@ -29,24 +27,12 @@ SCREEN, PRINT = 110, 220  # dots per inch
 
 def save_figure(figure: Figure, path: Path, dpi: int = SCREEN) -> None:
     """Write a PNG in one step. Raises OSError if it cannot be written."""
-    write_in_one_step(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def headline(figure: Figure, title: str) -> None:
     """A run's name above a figure, broken at its dashes: it may be longer than the figure is wide."""
     figure.suptitle(textwrap.fill(title, width=int(12 * figure.get_figwidth())), fontsize=10)
-
-
-def plot_training(
-    training: Training, steps_per_epoch: float, references: Mapping[str, Mapping[str, float]], loss_name: str
-) -> None:
-    """metrics.png and weights.png of a run, as it stands; `references` are the levels to judge a column of metrics.csv by."""
-    title, traces, folder = training.run.name, training.traces, training.run.path
-    metrics = read_metrics(training.metrics.path)
-    plot_metrics(folder / "metrics.png", title, metrics, traces.steps, traces.numbers, steps_per_epoch, references, loss_name)
-    weights = {name: values.numpy() for name, values in traces.by_parameter().items()}
-    if weights:
-        plot_weights(folder / "weights.png", title, traces.steps, weights, steps_per_epoch)
 
 
 def draw_curve(axes: Axes, x: Sequence[float], y: Sequence[float], **style: object) -> None:
@@ -117,7 +103,9 @@ def plot_metrics(
 def plot_weights(
     path: Path, title: str, steps: Sequence[int], weights: Mapping[str, NDArray[np.floating]], steps_per_epoch: float
 ) -> None:
-    """Traces of some entries of every parameter: {name: (records, entries)}, four panels a row."""
+    """Traces of some entries of every parameter: {name: (records, entries)}, four panels a row. Nothing is drawn of none."""
+    if not weights:
+        return
     columns, rows = min(4, len(weights)), -(-len(weights) // 4)
     height = 2.8 * rows + 0.6
     figure = Figure(figsize=(4 * columns, height))  # a constrained layout of 70 panels would take 15 seconds

@@ -22,7 +22,6 @@ import contextlib
 import hashlib
 import importlib
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -34,11 +33,12 @@ from types import ModuleType
 CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
 
-from common.run.checkpoint import write_in_one_step  # noqa: E402
-from common.run.directory import ARGS, RESULT, RunDirectory  # noqa: E402
-from common.run.ending import EXIT_RESUMABLE  # noqa: E402
+from common.errors import InputError  # noqa: E402
+from common.run.command import RESUMABLE  # noqa: E402
 from common.run.figures import figures_of, last_row  # noqa: E402
 from common.run.lock import is_locked  # noqa: E402
+from common.run.records import read_json, write_text  # noqa: E402
+from common.run.run import ARGS, LAST, RESULT  # noqa: E402
 
 RESULTS = Path("results")
 PLACE = RESULTS / "slurm"
@@ -48,23 +48,24 @@ NOT_IN_SWEEPS = ("resume", "overwrite", "results_dir", "data_dir", "dataset_root
 LOG_LINES = 5  # of a failed run
 
 
-class SweepError(Exception):
-    """A sweep that cannot be run as it stands; the message is one line."""
-
-
 @dataclass(frozen=True)
 class Line:
     """A command line of a sweep: script and options, and the run, or the models of a zoo, that it makes."""
 
     number: int  # in the file, from 1
     words: tuple[str, ...]
-    run: RunDirectory
-    models: tuple[int, ...] = ()  # of a zoo, which lies in run.final
+    final: Path  # where the run is when it has finished, or the zoo
+    models: tuple[int, ...] = ()  # of a zoo
 
     @property
     def key(self) -> str:
         """What files about this line are called; other lines have others."""
         return hashlib.sha256(" ".join(self.words).encode()).hexdigest()[:16]
+
+    @property
+    def path(self) -> Path:
+        """Where the run is now."""
+        return self.final if self.final.exists() else self.final.with_name(f"{self.final.name}.part")
 
     def record(self, kind: str) -> Path:
         return PLACE / "runs" / f"{self.key}.{kind}"
@@ -83,45 +84,44 @@ class Task:
 
 
 def read(path: Path) -> list[Line]:
-    """All lines of a sweep. Raises SweepError, with the place, if one cannot be run; OSError."""
+    """All lines of a sweep. Raises InputError, with the place, if one cannot be run; OSError."""
     lines: list[Line] = []
     for number, text in enumerate(path.read_text().splitlines(), 1):
         if not text.strip() or text.lstrip().startswith("#"):
             continue
         try:
             line = parse(number, tuple(text.split()))
-        except SweepError as error:
-            raise SweepError(f"{path}, line {number}: {error}") from None
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
         same = [other.number for other in lines if other.key == line.key]
         if same:
-            raise SweepError(f"{path}, line {number} is line {same[0]} again")
+            raise InputError(f"{path}, line {number} is line {same[0]} again")
         lines.append(line)
     if not lines:
-        raise SweepError(f"{path} has no command line")
+        raise InputError(f"{path} has no command line")
     return lines
 
 
 def parse(number: int, words: tuple[str, ...]) -> Line:
-    """A line, by its script's own dry run. Raises SweepError."""
+    """A line, by its script's own dry run. Raises InputError."""
     script, *options = words
     if not re.fullmatch(r"\w+\.py", script) or not (CODE / script).is_file():
-        raise SweepError(f"{script} is no script of this suite")
+        raise InputError(f"{script} is no script of this suite")
     for word in words:
         if re.search(r"""['"\\$`]""", word):
-            raise SweepError(f"{word}: words are taken as they are, without quotes or variables")
+            raise InputError(f"{word}: words are taken as they are, without quotes or variables")
         name = word.lstrip("-").replace("-", "_")
         if word.startswith("-") and any(re.match(rf"{left_out}\b", name) for left_out in NOT_IN_SWEEPS):
-            raise SweepError(f"{word} has no place in a sweep: jobs resume by themselves, and site.sh says where data lie")
+            raise InputError(f"{word} has no place in a sweep: jobs resume by themselves, and site.sh says where data lie")
     printed = dry_run(importlib.import_module(script.removesuffix(".py")), options)
     zoo = re.fullmatch(r"(.+): models (\d+(?:, \d+)*|none)", printed)
     if zoo is not None:  # a folder that several lines share
-        folder = Path(zoo[1])
-        return Line(number, words, RunDirectory(folder.parent, "", folder.name), tuple(map(int, re.findall(r"\d+", zoo[2]))))
-    return Line(number, words, RunDirectory(RESULTS, script.removesuffix(".py"), printed))
+        return Line(number, words, Path(zoo[1]), tuple(map(int, re.findall(r"\d+", zoo[2]))))
+    return Line(number, words, RESULTS / script.removesuffix(".py") / printed)
 
 
 def dry_run(script: ModuleType, options: list[str]) -> str:
-    """What a script prints when it is only to say what it would make. Raises SweepError if it refuses the options."""
+    """What a script prints when it is only to say what it would make. Raises InputError if it refuses the options."""
     printed, complaint = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
@@ -129,7 +129,7 @@ def dry_run(script: ModuleType, options: list[str]) -> str:
     except SystemExit as stopped:
         status = stopped.code
     if status:
-        raise SweepError(complaint.getvalue().strip() or f"ends with exit status {status}")
+        raise InputError(complaint.getvalue().strip() or f"ends with exit status {status}")
     return printed.getvalue().strip()
 
 
@@ -178,7 +178,7 @@ def state_of(line: Line, tasks: dict[str, Task]) -> str:
     if line.key in tasks:
         return tasks[line.key].state
     ended = line.record("exit")
-    if ended.exists() and int(ended.read_text()) not in (0, EXIT_RESUMABLE):
+    if ended.exists() and int(ended.read_text()) not in (0, RESUMABLE):
         return "failed"
     return "resumable" if is_begun(line) else "new"
 
@@ -186,18 +186,18 @@ def state_of(line: Line, tasks: dict[str, Task]) -> str:
 def is_finished(line: Line) -> bool:
     if line.models:
         return all(has_model(line, index) for index in line.models)
-    return (line.run.path / RESULT).exists()
+    return (line.path / RESULT).exists()
 
 
 def is_begun(line: Line) -> bool:
     if line.models:
-        return any((line.run.final / f"{index}.last.pkl").exists() or has_model(line, index) for index in line.models)
-    return line.run.last.exists()
+        return any((line.final / f"{index}.last.pkl").exists() or has_model(line, index) for index in line.models)
+    return (line.path / LAST).exists()
 
 
 def has_model(line: Line, index: int) -> bool:
     """Whether a zoo has a model whose training is over."""
-    return (line.run.final / f"{index}.pt").exists() and not (line.run.final / f"{index}.last.pkl").exists()
+    return (line.final / f"{index}.pt").exists() and not (line.final / f"{index}.last.pkl").exists()
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------------
@@ -207,17 +207,24 @@ def figures(line: Line) -> str:
     """What a run has come to so far."""
     if line.models:
         done = sum(has_model(line, index) for index in line.models)
-        begun = [index for index in line.models if (line.run.final / f"{index}.last.pkl").exists()]
-        parts = [f"{done} of {len(line.models)} models", *(last_row(line.run.final / f"{index}.csv", {}) for index in begun)]
-        return "; ".join(part for part in parts if part)
-    if (line.run.path / RESULT).exists():
-        found = figures_of(json.loads((line.run.path / RESULT).read_text()))
-        return ", ".join(f"{name} {figure.mean:.4g}" for name, figure in found.items())
-    done = [*line.run.path.glob("cells/*.json"), *line.run.path.glob("run*.json")]  # joints, trainings, pairs
-    if done:
-        return f"{len(done)} done"
-    args = line.run.path / ARGS
-    return last_row(line.run.path / "metrics.csv", json.loads(args.read_text()) if args.exists() else {})
+        failed = sum((line.final / f"{index}.failed.json").exists() for index in line.models)
+        begun = [index for index in line.models if (line.final / f"{index}.last.pkl").exists()]
+        rows = [last_row(line.final / f"{index}.csv", {}) for index in begun]
+        return "; ".join(filter(None, [f"{done} of {len(line.models)} models{and_failed(failed)}", *rows]))
+    if (line.path / RESULT).exists():
+        result = read_json(line.path / RESULT)
+        found = ", ".join(f"{name} {figure.mean:.4g}" for name, figure in figures_of(result).items())
+        return found + and_failed(len(result.get("failed", {})))
+    jobs = [*line.path.glob("cells/*.json"), *line.path.glob("run*.json")]  # joints, trainings, pairs
+    if jobs:
+        failed = sum(path.name.endswith(".failed.json") for path in jobs)
+        return f"{len(jobs) - failed} done{and_failed(failed)}"
+    args = line.path / ARGS
+    return last_row(line.path / "metrics.csv", read_json(args) if args.exists() else {})
+
+
+def and_failed(n: int) -> str:
+    return f", {n} failed" if n else ""
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------------
@@ -255,14 +262,14 @@ def prepare(path: Path, lines: list[Line], data_dir: str, *, show: bool) -> None
     left = [line for line, state in zip(lines, states) if state not in ("finished", "running", "waiting")]
     jobs = sorted({tasks[line.key].job.partition("_")[0] for line in lines if line.key in tasks}, key=int)
     commands = {line.number: f"{line.key}\t{complete(line, data_dir)}" for line in lines}
-    content = "".join(f"{commands.get(number, '')}\n" for number in range(1, lines[-1].number + 1)).encode()
-    prepared = PLACE / f"{path.stem}-{hashlib.sha256(content).hexdigest()[:8]}.lines"
+    content = "".join(f"{commands.get(number, '')}\n" for number in range(1, lines[-1].number + 1))
+    prepared = PLACE / f"{path.stem}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.lines"
     print(f"{path}: {summary(states)}", file=sys.stderr)
     if show:
         for line in left:
             print(f"{line.number:>5}  {complete(line, data_dir)}", file=sys.stderr)
     else:
-        write_in_one_step(prepared, lambda file: file.write(content))
+        write_text(prepared, content)
     print(prepared, ",".join(str(line.number) for line in left), ":".join(jobs), sep="\n")
 
 
@@ -281,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
             status(args.sweep, lines)
         else:
             prepare(args.sweep, lines, args.data_dir, show=args.show)
-    except (SweepError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0

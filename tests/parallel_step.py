@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from common import parallel
 from common.models.resnet import CifarResNet
-from common.ssl import parallel
 from common.ssl.method import Method
 
 METHODS = {

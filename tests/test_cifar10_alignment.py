@@ -1,4 +1,4 @@
-"""cifar10_alignment.py as its users run it: the published line, what a run leaves, going on, comparing, bad input."""
+"""cifar10_alignment.py as its users run it: the published line, what a run leaves, resuming, comparing, bad input."""
 
 import csv
 import json
@@ -118,29 +118,86 @@ def test_tokens_of_a_transformer_have_their_channels(place: Path, tmp_path: Path
     assert maps.shape[1] == 128 and torch.equal(maps[:, :, 2, 3], tokens[:, 2 * maps.shape[3] + 3])
 
 
-def test_a_run_goes_on_where_it_stood(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_where_it_stood(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = "--similarity cka --repeats 3"
     assert run(line, place, tmp_path / "whole") == 0
     whole = json.loads((directory(tmp_path / "whole") / "result.json").read_text())
     compare, begun = script.compare_networks, []
 
-    def interrupted(*arguments: object) -> object:
-        begun.append(len(begun))
+    def interrupted(args: object, job: script.PairJob, *more: object) -> object:
+        begun.append(job.name)
         if len(begun) == 3:
             signal.raise_signal(signal.SIGTERM)
-        return compare(*arguments)  # type: ignore[arg-type]
+        return compare(args, job, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(script, "compare_networks", interrupted)
     assert run(line, place, tmp_path / "parts") == 75
-    begun[:] = [0, 0, 0]
+    assert "stopped by SIGTERM in run1: --resume auto continues from there" in capsys.readouterr().out
+    assert {path.name for path in directory(tmp_path / "parts").glob("*run*")} == {"run0.json", "run0.pt"}
     assert run(f"{line} --resume", place, tmp_path / "parts") == 0
-    assert len(begun) == 3 + 2  # untrained and run0 are not computed again
+    assert begun == ["untrained", "run0", "run1", "run1", "run2"]  # what is done is not computed again
     parts = json.loads((directory(tmp_path / "parts") / "result.json").read_text())
     assert parts.pop("seconds") > 0 and whole.pop("seconds") > 0
-    assert {name: value for name, value in parts.items() if name != "zoo"} == {n: v for n, v in whole.items() if n != "zoo"}
+    assert parts == whole
 
 
-def test_a_run_goes_on_with_the_same_networks_and_options_alone(
+def test_pairs_that_cannot_be_compared_are_left_out_and_repeated(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "--pairs 0-1 1-2 2-3"
+    assert run(line, place, tmp_path / "whole") == 0
+    whole = json.loads((directory(tmp_path / "whole") / "result.json").read_text())
+    compare, calls = script.layer_similarities, []
+
+    def broken(*arguments: object, **settings: object) -> object:
+        calls.append(arguments)
+        if len(calls) in (1, 3):
+            raise ValueError("it is broken")
+        return compare(*arguments, **settings)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as context:
+        context.setattr(script, "layer_similarities", broken)
+        assert run(line, place, tmp_path / "parts") == 1 and len(calls) == 4
+    path = directory(tmp_path / "parts")
+    parts = json.loads((path / "result.json").read_text())
+    assert parts["failed"] == {
+        "untrained": "two untrained networks cannot be compared: it is broken",
+        "run1": "pair 1-2 cannot be compared: it is broken",
+    }
+    assert parts["pairs"] == [[0, 1], [2, 3]] and parts["untrained"] is None
+    records = [json.loads((path / f"run{i}.json").read_text())["published"] for i in (0, 2)]
+    torch.testing.assert_close(torch.tensor(parts["published"]), torch.tensor(records).mean(0))
+    assert not (path / "run1.json").exists() and (path / "run1.failed.json").exists() and (path / "similarity.png").exists()
+    assert "2 jobs failed, --retry-failed repeats them" in capsys.readouterr().out
+    assert exit_status(script.main, ["--compare", str(path), "--results-dir", str(tmp_path)]) == 0
+    assert "untrained nan" in capsys.readouterr().out
+
+    assert run(f"{line} --retry-failed", place, tmp_path / "parts") == 0
+    parts = json.loads((path / "result.json").read_text())
+    assert parts.pop("seconds") > 0 and whole.pop("seconds") > 0 and parts == whole
+    assert not list(path.glob("*.failed.json"))
+
+
+def test_a_run_of_which_no_pair_can_be_compared(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights are finite, and features overflow: there is a result, without tables and pictures."""
+    (tmp_path / "zoo").mkdir()
+    for i in range(2):
+        state = zoo.load(place / "mCNN" / f"{i}.pt", "mCNN").state_dict()
+        state["1.weight"].fill_(1e38)
+        torch.save(state, tmp_path / "zoo" / f"{i}.pt")
+    assert run(f"--pairs 0-1 --zoo {tmp_path / 'zoo'}", place, tmp_path) == 1
+    path = directory(tmp_path)
+    result = json.loads((path / "result.json").read_text())
+    assert set(result["failed"]) == {"run0"} and "too large to be squared" in result["failed"]["run0"]
+    assert result["pairs"] == result["layers"] == result["published"] == [] and len(result["untrained"]) == 4
+    assert not list(path.glob("similarity.*"))
+    assert exit_status(script.main, ["--compare", str(path), "--results-dir", str(tmp_path)]) == 2
+    assert "no pair that could be compared" in capsys.readouterr().err
+
+
+def test_a_run_resumes_with_the_same_networks_and_options_alone(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A zoo that has grown would draw other pairs; one that was trained anew has other weights."""
@@ -154,19 +211,20 @@ def test_a_run_goes_on_with_the_same_networks_and_options_alone(
     assert run(line, place, tmp_path) == 75
     capsys.readouterr()
     assert run(f"{line} --similarity cka --resume", place, tmp_path) == 2
-    assert "was begun with similarity procrustes, not cka: --name NAME starts another" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "was made with similarity procrustes, not cka" in error and "--name NAME starts another" in error
     for i in (3, 4, 5):
         (folder / f"{i}.pt").write_bytes((place / "mCNN" / "3.pt").read_bytes())
-    assert run(f"{line} --resume", place, tmp_path) == 2 and "was begun with drawn_pairs" in capsys.readouterr().err
+    assert run(f"{line} --resume", place, tmp_path) == 2 and "was made with drawn_pairs" in capsys.readouterr().err
     for i in (3, 4, 5):
         (folder / f"{i}.pt").unlink()
     (folder / "0.pt").write_bytes((place / "mCNN" / "3.pt").read_bytes())
-    assert run(f"{line} --resume", place, tmp_path) == 2 and "was begun with networks" in capsys.readouterr().err
+    assert run(f"{line} --resume", place, tmp_path) == 2 and "was made with networks" in capsys.readouterr().err
     (folder / "0.pt").write_bytes((place / "mCNN" / "0.pt").read_bytes())
     monkeypatch.undo()
     assert run(f"{line} --resume", place, tmp_path) == 0
     assert run(f"{line} --similarity cka --resume", place, tmp_path) == 2  # it has finished, but as something else
-    assert "was begun with similarity procrustes" in capsys.readouterr().err
+    assert "was made with similarity procrustes" in capsys.readouterr().err
 
 
 def test_comparing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

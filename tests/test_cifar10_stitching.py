@@ -1,16 +1,22 @@
-"""cifar10_stitching.py as its users run it: recipes, bad input, what a sweep leaves, going on, comparing; on small networks."""
+"""cifar10_stitching.py as its users run it: recipes, bad input, what a sweep leaves, resuming, comparing; on small networks."""
 
 import csv
+import itertools
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import cifar10_stitching as script
 from common.models import zoo
-from common.run.interruption import Interruption
+from common.run import classifier, clock
+from common.run.run import Run
+from common.symmetry.stitching import StitchedModel, joints_of
 from tests.command_lines import exit_status
 from tests.small_images import smooth, write_mnist
 
@@ -28,12 +34,13 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A zoo of four mCNNs of width 2, untrained, and 100 training and 30 test images."""
+    """A zoo of four mCNNs of width 2, untrained, another of two CCTs, and 100 training and 30 test images."""
     folder = tmp_path_factory.mktemp("stitching")
-    (folder / "zoo").mkdir()
-    for i in range(4):
-        torch.manual_seed(i)
-        torch.save(zoo.make("mCNN", width=2).state_dict(), folder / "zoo" / f"{i}.pt")
+    for name, arch, n in (("zoo", "mCNN", 4), ("transformers", "cct_2_3x2_32", 2)):
+        (folder / name).mkdir()
+        for i in range(n):
+            torch.manual_seed(i)
+            torch.save(zoo.make(arch, width=2 if arch == "mCNN" else None).state_dict(), folder / name / f"{i}.pt")
     write_mnist(folder / "data", smooth(100), smooth(30, seed=1))
     return folder
 
@@ -124,18 +131,18 @@ def test_validation_images_are_not_trained_on(place: Path) -> None:
         assert len(images[1]) == n and len(images[0]) == 100 - n and not images[0] & images[1]
 
 
-def test_the_joint_alone_learns_and_the_best_epoch_is_kept(place: Path) -> None:
+def test_the_joint_alone_learns_and_the_best_epoch_is_kept(place: Path, tmp_path: Path) -> None:
     """With the statistics that it was validated with; and training does improve on the joint that it starts from."""
     line = f"--arch mCNN --dataset mnist --data-dir {place / 'data'} --zoo {place / 'zoo'} --stitch_epochs 6 --batch-size 16"
     args = script.parse(script.get_parser(), [*line.split(), "--nopermwarmup", "--stitch_lr", "0.1", "--noschedule"])
     data = script.load_data(args, torch.device("cpu"))
     networks = [zoo.load(place / "zoo" / f"{i}.pt", "mCNN") for i in (0, 1)]
     before = [{name: value.clone() for name, value in network.state_dict().items()} for network in networks]
-    (cell,) = script.cells_of(args, [(0, 1)], [p for p in script.joints_of(networks[0]) if p.index == 6])
+    (job,) = script.jobs_of(args, tmp_path, [(0, 1)], [p for p in joints_of(networks[0]) if p.index == 6])
     torch.manual_seed(0)
-    stitched = script.stitch(*networks, 6, script.make_joint(args, cell.place.channels, 0))
+    stitched = script.stitch(*networks, 6, script.make_joint(args, job.place.channels, 0))
     weights = {name: p.clone() for name, p in stitched.named_parameters()}
-    found = script.train_cell(args, cell, stitched, data, Interruption())
+    found = script.train(args, job, stitched, data, Run("cifar10_stitching", "alone", args, another="--name NAME"))
     assert script.accuracy(stitched, data.selection, data.preprocessing) == found["best"]["val_accuracy"]
     losses = [row["train_loss"] for row in found["epochs"]]
     assert losses[-1] < losses[0]
@@ -145,23 +152,58 @@ def test_the_joint_alone_learns_and_the_best_epoch_is_kept(place: Path) -> None:
         assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
-def test_a_sweep_goes_on_where_it_stood(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["wreath", "lasso"])
+def test_the_second_half_begins_with_the_best_of_the_first(
+    kind: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With new optimisers, at a sixteenth of the rate, with scales; what was best without scales does not count any more."""
+    step, steps = script.training_step, []
+    accuracies = iter([0.5, 0.375, 0.25, 0.125, 0.0])  # of four epochs, and of the test images
+
+    def noted(
+        model: StitchedModel, x: torch.Tensor, labels: torch.Tensor, optimizer: torch.optim.Optimizer, **more: Any
+    ) -> Any:
+        weights = {name: value.clone() for name, value in model.joint.state_dict().items()}
+        steps.append((weights, len(optimizer.state), optimizer.param_groups[0]["lr"], getattr(model.joint, "scalars", None)))
+        return step(model, x, labels, optimizer, **more)
+
+    def agree(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(a[name], b[name]) for name in a)
+
+    monkeypatch.setattr(script, "training_step", noted)
+    monkeypatch.setattr(script, "evaluate", lambda *_, **__: {"accuracy": next(accuracies)})
+    assert run(f"--{kind} --stitch_epochs 4 --stitch_lr 0.1 --pairs 0-1 --layers 3", place, tmp_path) == 0
+    weights, with_moments, rates, scalars = zip(*steps, strict=True)
+    assert agree(weights[10], weights[5]) and not agree(weights[10], weights[9])  # five steps an epoch
+    assert with_moments[0] == with_moments[10] == 0
+    assert rates[::5] == (0.1, 0.05, 0.1 / 16, 0.05 / 16)
+    best = json.loads((directory(tmp_path) / "result.json").read_text())["cells"][0]["best"]
+    state = torch.load(directory(tmp_path) / "cells" / "0-1_layer_3_run_0.pt", weights_only=True)
+    if kind == "wreath":
+        assert scalars == (False,) * 10 + (True,) * 10 and with_moments[11] == 2
+        assert best == {"val_accuracy": 25, "half": 1, "epoch": 0} and agree(weights[15], state)
+    else:
+        assert best == {"val_accuracy": 50, "half": 0, "epoch": 0} and agree(weights[5], state)
+
+
+def test_a_sweep_resumes_where_it_stood(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = "--birkhoff --noschedule --pairs 0-1 --layers 3 6 10"
     assert run(line, place, tmp_path / "whole") == 0
     whole = json.loads((directory(tmp_path / "whole") / "result.json").read_text())
 
-    run_cell, trained = script.run_cell, []
+    run_job, trained = script.run_job, []
 
-    def interrupted(args: object, cell: script.Cell, *more: object) -> None:
+    def interrupted(args: object, job: script.StitchJob, *more: object) -> dict[str, Any]:
         if len(trained) == 1:
             signal.raise_signal(signal.SIGTERM)
-        run_cell(args, cell, *more)  # type: ignore[arg-type]
-        trained.append(cell.stem)
+        record = run_job(args, job, *more)  # type: ignore[arg-type]
+        trained.append(job.name)
+        return record
 
-    monkeypatch.setattr(script, "run_cell", interrupted)
+    monkeypatch.setattr(script, "run_job", interrupted)
     assert run(line, place, tmp_path / "parts") == 75
     assert trained == ["0-1_layer_10_run_0"]
-    assert run(line, place, tmp_path / "parts") == 2  # says how to go on
+    assert run(line, place, tmp_path / "parts") == 2  # says how to resume
     trained.append("no more signals")
     assert run(f"{line} --resume", place, tmp_path / "parts") == 0
     assert trained[2:] == ["0-1_layer_6_run_0", "0-1_layer_3_run_0"]  # what was done is not done again
@@ -172,13 +214,87 @@ def test_a_sweep_goes_on_where_it_stood(place: Path, tmp_path: Path, monkeypatch
     assert "stopped by SIGTERM" in log and log.count("% of test images (parents") == 3
 
 
+def outcome(results: Path) -> dict[str, Any]:
+    """Everything that a sweep has measured and learned."""
+    path = directory(results)
+    result = json.loads((path / "result.json").read_text())
+    joints = {file.name: torch.load(file, weights_only=True) for file in path.glob("cells/*.pt")}
+    weights = {f"{name} {key}": value.tolist() for name, joint in joints.items() for key, value in joint.items()}
+    files = {file.name for file in path.glob("cells/*")}
+    del result["seconds"]
+    return {"result": result, "weights": weights, "files": files, "metrics": (path / "metrics.csv").read_text()}
+
+
+def signalling(work: Callable[..., Any], every: int) -> Callable[..., Any]:
+    """The same work; a signal comes during each `every`-th call."""
+    calls = itertools.count(1)
+
+    def signalled(*arguments: Any, **named: Any) -> Any:
+        if next(calls) % every == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return work(*arguments, **named)
+
+    return signalled
+
+
+RESUMED = {  # 90 training images, so 5 steps an epoch
+    "two halves, alternating": "--birkhoff --alternating --pgd_hook --bn_epoch --bn_batches 2 --stitch_epochs 4 --layers 6",
+    "two halves, Adam": "--wreath --stitch_epochs 4 --layers 6",
+    "two halves of any matrix": "--lasso --stitch_epochs 4 --stitch_lr 0.1 --layers 6",
+    "dropout": "--nopermwarmup --bn_epoch --bn_batches 2 --arch cct_2_3x2_32 --zoo ZOO --layers 9",
+}
+
+
+@pytest.mark.parametrize("when", ["every step", "every sixth batch"])
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_joint_resumes_after_any_step(
+    kind: str, when: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a validation, a re-estimation of statistics, and the evaluation on test images: all of them have batches."""
+    line = RESUMED[kind].replace("ZOO", str(place / "transformers")) + " --pairs 0-1"
+    assert run(line, place, tmp_path / "whole") == 0
+    if when == "every step":
+        monkeypatch.setattr(script, "training_step", signalling(script.training_step, 1))
+    else:
+        monkeypatch.setattr(StitchedModel, "forward", signalling(StitchedModel.forward, 6))
+        monkeypatch.setattr(classifier, "EVALUATED_AT_ONCE", 8)
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # a second from look to look
+    statuses = [run(line, place, tmp_path / "parts")]
+    while statuses[-1] == 75 and len(statuses) < 50:
+        statuses.append(run(f"{line} --resume", place, tmp_path / "parts"))
+    steps = 5 * (4 if "halves" in kind else 2)
+    assert statuses == [75] * (steps if when == "every step" else len(statuses) - 1) + [0] and len(statuses) > 3
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    (record,) = directory(tmp_path / "parts").glob("cells/*.json")
+    assert json.loads(record.read_text())["seconds"] == len(statuses)
+
+
+def test_signals_are_seen_between_networks(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first joint is trained; and nothing is lost."""
+    accuracy, measured = script.accuracy, []
+
+    def signalled(*arguments: Any) -> float:
+        if not measured:
+            signal.raise_signal(signal.SIGUSR1)
+        measured.append(arguments)
+        return accuracy(*arguments)
+
+    monkeypatch.setattr(script, "accuracy", signalled)
+    line = "--nopermwarmup --pairs 0-1 --layers 3"
+    assert run(line, place, tmp_path) == 75 and len(measured) == 1
+    assert "stopped by SIGUSR1 before the first joint: --resume auto continues from there" in capsys.readouterr().out
+    assert run(f"{line} --resume", place, tmp_path) == 0
+
+
 def test_a_finished_sweep_is_not_taken_for_another(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = "--nopermwarmup --pairs 0-1 --layers 3 --name mine --lowrank"
     assert run(f"{line} --rank 1", place, tmp_path) == 0
     assert run(f"{line} --rank 1 --resume", place, tmp_path) == 0
     capsys.readouterr()
     assert run(f"{line} --rank 2 --resume", place, tmp_path) == 2
-    assert "was begun with rank 1, not 2: --name NAME starts another" in capsys.readouterr().err
+    assert "was made with rank 1, not 2" in (error := capsys.readouterr().err) and "--name NAME starts another" in error
 
 
 def test_chunks_are_put_together(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,10 +324,42 @@ def test_rates_of_a_schedule_are_those_of_the_epochs(place: Path, tmp_path: Path
         assert [float(row["lr"]) for row in csv.DictReader(file)] == [0.001, 0.0005, 0.00025, 0.000125]
 
 
-def test_a_loss_that_is_not_finite_is_no_result(place: Path, tmp_path: Path) -> None:
-    assert run("--birkhoff --alpha 1e39 --nopermwarmup --pairs 0-1 --layers 3", place, tmp_path) == 1
-    (part,) = (tmp_path / "cifar10_stitching").iterdir()
-    assert part.name.endswith(".part") and not list((part / "cells").iterdir())
+def test_a_loss_that_is_not_finite_is_no_result(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All joints fail: there is a result, without tables and pictures, and nothing that could be compared."""
+    assert run("--birkhoff --alpha 1e39 --nopermwarmup --pairs 0-1 --layers 3 6", place, tmp_path) == 1
+    path = directory(tmp_path)
+    result = json.loads((path / "result.json").read_text())
+    names = {"0-1_layer_6_run_0", "0-1_layer_3_run_0"}
+    reason = "the loss of epoch 1 is not finite: a smaller --stitch_lr may help"
+    assert result["failed"] == dict.fromkeys(names, reason) and result["layers"] == result["cells"] == []
+    assert {file.name for file in path.iterdir()} == {"args.json", "cells", "last.pkl", "log", "result.json"}
+    assert {file.name for file in path.glob("cells/*")} == {f"{name}.failed.json" for name in names}
+    assert f"0-1_layer_3_run_0 failed: {reason}" in (out := capsys.readouterr().out) and "2 jobs failed, --retry-failed" in out
+    assert exit_status(script.main, ["--compare", str(path), "--results-dir", str(tmp_path)]) == 2
+    assert "all joints of these runs failed" in capsys.readouterr().err
+
+
+def test_joints_that_failed_are_left_out_and_repeated(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "--birkhoff --noschedule --pairs 0-1 2-3 --layers 3 6"
+    assert run(line, place, tmp_path / "whole") == 0
+    whole = outcome(tmp_path / "whole")
+    step = script.training_step
+    with monkeypatch.context() as broken:
+        broken.setattr(script, "training_step", lambda model, *a, **b: step(model, *a, **b) / (model.place.index != 6))
+        assert run(line, place, tmp_path / "parts") == 1
+    parts = outcome(tmp_path / "parts")
+    assert set(parts["result"]["failed"]) == {"0-1_layer_6_run_0", "2-3_layer_6_run_0"}
+    assert [of["layer"] for of in parts["result"]["layers"]] == [3] and len(parts["result"]["cells"]) == 2
+    assert all(whole["weights"][name] == value for name, value in parts["weights"].items()) and len(parts["files"]) == 6
+    assert (directory(tmp_path / "parts") / "matrices.png").exists()
+    capsys.readouterr()
+    assert run(f"{line} --resume", place, tmp_path / "parts") == 1
+    assert "2 jobs failed: --retry-failed repeats them" in capsys.readouterr().out
+    assert run(f"{line} --retry-failed", place, tmp_path / "parts") == 0
+    assert outcome(tmp_path / "parts") == whole
+    assert run(f"{line} --retry-failed", place, tmp_path / "parts") == 0 and "nothing to do" in capsys.readouterr().out
 
 
 def test_comparing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +394,7 @@ BAD = {
     "--arch mCNN --birkhoff --bn-batches 3": "--bn-batches 3 is for --bn_epoch",
     "--arch mCNN --zoo ZOO --pairs 0-1 --num_chunks 4 --chunk 0": "chunk 0 of 4 has none of the 1 pairs",
     "--arch mCNN --stitch_epochs 1": "cannot be halved",
-    "--arch mCNN --zoo ZOO --pairs 0-1 --layers 4": "--layers 4: mCNN has joints at 3 6 10 14",
+    "--arch mCNN --zoo ZOO --pairs 0-1 --layers 4": "--layers 4: mCNN has 3 6 10 14",
     "--arch mCNN --zoo ZOO --pairs 0-1 --lowrank --rank 3": "--rank 3 is above the 2 channels of layer 3",
     "--arch mCNN --zoo ZOO --pairs 0-9": "the zoo has no 9.pt",
     "--arch mCNN --zoo ZOO --pairs 1-1": "no pair of two networks",
@@ -254,6 +402,7 @@ BAD = {
     "--arch resnet20 --zoo ZOO --pairs 0-1": "0.pt is no resnet20: it lacks",
     "--arch mCNN --zoo nowhere": "nowhere holds 0 networks",
     "--arch mCNN --resume --overwrite": "choose one",
+    "--arch mCNN --retry-failed --overwrite": "choose one",
 }
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import deepsets_exercise as script
-from common.run.directory import RunDirectory
+from common.run.run import Run
 from deepsets_exercise import DeepSet, all_instances, count_params, evaluate, make_data, make_mlp, train
 from tests.command_lines import assert_one_line_and_nothing_made, exit_status
 
@@ -185,15 +185,15 @@ def test_a_run_that_another_process_has_begun_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """It appears after this one has looked."""
-    honest = RunDirectory.check
+    honest = Run._look
 
-    def check(run: RunDirectory, **how: object) -> str:
-        found = honest(run, **how)
+    def look(run: Run) -> str:
+        status = honest(run)
         run.part.mkdir(parents=True)
         (run.part / "args.json").write_text("{}")
-        return found
+        return status
 
-    monkeypatch.setattr(RunDirectory, "check", check)
+    monkeypatch.setattr(Run, "_look", look)
     assert run(SHORT, tmp_path) == 2
     assert "another process has made" in capsys.readouterr().err
     assert [path.name for path in tmp_path.glob("*/*/*")] == ["args.json"]

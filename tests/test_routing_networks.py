@@ -1,13 +1,8 @@
-"""routing_networks.py as its users run it: data, networks, bad input, what a run leaves, signals, kills, comparing runs."""
+"""routing_networks.py as its users run it: data, networks, bad input, what a run leaves, stops, comparing runs."""
 
 import csv
 import json
-import os
-import random
-import shutil
-import signal
-import sys
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +14,13 @@ import routing_networks as script
 from common.datasets import multitask
 from common.datasets.images import DataError, ImageSet
 from common.models import routed
-from common.run import epochs
+from common.routing import measures
+from common.run.state import State
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
-from tests.interruptions import disturb, stands_within_an_epoch
 from tests.reference import Vectors, assert_agrees
 from tests.small_images import smooth, write_mnist
+from tests.stopping import outcome, signal_at
 from tests.test_images import write_cifar
-from tests.test_resume import SERVER
 from tests.test_routing_vectors import load_agents
 
 SMALL = {"train": 18, "test": 9}  # images a task of its class, and as many of others
@@ -204,9 +199,9 @@ def test_mixture_by_hand() -> None:
 
 def test_measures_of_maps() -> None:
     apart, together = torch.eye(4), torch.eye(4)[[2, 2, 2, 2]]
-    assert script.modules_used(apart) == pytest.approx(4) and script.modules_used(together) == pytest.approx(1)
-    assert script.task_overlap(apart) == 0 and script.task_overlap(together) == 1
-    assert script.task_overlap(torch.full((3, 5), 0.2)) == pytest.approx(0.2)
+    assert measures.modules_used(apart) == pytest.approx(4) and measures.modules_used(together) == pytest.approx(1)
+    assert measures.task_overlap(apart) == 0 and measures.task_overlap(together) == 1
+    assert measures.task_overlap(torch.full((3, 5), 0.2)) == pytest.approx(0.2)
 
 
 # ---- command lines -------------------------------------------------------------------------------------------------------
@@ -279,6 +274,8 @@ def test_what_a_run_leaves(model: str, grey: str, tmp_path: Path, capsys: pytest
     assert list(by_task) == [str(digit) for digit in range(10)]
     assert sum(by_task.values()) / 10 == pytest.approx(result["test"]["accuracy"])
     assert len(result["maps"]) == 3 and all(sum(row) == pytest.approx(1) for layer in result["maps"] for row in layer)
+    maps = torch.load(path / "last.pkl", weights_only=True)["extra"]["maps"]  # of both epochs
+    assert len(maps) == 2 and maps[1] == result["maps"]
     if model == "per-task-all-fc":
         assert result["test"]["modules_used"] == pytest.approx(10) and result["test"]["task_overlap"] == 0
     assert run(line) == 2 and run(f"{line} --resume") == 0
@@ -326,15 +323,30 @@ def test_routing_learns(grey: str, tmp_path: Path, no_pictures: None) -> None:
     assert result["test"]["policy_entropy"] < 2.2  # of at most ln 10 = 2.303
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a sentence; and never reaches a file."""
-    monkeypatch.setattr(epochs, "SAVE_SECONDS", 0.0)
-    batch = script.Data.batch
-    monkeypatch.setattr(script.Data, "batch", lambda *args: (batch(*args)[0] * torch.nan, *batch(*args)[1:]))
-    with pytest.raises(SystemExit, match="the loss of epoch 1 is not finite: a smaller --lr may help"):
-        script.main(f"{SHORT} {grey} --results-dir {tmp_path}".split())
+@pytest.mark.parametrize("part", ["training", "evaluation"])
+def test_a_loss_that_is_not_finite_ends_the_run(
+    part: str, grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a sentence, in training and in the evaluation; and never reaches a file: a second start continues from before."""
+    batch, calls = script.Data.batch, []
+
+    def broken(self: script.Data, split: multitask.MultitaskSet, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        calls.append(split)
+        x, *rest = batch(self, split, indices)
+        return (x * torch.nan if len(calls) == (10 if part == "training" else 7) else x, *rest)
+
+    line = f"{SHORT} {grey} --results-dir {tmp_path}"
+    monkeypatch.setattr("common.run.state.SAVE_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Data, "batch", broken)
+        assert run(line) == 1
+    epoch, progress = (2, (1, 2, 8)) if part == "training" else (1, (0, 6, 6))
+    reason = f"failed: the loss of epoch {epoch} is not finite: a smaller --lr may help\n"
+    assert capsys.readouterr().err == f"routing_networks.py: {reason}"
+    assert (only(tmp_path) / "log").read_text().endswith(reason)
     last = torch.load(only(tmp_path) / "last.pkl", weights_only=True)
-    assert all(value.isfinite().all() for value in last["model"].values())
+    assert last["progress"] == progress and all(value.isfinite().all() for value in last["model"].values())
+    assert run(f"{line} --resume") == 0
 
 
 def test_compare(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_pictures: None) -> None:
@@ -359,90 +371,68 @@ def test_compare(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert (figures / "comparison.png").exists()
 
 
-# ---- interruptions -------------------------------------------------------------------------------------------------------
+# ---- stopped and resumed ---------------------------------------------------------------------------------------------------
 
 # RELAX draws the most; the window of collaboration is part of what is saved
 LINES = {
-    "WPL": f"{SHORT} --epochs 8 --resume",
-    "RELAX": f"{SHORT} --epochs 4 --decision RELAX --model dispatched --exploration-end 0.0 --resume",
+    "WPL": SHORT,
+    "RELAX": f"{SHORT} --decision RELAX --model dispatched --exploration-end 0.0",
+    "GumbelSoftmax": f"{SHORT} --decision GumbelSoftmax --precision bf16",
 }
 
 
-def run_small(line: str) -> None:
-    torch.set_num_threads(1)
-    multitask.PER_TASK = SMALL
-    epochs.SAVE_SECONDS = 0.02  # save within epochs, too
-    script.draw = lambda data, training: None
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    sys.exit(script.main(line.split()))
-
-
-def start(line: str, results: Path) -> BaseProcess:
-    process = SERVER.Process(target=run_small, args=(f"{line} --results-dir {results}",))
-    process.start()
-    return process
-
-
-def finish(line: str, results: Path) -> None:
-    process = start(line, results)
-    process.join(120)
-    assert process.exitcode == 0
-
-
-def outcome(results: Path) -> dict:
-    """Everything that a run leaves, but for times."""
-    path = only(results)
-    result = json.loads((path / "result.json").read_text())
-    del result["seconds"]
-    with open(path / "metrics.csv") as file:
-        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-    saved = torch.load(path / "last.pkl", weights_only=True)["model"]
-    weights = {name: value.numpy().tobytes() for name, value in saved.items()}
-    return {"result": result, "rows": rows, "weights": weights, "files": sorted(file.name for file in path.iterdir())}
+@pytest.fixture(scope="module")
+def three_looks() -> Iterator[None]:
+    """An evaluation of 180 images has three batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "EVALUATED_AT_ONCE", 60)
+        yield
 
 
 @pytest.fixture(scope="module", params=LINES)
-def case(request: pytest.FixtureRequest, grey: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, float]:
-    """A line, what it leaves undisturbed, and how many seconds it trains."""
-    line = f"{LINES[request.param]} {grey}"
-    results = tmp_path_factory.mktemp("undisturbed")
-    finish(line, results)
-    return line, outcome(results), json.loads((only(results) / "result.json").read_text())["seconds"]
-
-
-def test_kills_change_nothing(case: tuple[str, dict, float], tmp_path: Path) -> None:
-    line, expected, duration = case
-    moments, longest, within_epochs = random.Random(0), duration / 2, 0
-    for _ in range(20):
-        status = disturb(lambda: start(line, tmp_path), tmp_path, moments.uniform(0, longest), signal.SIGKILL)
-        within_epochs += stands_within_an_epoch(tmp_path)
-        if within_epochs == 2:
-            break
-        if status == 0:  # it has come to its end in spite of all: once more, sooner
-            assert outcome(tmp_path) == expected
-            shutil.rmtree(tmp_path / "routing_networks")
-            longest /= 2
-    assert within_epochs == 2, "kills came too early, or too late: choose other moments"
-    finish(line, tmp_path)
-    assert outcome(tmp_path) == expected
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_stop_with_75(number: signal.Signals, case: tuple[str, dict, float], tmp_path: Path) -> None:
-    line, expected, _ = case
-    assert disturb(lambda: start(line, tmp_path), tmp_path, 0, number) == 75
-    assert f"stopped by {number.name}" in (only(tmp_path) / "log").read_text()
-    finish(line, tmp_path)
-    assert outcome(tmp_path) == expected
-
-
-def test_going_on_needs_the_same_options_and_data(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = f"{SHORT} {grey} --results-dir {tmp_path}"
+def case(
+    request: pytest.FixtureRequest, grey: str, three_looks: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict]:
+    """A line, and what it leaves undisturbed."""
+    line, results = f"{LINES[request.param]} {grey} --resume", tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "train_epoch", lambda *_: False)
+        patch.setattr(multitask, "PER_TASK", SMALL)
+        patch.setattr(script, "draw", lambda data, training: None)
+        assert run(f"{line} --results-dir {results}") == 0
+    return line, outcome(only(results))
+
+
+# 6 steps an epoch, then 3 looks in the evaluation
+@pytest.mark.parametrize(("look", "step"), [(1, 1), (6, 6), (8, 6), (12, 9), (18, 12)])
+def test_a_stopped_run_resumes_exactly(
+    look: int,
+    step: int,
+    case: tuple[str, dict],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_pictures: None,
+) -> None:
+    line, expected = case
+    line += f" --results-dir {tmp_path}"
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "check_signal", signal_at(look))
+        assert run(line) == 75
+    assert f"stopped by SIGTERM after step {step}: --resume auto continues from there" in capsys.readouterr().out
+    assert run(line) == 0
+    assert f"resumed in epoch {1 + (step - 1) // 6} after step {step}" in capsys.readouterr().out
+    assert outcome(only(tmp_path)) == expected
+
+
+def test_resuming_needs_the_same_options_and_data(
+    grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"{SHORT} {grey} --results-dir {tmp_path}"
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "check_signal", signal_at(2))
         assert run(line) == 75
     capsys.readouterr()
-    assert run(line) == 2 and "--resume auto goes on with it" in capsys.readouterr().err
+    assert run(line) == 2 and "--resume auto continues it" in capsys.readouterr().err
     write_mnist(tmp_path / "other", smooth(200, seed=5), smooth(100, seed=1))
     assert run(f"{SHORT} --data-dir {tmp_path / 'other'} --results-dir {tmp_path} --resume") == 2
     assert "made with other data" in capsys.readouterr().err

@@ -1,508 +1,601 @@
-"""One experiment's life, piece by piece: options and names, clock, backtracking, checkpoints, directory, signals, traces."""
+"""The life of a run: its directory and lock, second starts, what --overwrite may remove, and how a command ends."""
 
-import argparse
 import errno
 import fcntl
 import json
-import math
 import os
-import pickle
+import shutil
 import signal
-import time
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from common.run import checkpoint, directory, options
-from common.run.backtracking import Backtracking
-from common.run.checkpoint import CheckpointError
-from common.run.clock import Clock
-from common.run.directory import RunDirectory, RunError
-from common.run.ending import refusing
-from common.run.interruption import Interruption
-from common.run.records import write_json
-from common.run.traces import N_RECORDS, Metrics, Traces, read_metrics
-from tests.reference import DATA
+import amortised_clustering
+import cifar10_alignment
+import cifar10_projections
+import cifar10_stitching
+from common.errors import Failed, InputError, Interrupted
+from common.run import run as run_module
+from common.run.command import Command
+from common.run.lock import is_locked, take_lock
+from common.run.run import FILES, Run, RunError, environment, git_revision
+from tests.command_lines import exit_status
+from tests.test_options import BAD_NAMES
 
-# ---- options -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def parser() -> options.OneLineParser:
-    parser = options.OneLineParser(prog="test.py")
-    for name in ("-type", "-run", "-resume"):
-        parser.add_argument(name)
-    for name in ("-n_hidden", "-n_heads", "-n_iter", "-n_layers", "-bs", "-tasks", "-n"):
-        parser.add_argument(name, type=options.at_least(1))
-    for name in ("-lr", "-wc", "-dropout"):
-        parser.add_argument(name, type=options.real(0, 1e6))
-    parser.add_argument("-no_cuda", action="store_true")
-    return parser
+MAY_CHANGE = ("results_dir", "resume", "overwrite", "retry_failed", "to_stdout")
 
 
-NAMES = {  # the original's examples
-    "-type Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0 -bs 50 -wc 60": (
-        "-type.Swarm-n_hidden.128-n_iter.10-n_layers.1-dropout.0.0-bs.50-wc.60"
-    ),
-    "-type SetTransformer -n_heads 8 -no_cuda -run 2 -resume old/best.pkl -lr 1e-3": (
-        "-type.SetTransformer-n_heads.8-no_cuda-run.2-lr.1e-3"
-    ),
-    "-lr 0.010 -type LSTMS -tasks=500": "-lr.0.010-type.LSTMS-tasks=500",
-    "-n_hidden 8 -run 8 -resume 8": "-n_hidden.8-run.8",  # the original removed every 8
-    "-resume=a/b.pkl -bs.50": "-bs.50",
-}
+def make(place: Path, name: str = "a", *, script: str = "script", **options: Any) -> Run:
+    """A run whose script has the usual options, and `a`."""
+    args = {"results_dir": str(place), "resume": None, "overwrite": False, "retry_failed": False, "a": 1} | options
+    return Run(script, name, Namespace(**args), another="-run ID", may_change=MAY_CHANGE, files=("cells/*",))
 
 
-@pytest.mark.parametrize("line", NAMES)
-def test_names(parser: argparse.ArgumentParser, line: str) -> None:
-    args, name, _ = options.parse(parser, line.split(), ("resume",))
-    assert name == NAMES[line]
-    pasted, again, _ = options.parse(parser, [name], ("resume",))  # a name is a command line
-    assert again == name
-    assert {**vars(pasted), "resume": None} == {**vars(args), "resume": None}
+def content(place: Path) -> dict[str, Any]:
+    """Everything below a directory, links as links."""
+    found: dict[str, Any] = {}
+    for path in place.rglob("*"):
+        kind = os.readlink(path) if path.is_symlink() else None if path.is_dir() else path.read_bytes()
+        found[str(path.relative_to(place))] = kind
+    return found
 
 
-def test_spellings(parser: argparse.ArgumentParser) -> None:
-    for spelling in ("-bs 50 -lr 1e-3", "-bs.50 -lr.1e-3", "-bs=50 -lr=1e-3", "-bs.50-lr.1e-3"):
-        args, _, given = options.parse(parser, spelling.split(), ())
-        assert (args.bs, args.lr, given) == (50, 1e-3, {"bs", "lr"})
-    args, _, _ = options.parse(parser, ["-resume=r/-bs.3-lr.1/best.pkl", "-run.x"], ("resume",))
-    assert (args.resume, args.run, args.bs) == ("r/-bs.3-lr.1/best.pkl", "x", None)
-    args, _, _ = options.parse(parser, ["-n", "3", "-run", "a-b.c", "-no_cuda"], ())
-    assert (args.n, args.run, args.no_cuda, args.n_hidden) == (3, "a-b.c", True, None)
+def finished(place: Path, name: str = "a", result: dict[str, Any] | None = None, **options: Any) -> Path:
+    with make(place, name, **options) as run:
+        run.open()
+        run.last.write_bytes(b"a state")
+        run.finish(result or {"loss": 1.0})
+    return run.final
 
 
-@pytest.mark.parametrize(
-    ("word", "resume", "bs"),
-    [
-        ("-resume=my-bs", "my-bs", None),
-        ("-resume=my-bs.3", "my-bs.3", None),
-        ("-resume.my-bs.3", "my-bs.3", None),
-        ("-resume=-lr.3=4-run", "-lr.3=4-run", None),
-        ("-bs.7-resume=my-no_cuda", "my-no_cuda", 7),
-    ],
-)
-def test_values_that_are_in_no_name_are_not_cut_up(
-    parser: argparse.ArgumentParser, word: str, resume: str, bs: int | None
-) -> None:
-    args, name, given = options.parse(parser, [word], ("resume",))
-    assert (args.resume, args.bs) == (resume, bs)
-    assert name == ("-bs.7" if bs else "") and given == ({"resume", "bs"} if bs else {"resume"})
+def unfinished(place: Path, name: str = "a", **options: Any) -> Path:
+    with make(place, name, **options) as run:
+        run.open()
+        run.last.write_bytes(b"a state")
+    return run.part
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("-bs", "-bs needs a value"),
-        ("-b 50", "unknown option '-b'"),
-        ("-n_hid 50", "unknown option '-n_hid'"),
-        ("50", "unknown option '50'"),
-        ("--bs 50", "unknown option '--bs'"),
-        ("-no_cuda=1", "takes no value"),
-        ("-bs 0", "0 is too small: at least 1"),
-        ("-bs -3", "-3 is too small"),
-        ("-bs 3000000000", "3000000000 is too large"),
-        ("-bs 1.5", "'1.5' is not a whole number"),
-        ("-lr nan", "nan is out of range"),
-        ("-lr inf", "inf is out of range"),
-        ("-lr -1e-3", "-1e-3 is out of range: at least 0"),
-        ("-lr fast", "'fast' is not a number"),
-        ("-run " + 250 * "x", "characters"),
-    ],
-)
-def test_wrong_command_lines(parser: argparse.ArgumentParser, line: str, message: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        options.parse(parser, line.split(), ())
+Capture = pytest.CaptureFixture[str]
+
+
+def refused(run: Run, capsys: Capture, message: str, then: Callable[[], object] = lambda: None) -> None:
+    """With exit status 2 and one line; what is there stays as it is, and nothing stays locked."""
+    before = content(Path(run.args.results_dir))
+    with pytest.raises(SystemExit) as stopped, run:
+        then()
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and error.count("\n") == 1 and error.startswith("test.py: error: ")
+    assert stopped.value.code == 2 and message in error
+    assert error.startswith(f"{run.script}.py: error: ") and error.count("\n") == 1
+    assert content(Path(run.args.results_dir)) == before and run._lock is None
 
 
-def test_booleans_and_numbers() -> None:
-    assert [options.boolean(text) for text in ("true", "1", "False", "0")] == [True, True, False, False]
-    with pytest.raises(argparse.ArgumentTypeError, match="neither true nor false"):
-        options.boolean("")
-    assert [options.shortest(x) for x in (480.0, 0.001, 1e-05, 0.5, 1e6)] == ["480", "0.001", "1e-05", "0.5", "1e+06"]
-    for x in (0.1 + 0.2, 1 / 3, 1234567.875, 5e-324):
-        assert float(options.shortest(x)) == x
+def says_finished(run: Run, capsys: Capture, status: int = 0) -> str:
+    with pytest.raises(SystemExit) as stopped, run:
+        pytest.fail("it has begun")
+    assert stopped.value.code == status
+    return capsys.readouterr().out
 
 
-def test_not_defaults(parser: argparse.ArgumentParser) -> None:
-    args = parser.parse_args(["-bs=5", "-lr=0.10", "-no_cuda", "-type=x"])
-    assert options.not_defaults(parser, args, ("type",)) == ["bs.5", "lr.0.1", "no_cuda"]
+# ---- life of a directory -------------------------------------------------------------------------------------------------
 
 
-def test_ranges() -> None:
-    assert options.real(0, 1, above=True)("1") == 1 and options.real(0, 1, below=True)("0") == 0
-    for wrong, kind in (("0", options.real(0, above=True)), ("1", options.real(0, 1, below=True)), ("1.1", options.real(0, 1))):
-        with pytest.raises(argparse.ArgumentTypeError, match="out of range"):
-            kind(wrong)
-    assert options.run_id("a.b-2_c+") == "a.b-2_c+"
-    for wrong in ("a/b", "", "a b", "ä", "..\n"):
-        with pytest.raises(argparse.ArgumentTypeError):
-            options.run_id(wrong)
-
-
-# ---- clock ---------------------------------------------------------------------------------------------------------------
-
-
-def test_clock_does_not_count_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    clock = Clock(60, used=10)
-    now[0] += 20
-    with clock.paused():
-        now[0] += 1000
-        assert clock.used() == 30
-    now[0] += 5
-    assert (clock.used(), clock.left(), clock.is_up()) == (35, 25, False)
-    now[0] += 25
-    assert clock.is_up() and clock.left() == 0
-
-
-# ---- backtracking --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("trace", [1, 2, 3])
-def test_backtracking_traces(trace: int) -> None:
-    """Every epoch of the original's loop: what is saved, when it goes back, to which weights, at which rate."""
-    t = json.loads((DATA / "swarm" / f"backtracking_{trace}.json").read_text())
-    backtracking, rate, best_epoch, steps_of_best, steps = Backtracking(t["bt_horizon"]), t["lr"], None, None, 0
-    for epoch, row in enumerate(t["epochs"]):
-        last = t["time_up_in_last_epoch"] and epoch == len(t["epochs"]) - 1
-        steps, weights_from = steps + 1, epoch
-        verdict = backtracking.judge(row["val_loss"], last_epoch=last)
-        if verdict == "best":
-            best_epoch, steps_of_best = epoch, steps
-        elif verdict == "back":
-            rate, weights_from, steps = rate * t["bt_alpha"], best_epoch, steps_of_best
-        assert (verdict == "best") == row["saved"], epoch
-        assert (verdict == "back") == row["backtrack"], epoch
-        assert backtracking.history[-1] == row["recorded_val_loss"]
-        assert backtracking.best == row["best_val_loss"] and best_epoch == row["best_epoch"]
-        assert (rate, weights_from, steps) == (
-            pytest.approx(row["lr_after"]),
-            row["weights_from_epoch"],
-            row["adam_steps_after"],
-        )
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_backtracking_from_what_is_not_finite(loss: float) -> None:
-    backtracking = Backtracking(0.2)
-    assert backtracking.judge(loss) == "back"  # before any epoch has succeeded
-    assert backtracking.judge(1.0) == "best"
-    assert backtracking.judge(loss) == "back"
-    assert backtracking.history[1:] == [math.inf, 1.0, 1.0] and backtracking.best == 1.0
-    assert backtracking.judge(loss, last_epoch=True) == "keep" and backtracking.best == 1.0
-    assert backtracking.judge(0.5) == "best"
-
-
-def test_backtracking_goes_on_from_its_state() -> None:
-    t = json.loads((DATA / "swarm" / "backtracking_1.json").read_text())
-    whole, parts = Backtracking(0.2), Backtracking(0.2)
-    for loss in t["val_losses"]:
-        fresh = Backtracking(0.2)
-        fresh.load_state_dict(parts.state_dict())
-        parts = fresh
-        assert whole.judge(loss) == parts.judge(loss)
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------------------------------
-
-
-class Malicious:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def state_of(model: torch.nn.Module) -> dict:
-    optimizer = torch.optim.Adam(model.parameters())
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "name": "x", "best_val_loss": 1.5}
-
-
-def test_checkpoint_round_trip(tmp_path: Path) -> None:
-    model, other, path = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3), tmp_path / "best.pkl"
-    checkpoint.save(state_of(model) | {"rng": checkpoint.rng_state()}, path)
-    state = checkpoint.load(path)
-    checkpoint.load_model(other, state, path)
-    assert torch.equal(other.weight, model.weight) and state["best_val_loss"] == 1.5
-    assert [p.name for p in tmp_path.iterdir()] == ["best.pkl"]
-    first = torch.rand(3)
-    checkpoint.set_rng_state(state["rng"])
-    assert torch.equal(torch.rand(3), first)
-
-
-def test_damaged_and_malicious_checkpoints(tmp_path: Path) -> None:
-    good, path, canary = tmp_path / "good.pkl", tmp_path / "best.pkl", tmp_path / "executed"
-    checkpoint.save(state_of(torch.nn.Linear(20, 30)), good)
-    content = good.read_bytes()
-    wrong = {
-        "empty": b"",
-        "truncated": content[: len(content) // 2],
-        "cut by one byte": content[:-1],
-        "text": b"hello, world\n",
-        "a pickle": pickle.dumps({"model": 1}),
-        "code": pickle.dumps(Malicious(canary)),
-        "zeros": bytes(len(content)),
-    }
-    for what, data in wrong.items():
-        path.write_bytes(data)
-        with pytest.raises(CheckpointError) as error:
-            checkpoint.load(path)
-        assert str(path) in str(error.value) and "\n" not in str(error.value), what
-        assert path.read_bytes() == data
-    torch.save(Malicious(canary), path)
-    with pytest.raises(CheckpointError):
-        checkpoint.load(path)
-    assert not canary.exists()
-    torch.save([1, 2], path)
-    with pytest.raises(CheckpointError, match="no entry 'model'"):
-        checkpoint.load(path)
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        checkpoint.load(tmp_path / "nowhere.pkl")
-    with pytest.raises(CheckpointError, match="is a directory"):
-        checkpoint.load(tmp_path)
-
-
-def test_checkpoint_of_another_model(tmp_path: Path) -> None:
-    model, path = torch.nn.Linear(2, 3), tmp_path / "best.pkl"
-    before = model.weight.clone()
-    with pytest.raises(CheckpointError, match=r"weight is \(4, 2\) there and \(3, 2\) here"):
-        checkpoint.load_model(model, state_of(torch.nn.Linear(2, 4)), path)
-    with pytest.raises(CheckpointError, match="other names"):
-        checkpoint.load_model(model, state_of(torch.nn.LSTM(2, 4)), path)
-    assert torch.equal(model.weight, before)
-
-
-def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "last.pkl"
-    checkpoint.save({"a": 1}, path)
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save({"a": 2}, path)
-    assert checkpoint.load(path, ("a",)) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pkl"]
-
-
-# ---- directory -----------------------------------------------------------------------------------------------------------
-
-
-def test_life_of_a_directory(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path, "script", "-a.1")
-    assert run.check(resume=None, overwrite=False) == "new" and not list(tmp_path.iterdir())
-    run.open({"a": 1}, overwrite=False, to_stdout=False)
-    run.log("hello")
-    with pytest.raises(RunError, match="in use by another process"):
-        RunDirectory(tmp_path, "script", "-a.1").open({}, overwrite=False, to_stdout=False)
-    with pytest.raises(RunError, match="-resume auto goes on with it"):
-        run.check(resume=None, overwrite=False)
-    assert run.check(resume="auto", overwrite=False) == "new"  # nothing to go on from yet
-    run.last.touch()
-    assert run.check(resume="auto", overwrite=False) == "unfinished"
-    run.finish({"loss": 1.0})
-    assert run.path == tmp_path / "script" / "-a.1"
+def test_life_of_a_directory(tmp_path: Path, capsys: Capture) -> None:
+    with make(tmp_path, "-a.1") as run:
+        assert run.status == "new" and not list(tmp_path.iterdir())
+        run.open(data="0123")
+        assert run.begun and run.path == run.part == tmp_path / "script" / "-a.1.part" and is_locked(run.part / "lock")
+        run.log("hello")
+        run.last.touch()
+        assert run.finish({"loss": 1.0}) == 0
+    assert run.path == run.final == tmp_path / "script" / "-a.1" and not run.part.exists()
     assert sorted(p.name for p in run.path.iterdir()) == ["args.json", "last.pkl", "log", "result.json"]
-    assert (run.path / "log").read_text() == "hello\n" and json.loads((run.path / "args.json").read_text())["a"] == 1
-    assert not run.part.exists()
-    assert run.check(resume="auto", overwrite=False) == "finished"
-    with pytest.raises(RunError, match="has finished"):
-        run.check(resume=None, overwrite=False)
-    assert run.check(resume=None, overwrite=True) == "new"
-    run.open({}, overwrite=True, to_stdout=True)
-    assert not run.final.exists() and sorted(p.name for p in run.part.iterdir()) == ["args.json", "lock"]
-    run.close()
+    assert (run.path / "log").read_text() == capsys.readouterr().out == "hello\n"
+    assert json.loads((run.path / "result.json").read_text()) == {"loss": 1.0}
+    args = json.loads((run.path / "args.json").read_text())
+    assert (args["script"], args["a"], args["data"], args["torch"]) == ("script", 1, "0123", torch.__version__)
+    assert args.keys() == {"script", "data", *vars(run.args), *environment()}
 
 
-def test_a_run_that_finishes_between_check_and_open_is_left_alone(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path, "s", "n")
-    assert run.check(resume="auto", overwrite=False) == "new"
-    (tmp_path / "s" / "n").mkdir(parents=True)
-    with pytest.raises(RunError, match=r"another process has made .*s/n meanwhile"):
-        run.open({}, overwrite=False, to_stdout=False)
-    assert [path.name for path in (tmp_path / "s").iterdir()] == ["n"]
+def test_second_start_of_a_finished_run(tmp_path: Path, capsys: Capture) -> None:
+    finished(tmp_path)
+    refused(make(tmp_path), capsys, "has finished: -overwrite replaces it, -run ID starts another")
+    before = content(tmp_path)
+    assert "has finished: nothing to do" in says_finished(make(tmp_path, resume="auto"), capsys)
+    assert "has finished: nothing to do" in says_finished(make(tmp_path, retry_failed=True), capsys)
+    assert content(tmp_path) == before
+    refused(make(tmp_path, resume="auto", a=2), capsys, "made with a 1, not 2")
+    with make(tmp_path, overwrite=True) as run:
+        assert run.status == "new" and content(tmp_path) == before
+        run.open()
+        assert sorted(p.name for p in run.part.iterdir()) == ["args.json", "lock", "log"] and not run.final.exists()
 
 
-def test_a_run_that_begins_between_check_and_open_is_left_alone(tmp_path: Path) -> None:
-    """The other one has begun, and has stopped again: its files are there, nobody holds its lock."""
-    run, other = RunDirectory(tmp_path, "s", "n"), RunDirectory(tmp_path, "s", "n")
-    assert run.check(resume="auto", overwrite=False) == "new"
-    other.open({}, overwrite=False, to_stdout=False)
-    other.last.touch()
-    other.close()
-    with pytest.raises(RunError, match=r"another process has made .*s/n.part meanwhile"):
-        run.open({}, overwrite=False, to_stdout=False)
-    assert other.check(resume="auto", overwrite=False) == "unfinished"  # what was refused holds no lock
+def test_second_start_of_an_unfinished_run(tmp_path: Path, capsys: Capture) -> None:
+    part = unfinished(tmp_path)
+    (part / "log").write_text("hello\n")
+    refused(make(tmp_path), capsys, "was started before: -resume auto continues it, -overwrite replaces it, -run ID starts")
+    refused(make(tmp_path, resume=str(part / "last.pkl")), capsys, "was started before")
+    refused(make(tmp_path, resume="old/best.pkl"), capsys, "there is no checkpoint old/best.pkl")
+    refused(make(tmp_path, resume="auto", a=2), capsys, "made with a 1, not 2")
+    for option in ({"resume": "auto"}, {"retry_failed": True}):
+        refused(make(tmp_path, overwrite=True, **option), capsys, "choose one")
+    args = (part / "args.json").read_text()
+    with make(tmp_path, resume="auto", to_stdout=False) as run:
+        assert run.status == "unfinished" and run.last.read_bytes() == b"a state"
+        run.open()
+    assert (part / "args.json").read_text() == args and (part / "log").read_text() == "hello\nstarted again\n"
+    with make(tmp_path, overwrite=True) as run:
+        run.open()
+        assert not run.last.exists() and (part / "log").read_text() == ""
 
 
-def test_who_has_looked_at_a_run_has_it_to_itself(tmp_path: Path) -> None:
-    """From before last.pkl is read to the end: else two processes could go on from the same one, or from one that is old."""
-    with RunDirectory(tmp_path, "s", "n") as first:
-        first.open({}, overwrite=False, to_stdout=False)
-        first.last.touch()
-    assert not (first.part / "lock").exists()
-    first, second = (RunDirectory(tmp_path, "s", "n") for _ in range(2))
-    with first:
-        assert first.check(resume="auto", overwrite=False) == "unfinished"
-        for resume, overwrite in (("auto", False), (None, False), (None, True)):
-            with pytest.raises(RunError, match="in use by another process"):
-                second.check(resume=resume, overwrite=overwrite)
-        first.open({}, overwrite=False, to_stdout=False)
-    with second, pytest.raises(RunError, match="was started before"):
-        second.check(resume=None, overwrite=False)
-    with first:
-        assert first.check(resume="auto", overwrite=False) == "unfinished"
-        first.finish({})
-    with second:
-        assert second.check(resume="auto", overwrite=False) == "finished"
-        second.finish_interrupted_rename()
-    assert [path.name for path in (tmp_path / "s").iterdir()] == ["n"] and not (second.final / "lock").exists()
+def test_a_run_that_was_killed_before_it_saved_anything(tmp_path: Path, capsys: Capture) -> None:
+    """It begins again; but one that was to start from a file does not start from nothing instead."""
+    with make(tmp_path) as run:
+        run.open()
+        run.log("hello")
+    assert sorted(p.name for p in run.part.iterdir()) == ["args.json", "log"]
+    refused(make(tmp_path), capsys, "was started before")
+    with make(tmp_path, resume="auto") as run:
+        assert run.status == "new"
+        run.open()
+    assert (run.part / "log").read_text() == ""
+    (run.part / "args.json").write_text(json.dumps({"resume": "old/best.pkl"}))
+    refused(make(tmp_path, resume="auto"), capsys, "was to start from old/best.pkl and has not begun: -overwrite -resume old/")
+    (run.part / "args.json").write_text("{")
+    refused(make(tmp_path, resume="auto"), capsys, "args.json is damaged")
 
 
-def test_a_lock_that_was_let_go_of_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its file was opened before another process finished: to lock it then says nothing about the directory."""
-    run, other = RunDirectory(tmp_path, "s", "n"), RunDirectory(tmp_path, "s", "n")
-    other.open({}, overwrite=False, to_stdout=False)
-    honest = fcntl.flock
-
-    def late(file: object, how: int) -> None:
-        other.close()
-        honest(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(RunError, match="in use by another process"):
-        run.check(resume="auto", overwrite=False)
-
-
-def test_killed_before_the_rename(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path, "script", "a")
-    run.open({}, overwrite=False, to_stdout=True)
-    (run.part / directory.RESULT).write_text("{}")
-    run.close()
-    assert run.check(resume="auto", overwrite=False) == "finished"
-    run.finish_interrupted_rename()
-    assert run.final.exists() and not run.part.exists() and not (run.final / "lock").exists()
-    (run.final / "lock").touch()  # killed right after the rename
-    assert run.check(resume="auto", overwrite=False) == "finished"
-    run.finish_interrupted_rename()
-    assert not (run.final / "lock").exists()
+def test_a_run_is_resumed_only_with_what_it_was_made_from(tmp_path: Path, capsys: Capture) -> None:
+    """Data and networks, whether a state has been saved or jobs alone have been done."""
+    with make(tmp_path) as run:
+        run.open(data="0123", drawn=[(1, 2)])
+    for write in (lambda: None, lambda: run.last.touch()):
+        write()
+        for made_from in ({"data": "4567"}, {"drawn": [(2, 1)]}):
+            again = make(tmp_path, resume="auto")
+            refused(again, capsys, "was made with", lambda: again.open(**made_from))  # noqa: B023
+        with make(tmp_path, resume="auto") as again:
+            again.open(data="0123", drawn=[(1, 2)], more=3)
+    with make(tmp_path, overwrite=True) as again:
+        again.open(data="4567")
 
 
-def test_best_without_last_is_not_thrown_away(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path, "script", "a")
-    run.part.mkdir(parents=True)
-    run.best.touch()
-    with pytest.raises(RunError, match="no last"):
-        run.check(resume="auto", overwrite=False)
+def test_best_without_last_is_not_thrown_away(tmp_path: Path, capsys: Capture) -> None:
+    part = unfinished(tmp_path)
+    (part / "last.pkl").rename(part / "best.pkl")
+    refused(make(tmp_path, resume="auto"), capsys, "has a best.pkl but no last.pkl to resume from")
+
+
+def test_overwrite_does_not_delete_what_it_is_to_start_from(tmp_path: Path, capsys: Capture) -> None:
+    for path in (finished(tmp_path), unfinished(tmp_path, "b")):
+        run = make(tmp_path, path.name.removesuffix(".part"), overwrite=True, resume=str(path / "last.pkl"))
+        refused(run, capsys, "-overwrite would delete")
+
+
+def test_killed_around_the_rename(tmp_path: Path, capsys: Capture) -> None:
+    part = unfinished(tmp_path)
+    (part / "result.json").write_text("{}")  # before it
+    (part / "lock").touch()
+    assert "nothing to do" in says_finished(make(tmp_path, resume="auto"), capsys)
+    final = part.with_suffix("")
+    assert final.exists() and not part.exists() and not (final / "lock").exists()
+    (final / "lock").touch()  # after it
+    assert "nothing to do" in says_finished(make(tmp_path, resume="auto"), capsys)
+    assert not (final / "lock").exists()
+
+
+def test_results_directory_that_cannot_be_written(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").touch()
+    run = make(tmp_path / "file")
+    refused(run, capsys, "cannot write to", run.open)
+    (tmp_path / "script").touch()
+    run = make(tmp_path)
+    refused(run, capsys, "name another place for results", run.open)
 
 
 def test_the_revision_of_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job's copy lies within the project, whose own revision may be another by then."""
-    monkeypatch.setattr(directory, "ROOT", tmp_path)
-    assert directory.git_revision() == "unknown"  # neither a copy nor a checkout
+    monkeypatch.setattr(run_module, "ROOT", tmp_path)
+    assert git_revision() == "unknown"  # neither a copy nor a checkout
     (tmp_path / "REVISION").write_text("0123abc-dirty-4567def\n")
-    assert directory.git_revision() == directory.environment()["git_revision"] == "0123abc-dirty-4567def"
+    assert git_revision() == environment()["git_revision"] == "0123abc-dirty-4567def"
 
 
-def test_results_directory_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot write to"):
-        RunDirectory(tmp_path / "file", "script", "a").open({}, overwrite=False, to_stdout=False)
+def test_what_is_logged_and_printed(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make(tmp_path, "quiet") as run:
+        run.quiet = True
+        run.open()
+        run.log("hello")
+        assert capsys.readouterr().out == f"running in {run.part}\n" and (run.part / "log").read_text() == "hello\n"
+    with make(tmp_path, "to stdout", to_stdout=True) as run:
+        run.quiet = True
+        run.open()
+        run.log("hello")
+        assert capsys.readouterr().out.endswith("\nhello\n") and not (run.part / "log").exists()
+    with make(tmp_path) as run:
+        run.open()
+        run._log = open("/dev/full", "w")  # a full disk silences the log, not the run
+        run.log("hello")
+        told = capsys.readouterr()
+        assert told.out == "hello\n" and told.err == "log: No space left on device: hello\n"
+        monkeypatch.setattr(run._log, "close", lambda: None)
 
 
-# ---- endings -------------------------------------------------------------------------------------------------------------
+# ---- jobs that failed ----------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_opened_again_to_repeat_its_failed_jobs(tmp_path: Path, capsys: Capture) -> None:
+    failed = {"0-1": "the loss is not finite", "1-2": "it needs 0-1"}
+    with make(tmp_path) as run:
+        run.open()
+        assert run.finish({"failed": failed}) == 1
+    before = content(tmp_path)
+    told = says_finished(make(tmp_path, resume="auto"), capsys, status=1)
+    assert told == f"the run {run.final} has finished, but 2 jobs failed: -retry-failed repeats them\n"
+    refused(make(tmp_path, retry_failed=True, a=2), capsys, "made with a 1, not 2")
+    with make(tmp_path, retry_failed=True) as run:
+        assert run.status == "unfinished" and content(tmp_path) | {"script/a/lock": b""} == content(tmp_path)
+        assert is_locked(run.final / "lock")
+        refused(make(tmp_path, retry_failed=True), capsys, "in use by another process")
+        assert says_finished(make(tmp_path, resume="auto"), capsys, status=1) == told and is_locked(run.final / "lock")
+    assert content(tmp_path) == before  # nothing was opened
+    with make(tmp_path, retry_failed=True) as run:
+        run.open()
+        assert run.path == run.part and not run.final.exists() and not (run.part / "result.json").exists()
+    assert not (run.part / "lock").exists()  # stopped early: it is one to be resumed now
+    with make(tmp_path, resume="auto") as run:
+        run.open()
+        assert run.finish({}) == 0
+    assert "nothing to do" in says_finished(make(tmp_path, retry_failed=True), capsys)
+
+
+def test_killed_before_the_rename_with_jobs_that_failed(tmp_path: Path, capsys: Capture) -> None:
+    part = unfinished(tmp_path)
+    (part / "result.json").write_text('{"failed": {"0": "no"}}')
+    with make(tmp_path, retry_failed=True) as run:
+        assert run.status == "unfinished"
+    assert "1 jobs failed" in says_finished(make(tmp_path, resume="auto"), capsys, status=1) and run.final.exists()
+
+
+# ---- two processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("look", [{"resume": "auto"}, {}, {"overwrite": True}, {"retry_failed": True}])
+def test_a_run_in_use_is_left_alone(look: dict[str, Any], tmp_path: Path, capsys: Capture) -> None:
+    with make(tmp_path) as run:
+        run.open()
+        refused(make(tmp_path, **look), capsys, "is in use by another process: wait for it; -overwrite")
+        assert is_locked(run.part / "lock")
+
+
+def test_who_has_looked_at_a_run_has_it_to_itself(tmp_path: Path, capsys: Capture) -> None:
+    """From before last.pkl is read to the end: else two processes could resume from the same one, or from one that is old."""
+    part = unfinished(tmp_path)
+    assert not (part / "lock").exists()
+    with make(tmp_path, resume="auto") as first:
+        assert first.status == "unfinished"
+        for look in ({"resume": "auto"}, {}, {"overwrite": True}):
+            refused(make(tmp_path, **look), capsys, "in use by another process")
+        first.open()
+    refused(make(tmp_path), capsys, "was started before")
+    with make(tmp_path, resume="auto") as first:
+        assert first.status == "unfinished"
+        first.finish({})
+    assert [path.name for path in part.parent.iterdir()] == ["a"]
+    assert "nothing to do" in says_finished(make(tmp_path, resume="auto"), capsys) and not (first.final / "lock").exists()
+
+
+@pytest.mark.parametrize("other", [finished, unfinished])
+def test_a_run_that_another_process_makes_between_look_and_open(other: Callable, tmp_path: Path, capsys: Capture) -> None:
+    """It has finished, or has begun and stopped again: its files are there, nobody holds its lock."""
+    run = make(tmp_path, resume="auto")
+    with pytest.raises(SystemExit) as stopped, run:
+        assert run.status == "new"
+        path = other(tmp_path)
+        before = content(tmp_path)
+        run.open()
+    assert stopped.value.code == 2 and f"another process has made {path} meanwhile" in capsys.readouterr().err
+    assert content(tmp_path) == before and not is_locked(path / "lock")
+
+
+def test_a_run_that_begins_between_look_and_open(tmp_path: Path, capsys: Capture) -> None:
+    for options in ({}, {"overwrite": True}):
+        run = make(tmp_path, **options)
+        with make(tmp_path) as other:
+            with pytest.raises(SystemExit) as stopped, run:
+                if other.status == "new" and not other.begun:
+                    other.open()
+                    other.last.touch()
+                before = content(tmp_path)
+                run.open()
+            assert stopped.value.code == 2 and "in use by another process" in capsys.readouterr().err
+            assert content(tmp_path) == before and is_locked(other.part / "lock")
+        shutil.rmtree(other.part)
+
+
+def test_a_lock_that_was_let_go_of_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """Its file was opened before another process finished: to lock it then says nothing about the directory."""
+    unfinished(tmp_path)
+    honest = fcntl.flock
+    with make(tmp_path, resume="auto") as other:
+        other.open()
+
+        def late(file: object, how: int) -> None:
+            other.close()
+            honest(file, how)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        with pytest.raises(SystemExit), make(tmp_path, resume="auto"):
+            pytest.fail("it has the lock")
+    assert "in use by another process" in capsys.readouterr().err
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of several scripts, and what lies beside them, which no test changes."""
+    results = tmp_path_factory.mktemp("project") / "results"
+    for script in ("script", "cifar10_projections", "amortised_clustering", "cifar10_stitching"):
+        for name in ("x", "projections", "-type.Swarm"):
+            finished(results, name, script=script)
+            unfinished(results, f"{name}-2", script=script)
+        for name in ("figures-x", "x.lock", "x.new"):
+            (results / script / name).mkdir()
+            (results / script / name / "penalties.png").write_bytes(b"a picture")
+    (results / "index.html").write_text("a page")
+    (results.parent / "args.json").write_text('{"script": "script"}')
+    return results
+
+
+def shortened(value: object) -> str:
+    return getattr(value, "__module__", ascii(value)[-40:])
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=shortened)
+def test_no_caller_can_remove_anything_by_a_name(name: str, results: Path, capsys: Capture) -> None:
+    """As if no parser had looked at it."""
+    before = content(results.parent)
+    for look in ({"overwrite": True}, {"resume": "auto"}, {}):
+        run = make(results, name, **look)
+        with pytest.raises(SystemExit) as stopped, run:
+            run.open()
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and "cannot be a run's name" in error and error.count("\n") == 1
+        assert content(results.parent) == before
+
+
+PROJECTIONS, CLUSTERING = cifar10_projections.main, amortised_clustering.main
+LINES: list[tuple[Callable, list[str]]] = [
+    *((PROJECTIONS, ["--overwrite", "--name", name]) for name in BAD_NAMES),
+    (PROJECTIONS, ["--overwrite", "--name=.."]),
+    *((CLUSTERING, ["-overwrite", "-type", "Swarm", "-run", name]) for name in BAD_NAMES),
+    *((CLUSTERING, ["-overwrite", "-type", "Swarm", *more]) for more in (["-wc", "\t3"], ["-wc=3\n"], ["-lr.\t0.1"])),
+    (CLUSTERING, ["-overwrite", "-type", "Swarm", "-lr", "0." + 240 * "0" + "1"]),
+    *((main, ["--overwrite", "--arch", "mCNN", "--name", ".."]) for main in (cifar10_stitching.main, cifar10_alignment.main)),
+]
+
+
+@pytest.mark.parametrize(("main", "line"), LINES, ids=shortened)
+def test_no_command_line_can_remove_anything_by_a_name(main: Callable, line: list[str], results: Path, capsys: Capture) -> None:
+    before = content(results.parent)
+    option = "-results_dir" if main is CLUSTERING else "--results-dir"
+    assert exit_status(main, [*line, option, str(results)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{main.__module__}.py: error: ") and error.count("\n") == 1
+    assert any(reason in error for reason in ("cannot be part of a file name", "cannot be a run's name", "would be called"))
+    assert content(results.parent) == before
+
+
+def test_nor_from_a_shell(results: Path) -> None:
+    before = content(results.parent)
+    command = [sys.executable, cifar10_projections.__file__, "--name", "..", "--overwrite", "--results-dir", str(results)]
+    done = subprocess.run(command, cwd=results.parent, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert content(results.parent) == before
+
+
+# ---- what --overwrite may remove -----------------------------------------------------------------------------------------
+
+OTHERS = {"b": None, "b/args.json": b'{"script": "script"}', "b/last.pkl": b"a state"}  # beside the run
+
+
+def write(place: Path, files: dict[str, Any]) -> None:
+    """What `content` returns; links are strings."""
+    for name, kind in files.items():
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind is None:
+            path.mkdir(exist_ok=True)
+        elif isinstance(kind, str):
+            path.symlink_to(kind)
+        else:
+            path.write_bytes(kind)
+
+
+DEEP = b"[" * 100_000
+OWN = {  # what is removed
+    "named by its script": {"args.json": b'{"script": "script"}', "thesis.tex": b"x", "sub/thesis.tex": b"x"},
+    "of an older version": {"args.json": b'{"a": 1}', "last.pkl": b"x", "log": b"x", "cells/0.json": b"x", "metrics.png": b"x"},
+    "damaged": {"args.json": b"{", "result.json": b"x"},
+    "nested deep": {"args.json": DEEP, "result.json": b"x"},
+    "no object": {"args.json": b"[]", "best.pkl": b"x"},
+    "half-made": {"args.json.new": b"{", "lock": b""},
+    "empty": {},
+    "with links": {"args.json": b'{"script": "script"}', "to_file": "../b/last.pkl", "to_folder": "../b"},
+}
+FOREIGN = {  # what is refused, and why
+    "a file": ({"args.json": b'{"a": 1}', "thesis.tex": b"x"}, "it holds thesis.tex"),
+    "a file below": ({"last.pkl": b"x", "sub/deep/log": b"x"}, "it holds sub/deep/log"),
+    "a file, and nested deep": ({"args.json": DEEP, "thesis.tex": b"x"}, "it holds thesis.tex"),
+    "another script's": ({"args.json": b'{"script": "train_ssl"}', "last.pkl": b"x"}, "its args.json is of train_ssl"),
+    "of no script": ({"args.json": b'{"script": 3}'}, "its args.json is of 3"),
+    "a link": ({"last.pkl": b"x", "b": "../b"}, "it holds b"),
+    "its own lock": ({"lock": b"precious", "thesis.tex": b"x"}, "it holds thesis.tex"),
+}
+
+
+@pytest.mark.parametrize("name", ["a", "a.part"])
+@pytest.mark.parametrize("files", OWN.values(), ids=OWN)
+def test_overwrite_removes_a_run_of_this_script(files: dict[str, Any], name: str, tmp_path: Path) -> None:
+    write(tmp_path / "script", OTHERS)
+    (tmp_path / "script" / name).mkdir()
+    write(tmp_path / "script" / name, files)
+    with make(tmp_path, overwrite=True) as run:
+        assert run.status == "new"
+        run.open()
+        run.finish({})
+    assert {path.name for path in run.final.iterdir()} == {"args.json", "log", "result.json"} and not run.part.exists()
+    shutil.rmtree(run.final)
+    assert content(tmp_path / "script") == OTHERS
+
+
+@pytest.mark.parametrize("name", ["a", "a.part"])
+@pytest.mark.parametrize(("files", "why"), FOREIGN.values(), ids=FOREIGN)
+def test_overwrite_removes_nothing_else(files: dict[str, Any], why: str, name: str, tmp_path: Path, capsys: Capture) -> None:
+    write(tmp_path / "script", OTHERS)
+    write(tmp_path / "script" / name, files)
+    refused(make(tmp_path, overwrite=True), capsys, f"{name} is no run of script.py, {why}: move it away, or use another name")
+
+
+@pytest.mark.parametrize("name", ["a", "a.part"])
+@pytest.mark.parametrize("target", ["b", "nowhere", "b/last.pkl"])
+def test_overwrite_follows_no_link(target: str, name: str, tmp_path: Path, capsys: Capture) -> None:
+    """In place of a run; and no lock is taken where it leads."""
+    write(tmp_path / "script", OTHERS)
+    (tmp_path / "script" / name).symlink_to(target)
+    refused(make(tmp_path, overwrite=True), capsys, f"{name} is no directory: -overwrite removes nothing else")
+
+
+@pytest.mark.parametrize("name", ["a", "a.part"])
+def test_overwrite_removes_no_file_in_place_of_a_run(name: str, tmp_path: Path, capsys: Capture) -> None:
+    write(tmp_path / "script", OTHERS | {name: b"precious"})
+    refused(make(tmp_path, overwrite=True), capsys, f"{name} is no directory")
+
+
+def test_nothing_happens_to_a_run_that_trains(tmp_path: Path, capsys: Capture) -> None:
+    line = ["-type", "Swarm", "-results_dir", str(tmp_path)]
+    args, name, _ = amortised_clustering.options.parse(
+        amortised_clustering.get_parser(), [*line, "-run", "x"], amortised_clustering.NOT_IN_NAME
+    )
+    with Run("amortised_clustering", name, args, another="-run ID") as run:
+        run.open()
+        run.last.write_bytes(b"a state")
+        before = content(tmp_path)
+        for more in (["-run", "x", "-overwrite"], ["-run", "x.part", "-overwrite"], ["-run", "x", "-resume", "auto"]):
+            assert exit_status(CLUSTERING, [*line, *more]) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+            assert content(tmp_path) == before and is_locked(run.part / "lock")
+
+
+# ---- how a command ends --------------------------------------------------------------------------------------------------
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "last.pkl")
+ENDINGS = {  # error, whether the work has begun, exit status, the line on stderr
+    "input": (InputError("no such thing"), False, 2, "script.py: error: no such thing"),
+    "input, begun": (RunError("no such thing"), True, 2, "script.py: error: no such thing"),
+    "failed": (Failed("the loss is not finite"), True, 1, "script.py: failed: the loss is not finite"),
+    "failed, not begun": (Failed("the loss is not finite"), False, 1, "script.py: failed: the loss is not finite"),
+    "refused by the system": (
+        PermissionError(errno.EACCES, "Permission denied", "x"), False, 2, "script.py: error: cannot use x: Permission denied",
+    ),
+    "a long name": (OSError(errno.ENAMETOOLONG, "File name too long", "x"), False, 2, "cannot use x: File name too long"),
+    "no reason": (OSError("what"), False, 2, "script.py: error: cannot use a file: what"),
+    "a full disk": (
+        FULL, True, 75,
+        "stopped: cannot write last.pkl: No space left on device; what was saved is intact, --resume auto continues from there",
+    ),
+    "memory": (MemoryError(), False, 2, "too large? MemoryError"),
+    "memory of the CPU": (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), False, 2, "too large? Default",
+    ),
+    "memory of a GPU": (torch.OutOfMemoryError("CUDA out of memory.\nTry this"), False, 2, "too large? CUDA out of memory."),
+    "more than can be counted": (RuntimeError("Storage size calculation overflowed with sizes=[9]"), False, 2, "? Storage"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "begun", "status", "message"), ENDINGS.values(), ids=ENDINGS)
+def test_errors_end_with_a_status_and_one_line(
+    error: Exception, begun: bool, status: int, message: str, capsys: Capture
+) -> None:
+    with pytest.raises(SystemExit) as stopped, Command("script") as command:
+        command.begun = begun
+        raise error
+    told = capsys.readouterr()
+    assert stopped.value.code == status and told.out == "" and message in told.err and told.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (RunError("there is a run"), "there is a run"),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), "cannot use x: File name too long"),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), "cannot use x: Permission denied"),
-        (MemoryError(), "too large? MemoryError"),
-        (RuntimeError("Storage size calculation overflowed with sizes=[2147483647, 2147483647]"), "too large? Storage"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "too large? Default"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nTry this"), "too large? CUDA out of memory."),
-    ],
+    "error",
+    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("x"), RecursionError(), KeyboardInterrupt()],
+    ids=lambda error: type(error).__name__,
 )
-def test_refusals(error: Exception, message: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stopped, refusing(options.OneLineParser(prog="test.py")):
-        raise error
-    told = capsys.readouterr().err
-    assert stopped.value.code == 2 and told.count("\n") == 1 and message in told
-
-
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("x"), RecursionError()])
-def test_errors_that_are_no_refusals_are_shown_as_they_are(error: Exception) -> None:
-    with pytest.raises(type(error)), refusing(options.OneLineParser(prog="test.py")):
+@pytest.mark.parametrize("begun", [True, False])
+def test_other_errors_are_shown_as_they_are(error: BaseException, begun: bool) -> None:
+    with pytest.raises(type(error)), Command("script") as command:
+        command.begun = begun
         raise error
 
 
-# ---- signals -------------------------------------------------------------------------------------------------------------
+def test_memory_that_runs_out_later_is_an_error() -> None:
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")):
+        with pytest.raises(type(error)), Command("script") as command:
+            command.begun = True
+            raise error
 
 
-def test_signals_set_a_flag_and_handlers_come_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def test_signals_are_noted_and_end_with_75(capsys: Capture) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        with Interruption() as interruption:
-            assert interruption.signal is None
+        with pytest.raises(SystemExit) as stopped, Command("script", dash="-") as command:
+            command.check_signal("before the first")
+            assert command.signal is None
             os.kill(os.getpid(), number)
-            assert interruption.signal == number.name
-    assert signal.getsignal(signal.SIGTERM) is before
-    with pytest.raises(KeyboardInterrupt), Interruption():
+            assert command.signal == number.name
+            command.check_signal("before the second")
+        told = f"stopped by {number.name} before the second: -resume auto continues from there\n"
+        assert stopped.value.code == 75 and capsys.readouterr().out == told
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+    with pytest.raises(KeyboardInterrupt), Command("script"):  # twice: at once
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped, Command("script"):  # torchrun's other processes have not had it
+        raise Interrupted("after step 3")
+    assert stopped.value.code == 75 and "stopped by a signal to another process after step 3" in capsys.readouterr().out
 
 
-# ---- traces --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (Failed("the loss is\nnot finite"), "failed: the loss is not finite"),
+        (InputError("of another model"), "failed: of another model"),
+        (ZeroDivisionError("division by zero"), "failed: division by zero"),
+        (KeyError(), "failed: KeyError"),
+        (FULL, ""),
+        (Interrupted("after step 3"), "stopped by a signal to another process after step 3: -resume auto continues from there"),
+        (KeyboardInterrupt(), ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_log_tells_how_a_run_ended(error: BaseException, line: str, tmp_path: Path) -> None:
+    """For who sees the directory alone. A run that is stopped can be resumed, so it has not failed."""
+    with pytest.raises((SystemExit, type(error))), make(tmp_path) as run:
+        run.open()
+        raise error
+    assert (run.part / "log").read_text().strip() == line
+    assert not (run.part / "lock").exists() and take_lock(run.part / "lock") is not None
+    with pytest.raises((SystemExit, type(error))), make(tmp_path, "b") as run:
+        raise error
+    assert [path.name for path in (tmp_path / "script").iterdir()] == ["a.part"]  # it had not begun
 
 
-def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path / "metrics.csv", ("epoch", "loss"))
-    metrics.append({"epoch": 1, "loss": 0.5})
-    size = metrics.size
-    metrics.append({"epoch": 2, "loss": math.nan})
-    (tmp_path / "metrics.csv").open("a").write("3,0.")  # half a row
-    metrics = Metrics(tmp_path / "metrics.csv", ("epoch", "loss"), size)
-    metrics.append({"epoch": 2, "loss": 1 / 3})
-    assert read_metrics(tmp_path / "metrics.csv") == {"epoch": [1, 2], "loss": [0.5, 0.33333333]}
-
-
-def test_traces_stay_bounded_evenly_spaced_and_resumable() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 20), torch.nn.Linear(20, 1))
-    traces, resumed = Traces(model), Traces(model)
-    for step in range(1, 5 * N_RECORDS):
-        with torch.no_grad():
-            model[0].bias.fill_(step)
-        traces.record(step, {"loss": float(step)})
-        if step == 2345:
-            resumed.load_state_dict(traces.state_dict())
-        elif step > 2345:
-            resumed.record(step, {"loss": float(step)})
-    assert N_RECORDS // 2 <= len(traces.steps) <= N_RECORDS
-    assert set(torch.tensor(traces.steps).diff().tolist()) == {traces.every}
-    assert traces.numbers["loss"] == traces.steps
-    by_parameter = traces.by_parameter()
-    assert list(by_parameter) == ["0.bias", "0.weight", "1.bias", "1.weight"]
-    assert [v.shape[1] for v in by_parameter.values()] == [13, 13, 1, 13]
-    assert by_parameter["0.bias"][:, 0].tolist() == traces.steps
-    old = traces.state_dict()  # runs that were started before numbers other than the loss were traced go on
-    old["losses"] = torch.tensor(old.pop("numbers")["loss"])
-    resumed.load_state_dict(old)
-    assert resumed.numbers == traces.numbers
-    assert resumed.steps == traces.steps and torch.equal(resumed.by_parameter()["0.bias"], by_parameter["0.bias"])
-
-
-def test_records_are_json_that_everybody_reads(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"matrix": [[math.nan, 1.0], (math.inf, 2)], "n": 3})
-    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
-        "matrix": [[None, 1.0], [None, 2]],
-        "n": 3,
-    }
+def test_patterns_of_files_are_known() -> None:
+    assert {"args.json", "best.pkl", "last.pkl", "result.json", "lock", "log", "metrics.csv"} <= set(FILES)

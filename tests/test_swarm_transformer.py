@@ -15,9 +15,9 @@ import swarm_transformer as script
 from common.datasets.images import ImageSet
 from common.models.image_transformer import ImageTransformer
 from common.run import options
+from common.run.budget import BudgetedTraining
 from common.run.memory import MicroBatches, is_out_of_memory
-from common.run.traces import read_metrics
-from common.run.training import Training
+from common.run.metrics import read_metrics
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
 from tests.small_images import real, smooth, write_mnist
 from tests.test_images import write_cifar
@@ -138,7 +138,7 @@ def test_names_round_trip_and_tell_all_models_apart() -> None:
         args = script.parse(parser, random_options(rng))
         name = script.name_of(parser, args)
         again = script.parse(parser, ["-name", name])
-        made_of = {option: value for option, value in vars(args).items() if option not in script.UNNAMED}
+        made_of = {option: value for option, value in vars(args).items() if option not in script.NOT_IN_NAME}
         assert {**vars(again), "name": None} == vars(args) and script.name_of(parser, again) == name
         assert script.name_of(parser, script.parse(parser, [f"-name.{name}"])) == name
         assert seen.setdefault(name, made_of) == made_of
@@ -191,7 +191,7 @@ BAD = {
     "-data MNIST -n_hidden 65536 -n_layers 100": "too large",
     "-data BWCIFAR -lr 0.41865911867268657 -wc 51155.49783052558 -bt_horizon 0.123456789012345 -bt_alpha 0.123456789012345 "
     "-update_interval 43220.5062371772 -seed 826153 -epoch_images 42555 -max_epochs 503505 -no_cuda -compile -cond "
-    "-learn_loc 1 -precision bf16 -n_samples 244": "makes a run name of ",
+    "-learn_loc 1 -precision bf16 -n_samples 244": "characters, and file systems take 255: leave out defaults",
 }
 
 
@@ -329,39 +329,6 @@ def test_start_from_another_model(
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_second_start(finished: Path, small: tuple[str, str], capsys: pytest.CaptureFixture) -> None:
-    assert run(SHORT, finished, *small) == 2
-    error = capsys.readouterr().err
-    assert "has finished: -overwrite replaces it, -seed N starts another" in error and error.count("\n") == 1
-    assert run(SHORT, finished, *small, "-resume", "auto") == 0
-    assert "nothing to do" in capsys.readouterr().out
-
-
-def test_going_on_with_other_images(
-    finished: Path, tmp_path: Path, small: tuple[str, str], capsys: pytest.CaptureFixture
-) -> None:
-    """Told in one line, with nothing changed; runs of earlier versions, which noted no fingerprint, go on."""
-    part = tmp_path / "swarm_transformer" / f"{directory(finished).name}.part"
-    shutil.copytree(directory(finished), part)
-    (part / "result.json").unlink()
-    other = write_mnist(tmp_path / "other", smooth(50), smooth(12, seed=1))
-    labels = other / "train-labels-idx1-ubyte"
-    labels.write_bytes(labels.read_bytes()[:-1] + b"\0")  # one label
-    before = {p.name: p.read_bytes() for p in part.iterdir()}
-    assert run(SHORT, tmp_path, "-data_dir", str(other), "-resume", "auto") == 2
-    error = capsys.readouterr().err
-    assert "last.pkl was made with other data" in error and error.count("\n") == 1
-    assert {p.name: p.read_bytes() for p in part.iterdir()} == before
-    assert run(SHORT, tmp_path, *small, "-resume", "auto") == 0
-
-    shutil.move(directory(tmp_path), part)
-    (part / "result.json").unlink()
-    last = torch.load(part / "last.pkl", weights_only=True)
-    assert len(last.pop("data")) == 16
-    torch.save(last, part / "last.pkl")
-    assert run(SHORT, tmp_path, "-data_dir", str(other), "-resume", "auto") == 0
-
-
 def test_budget_and_plots(tmp_path: Path, small: tuple[str, str]) -> None:
     """Sampling does not count."""
     assert run("-data MNIST -n_hidden 8 -n_iter 2 -bs 20 -wc 0.01", tmp_path, *small) == 0
@@ -481,13 +448,13 @@ def test_nan_in_the_middle_goes_back_and_on(tmp_path: Path, small: tuple[str, st
 
     saved = []
 
-    def save(training: Training) -> None:
+    def save(training: BudgetedTraining) -> None:
         saved.append(all(parameter.isfinite().all() for parameter in training.model.parameters()))
         honest_save(training)
 
-    honest_save = Training.save_last
-    monkeypatch.setattr(Training, "save_last", save)
-    monkeypatch.setattr("common.run.training.SAVE_SECONDS", -1)  # save after every step
+    honest_save = BudgetedTraining.save
+    monkeypatch.setattr(BudgetedTraining, "save", save)
+    monkeypatch.setattr("common.run.state.SAVE_SECONDS", -1)  # save after every step
     monkeypatch.setattr(script, "nats", poisoned)
     assert run(SHORT.replace("-max_epochs 3", "-max_epochs 5"), tmp_path, *small) == 0
     assert len(saved) > 20 and all(saved)

@@ -1,9 +1,11 @@
-"""train_ssl.py as its users run it: published lines, bad input, what a run leaves, trackers, processes, saved encoders."""
+"""train_ssl.py as its users run it: published lines, bad input, runs, stops, saved encoders, trackers, processes."""
 
+import argparse
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +14,16 @@ import pytest
 import torch
 
 import train_ssl as script
+from common.datasets import images
 from common.models.resnet import CifarResNet
-from common.run import epochs
-from common.run.traces import read_metrics
+from common.run import trackers
+from common.run.metrics import read_metrics
+from common.run.state import State
 from common.ssl.method import Method
 from common.ssl.models import load_encoder, read_saved
 from tests.command_lines import exit_status
 from tests.small_images import smooth, write_mnist
+from tests.stopping import outcome, signal_at
 from tests.test_images import write_cifar
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +70,7 @@ def test_the_published_line_and_defaults(tmp_path: Path, capsys: pytest.CaptureF
     assert run(PUBLISHED, tmp_path, "--dry-run") == 0
     name = "cifar10-duet-tx.sca.rot-equi-tx.rot-center-crop-duet-lambda.1000-duet-target.vm"
     assert capsys.readouterr().out.strip() == name
-    args = script.parse(script.get_parser(), ["--tx", "sca", "rot", "--equi-tx", "rot"])
+    args, _ = script.parse(script.get_parser(), ["--tx", "sca", "rot", "--equi-tx", "rot"])
     expected = {
         "device": None, "dataset": "cifar10", "batch_size": 1024, "image_size": 32, "center_crop": False, "save_dir": None,
         "wandb_project": None, "model": "duet", "encoder": "cifar10_resnet32", "num_classes": 10, "epochs": 800,
@@ -96,13 +101,13 @@ def test_the_optimiser_is_the_published_one() -> None:
 
 
 def test_every_epoch_has_an_order_of_its_own() -> None:
-    args = script.parse(script.get_parser(), ["--tx", "sca", "--equi-tx", "sca", "--batch-size", "16"])
+    args, _ = script.parse(script.get_parser(), ["--tx", "sca", "--equi-tx", "sca", "--batch-size", "16"])
     epochs = [torch.cat(script.training_batches(args, smooth(50), epoch)).tolist() for epoch in (0, 1, 0)]
     assert epochs[0] == epochs[2] != epochs[1] and sorted(epochs[1]) == list(range(50))
 
 
 def test_jitter_has_the_parameters_of_colours() -> None:
-    args = script.parse(script.get_parser(), ["--tx", "jit", "--equi-tx", "hue"])
+    args, _ = script.parse(script.get_parser(), ["--tx", "jit", "--equi-tx", "hue"])
     assert script.method_of(args).structure == "hue"
 
 
@@ -130,7 +135,7 @@ BAD = {
     "--tx sca --equi-tx sca --dataset cifar100 --num-classes 10": "--num-classes 10 is too small: cifar100 has 100",
     "--tx sca --equi-tx sca --resume --overwrite": "choose one",
     "--tx sca --equi-tx sca --epoch 3": "unrecognized arguments",
-    "--knn nowhere.pt": "there is no file nowhere.pt",
+    "--knn nowhere.pt": "there is no checkpoint nowhere.pt",
 }
 
 
@@ -149,7 +154,7 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_essl_takes_its_transformation_out_of_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    args = script.parse(script.get_parser(), "--model essl --tx rot sca ron fli sca --equi-tx ron".split())
+    args, _ = script.parse(script.get_parser(), "--model essl --tx rot sca ron fli sca --equi-tx ron".split())
     assert args.tx == ["rot", "sca", "fli", "sca"]
     assert "[ESSL] Transformation ron removed from tx" in capsys.readouterr().out
     script.parse(script.get_parser(), "--model essl --tx sca --equi-tx ron".split())
@@ -258,7 +263,9 @@ def test_a_place_that_models_cannot_be_saved_in(
     assert not (tmp_path / "results").exists()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(grey: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(
+    grey: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a sentence; and never reaches a checkpoint: a second start goes on from before."""
     loss_of, calls = Method.loss, []
 
@@ -267,10 +274,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(grey: tuple[str, str], tmp_path:
         total, figures = loss_of(self, *args, training=training)
         return (total * math.nan, figures | {"total_loss": total * math.nan}) if sum(calls) == 6 else (total, figures)
 
-    monkeypatch.setattr(epochs, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("common.run.state.SAVE_SECONDS", -1.0)
     monkeypatch.setattr(Method, "loss", loss)
-    with pytest.raises(SystemExit, match="the loss of epoch 1 is not finite"):
-        script.main([*DUET.split(), *grey, "--results-dir", str(tmp_path / "results")])
+    assert run(DUET, tmp_path, *grey) == 1
+    reason = "failed: the loss of epoch 1 is not finite: a smaller --lr or --duet-lambda may help\n"
+    assert capsys.readouterr().err.endswith(f"train_ssl.py: {reason}")
+    assert (directory(tmp_path) / "log").read_text().endswith(reason)
     last = torch.load(directory(tmp_path) / "last.pkl", weights_only=True)
     assert last["progress"] == (1, 1, 5)
     assert all(value.isfinite().all() for value in last["model"].values())
@@ -287,10 +296,63 @@ def test_exchanged_data_are_noticed(grey: tuple[str, str], tmp_path: Path, capsy
     assert "other data" in capsys.readouterr().err
 
 
+# ---- stopped and resumed ---------------------------------------------------------------------------------------------------
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Drawing is most of the time of a small run."""
+    for picture in ("curves", "views", "marginals"):
+        patch.setattr(script, f"draw_{picture}", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(grey: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        assert run(f"{DUET} --keep-all", folder, *grey) == 0
+    return outcome(directory(folder))
+
+
+# 4 steps an epoch; looks 5, 6 and 15, 16 come before the batches of the tests
+@pytest.mark.parametrize(("look", "step"), [(2, 2), (4, 4), (6, 4), (9, 7), (15, 12)])
+def test_a_stopped_run_resumes_exactly(
+    look: int,
+    step: int,
+    undisturbed: dict[str, object],
+    grey: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    draw_nothing(monkeypatch)
+    line = f"{DUET} --keep-all --resume"
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "check_signal", signal_at(look))
+        assert run(line, tmp_path, *grey) == 75
+    assert f"stopped by SIGTERM after step {step}: --resume auto continues from there" in capsys.readouterr().out
+    assert run(line, tmp_path, *grey) == 0
+    assert f"resumed in epoch {(step - 1) // 4} after step {step}" in capsys.readouterr().out
+    assert outcome(directory(tmp_path)) == undisturbed
+
+
+def test_a_run_without_epochs_is_stopped_in_its_test(
+    grey: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"{DUET} --epochs 0 --resume"
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "check_signal", signal_at(2))
+        assert run(line, tmp_path, *grey) == 75
+    assert run(line, tmp_path, *grey) == 0
+    assert not (directory(tmp_path) / "metrics.csv").exists()
+
+
 # ---- saved encoders ------------------------------------------------------------------------------------------------------
 
 
-def test_saved_encoders(grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_saved_encoders(
+    grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved = tmp_path / "saved"
     assert run(DUET, tmp_path, *grey, "--save-dir", str(saved)) == 0
     (file,) = saved.glob("*.pt")
@@ -312,13 +374,20 @@ def test_saved_encoders(grey: tuple[str, str], tmp_path: Path, capsys: pytest.Ca
     assert (
         run("--knn", tmp_path, str(file), "--linear-probe", "nowhere.pt", "--overwrite", *grey) == 2
     )  # before anything is computed
-    assert "no file nowhere.pt" in capsys.readouterr().err
+    assert "no checkpoint nowhere.pt" in capsys.readouterr().err
     assert run("--knn", tmp_path, str(file), "--overwrite", "--dry-run", *grey) == 0
     assert capsys.readouterr().out.strip() == str(saved / f"{file.stem}_knn_mnist.json")
     assert run("--knn", tmp_path, str(file), *grey) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run("--knn", tmp_path, str(file), "--dataset", "cifar10", *grey) == 2
     assert "takes 1 channels, images of cifar10 have 3" in capsys.readouterr().err
+    written = {path: path.read_bytes() for path in saved.iterdir()}
+    with monkeypatch.context() as patch:  # a signal while images are read
+        read = images.load
+        patch.setattr(images, "load", lambda *of, **how: os.kill(os.getpid(), signal.SIGTERM) or read(*of, **how))
+        assert run("--knn", tmp_path, str(file), "--overwrite", *grey) == 75
+    assert "stopped by SIGTERM" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in saved.iterdir()} == written
     for content in (file.read_bytes()[:1000], b"", b"text"):
         file.write_bytes(content)
         assert run("--knn", tmp_path, str(file), *grey) == 2
@@ -355,8 +424,6 @@ def test_weights_and_biases_offline(grey: tuple[str, str], tmp_path: Path) -> No
 
 def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("wandb")
-    from common.run import trackers
-
     monkeypatch.chdir(tmp_path)
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -367,7 +434,7 @@ def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "no line WANDB_API_KEY" in capsys.readouterr().err
     Path(".wandb.yaml").write_text("WANDB_API_KEY: secret\nWANDB_BASE_URL: https://example.org\nPATH: /nowhere\n")
     path = os.environ["PATH"]
-    trackers.check(tensorboard=False, wandb_project="duet")
+    trackers.check(argparse.Namespace(tensorboard=False, wandb_project="duet"))
     assert (os.environ.pop("WANDB_API_KEY"), os.environ.pop("WANDB_BASE_URL")) == ("secret", "https://example.org")
     assert os.environ["PATH"] == path
 
@@ -398,18 +465,46 @@ def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path: Path) -> None
             assert error < 1e-5, (key, name, float(error))
 
 
-def test_a_run_of_two_processes_is_that_of_one(grey: tuple[str, str], tmp_path: Path) -> None:
-    line = [*f"{DUET} --lr 0.0001 --epochs 2".split(), *grey]
-    done = torchrun(2, [str(ROOT / "train_ssl.py"), *line, "--results-dir", str(tmp_path / "two")], tmp_path)
+def train_two(line: str, results: Path, *wrapper: str) -> subprocess.CompletedProcess[str]:
+    script = [str(ROOT / "tests" / "stopping.py"), *wrapper] if wrapper else [str(ROOT / "train_ssl.py")]
+    return torchrun(2, [*script, *line.split(), "--results-dir", str(results / "results")], results)
+
+
+@pytest.fixture(scope="module")
+def of_two(grey: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A line, and the place of its results that two processes have left."""
+    line, folder = " ".join([DUET, "--lr 0.0001 --epochs 2", *grey]), tmp_path_factory.mktemp("two")
+    done = train_two(line, folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert run(f"{DUET} --lr 0.0001 --epochs 2", tmp_path, *grey) == 0
-    (two,) = (tmp_path / "two" / "train_ssl").iterdir()
-    one = directory(tmp_path)
+    return line, folder
+
+
+def test_a_run_of_two_processes_is_that_of_one(of_two: tuple[str, Path], tmp_path: Path) -> None:
+    line, folder = of_two
+    assert run(line, tmp_path) == 0
+    one, two = directory(tmp_path), directory(folder)
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
     metrics, expected = read_metrics(two / "metrics.csv"), read_metrics(one / "metrics.csv")
     for name in ("train_total_loss", "train_model_group_0_loss_mean", "train_track_head_top_1_mean"):
         assert metrics[name] == pytest.approx(expected[name], rel=2e-3), name  # rounding, amplified by steps
     assert metrics["step"] == expected["step"]
     # a second start of both is refused by one line
-    done = torchrun(2, [str(ROOT / "train_ssl.py"), *line, "--results-dir", str(tmp_path / "two")], tmp_path)
+    done = train_two(line, folder)
     assert done.returncode != 0 and done.stderr.count("has finished: --overwrite replaces it") == 1
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(of_two: tuple[str, Path], tmp_path: Path) -> None:
+    """At the same step, within an epoch and within a test: what is left at the end is that of two undisturbed ones."""
+    line = f"{of_two[0]} --resume"
+    # 4 steps and 2 batches of a test an epoch: the second process after step 6, then the first in the last test
+    for rank, look, by, step in ((1, 8, "a signal to another process", 6), (0, 4, "SIGTERM", 8)):
+        done = train_two(line, tmp_path, str(rank), str(look))
+        assert re.search(r"exitcode *: 75", done.stderr), done.stderr[-3000:]
+        stopped = f"stopped by {by} after step {step}: --resume auto continues from there\n"
+        assert (directory(tmp_path) / "log").read_text().endswith(stopped) and done.stdout.count(stopped) == 1
+        assert torch.load(directory(tmp_path) / "last.pkl", weights_only=True)["progress"] == (1, step - 4, step)
+    done = train_two(line, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert outcome(directory(tmp_path)) == outcome(directory(of_two[1]))
+    done = train_two(line, tmp_path)
+    assert done.returncode == 0 and done.stdout.count("has finished: nothing to do") == 1

@@ -1,11 +1,9 @@
-"""train_zoo.py as its users run it: the published line and training run, bad input, what it leaves, signals, kills, locks."""
+"""train_zoo.py as its users run it: the published line and training run, bad input, what it leaves, stops, failures, locks."""
 
 import csv
 import json
-import random
-import shutil
 import signal
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,16 +12,13 @@ import torch
 import train_zoo as script
 from common.datasets.classification import load_splits
 from common.models import zoo
-from common.run import epochs
-from common.run.interruption import Interruption
+from common.run import classifier, state
 from common.run.lock import release_lock, take_lock
 from common.run.schedule import halving
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
-from tests.interruptions import disturb, stands_within_an_epoch
 from tests.reference import Vectors, assert_agrees
 from tests.small_images import smooth, write_mnist
 from tests.test_images import write_cifar
-from tests.test_resume import SERVER, run_script
 
 SHORT = "--arch mCNN --width 2 --dataset mnist --epochs 2 --batch-size 16 --device cpu"
 
@@ -65,9 +60,9 @@ def test_training_run_of_the_original() -> None:
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * halving(epoch, 4)
         for batch in range(3):
-            figures = script.training_step(model, optimizer, v[f"train/x/{batch}"], v[f"train/y/{batch}"], "fp32")
+            metrics = classifier.training_step(model, optimizer, v[f"train/x/{batch}"], v[f"train/y/{batch}"], "fp32")
             if batch == 0:
-                assert_agrees(figures["loss"], v["zoo/metrics/train_loss"][epoch], 1e-3, f"loss of epoch {epoch}")
+                assert_agrees(metrics["loss"], v["zoo/metrics/train_loss"][epoch], 1e-3, f"loss of epoch {epoch}")
         expected = v.under(f"zoo/epoch{epoch + 1}/")
         assert len(expected) == 8
         for name, value in expected.items():
@@ -87,8 +82,8 @@ def test_the_published_line(capsys: pytest.CaptureFixture[str]) -> None:
     args = script.parse(script.get_parser(), line.split())
     expected = {"epochs": 50, "batch_size": 32, "lr": 0.001, "width": 64, "select": "validation", "precision": "fp32"}
     assert {name: getattr(args, name) for name in expected} == expected
-    assert script.learning_rate("published", 0.001, 1562 * 12 - 1, 1562, 50) == 0.001
-    assert script.learning_rate("published", 0.001, 1562 * 12, 1562, 50) == 0.0005
+    assert classifier.learning_rate("published", 0.001, 1562 * 12 - 1, 1562, 50) == 0.001
+    assert classifier.learning_rate("published", 0.001, 1562 * 12, 1562, 50) == 0.0005
     assert_help_shows_the_papers_options_first(script.main, "--chunk", capsys)
 
 
@@ -120,6 +115,7 @@ BAD = {
     "--arch mCNN --chunk 0": "--num_chunks and --chunk go together",
     "--arch mCNN --lr 0": "out of range",
     "--arch mCNN --resume --overwrite": "choose one",
+    "--arch mCNN --retry-failed --overwrite": "choose one",
     "--arch mCNN --epoch 3": "unrecognized arguments",
     "--arch mCNN --dataset mnist --batch-size 91": "--batch-size 91 is more than the 90 training images",
     "--arch mCNN --dataset mnist --subset 20 --batch-size 20": "--batch-size 20 is more than the 18 training images",
@@ -152,7 +148,7 @@ def test_what_a_zoo_leaves(grey: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert record["best_epoch"] == 1 + accuracies.index(max(accuracies))
     model = zoo.load(tmp_path / "zoo" / "0.pt", "mCNN")
     data = load_splits("MNIST", grey.removeprefix("--data-dir "), torch.device("cpu"), seed=0, batch_size=16)
-    measured = script.evaluate(model, data.test, data.preprocessing, "fp32", Interruption())
+    measured = classifier.evaluate(model, data.test, data.preprocessing)
     assert measured == pytest.approx(record["test"])
     # a second start trains what is missing, and nothing else
     before = (tmp_path / "zoo" / "0.pt").stat().st_mtime_ns
@@ -168,7 +164,7 @@ def test_what_a_zoo_leaves(grey: str, tmp_path: Path, capsys: pytest.CaptureFixt
     # other options, on top of it
     capsys.readouterr()
     assert run(f"{line} --epochs 3") == 2
-    assert "0.pt was made with --epochs 2, not 3: --overwrite replaces it" in capsys.readouterr().err
+    assert "0.pt was made with epochs 2, not 3: --overwrite replaces it" in capsys.readouterr().err
     assert run(f"{line} --epochs 3 --overwrite") == 0
     assert json.loads((tmp_path / "zoo" / "0.json").read_text())["epochs"] == 3
 
@@ -198,7 +194,7 @@ def test_colour_and_other_architectures(tmp_path: Path) -> None:
 
 
 def test_of_equal_epochs_the_first_is_chosen(grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "evaluate", lambda *_: {"loss": 1.0, "accuracy": 0.0})
+    monkeypatch.setattr(classifier, "evaluate", lambda *_: {"loss": 1.0, "accuracy": 0.0})
     assert run(f"{SHORT} {grey} --out {tmp_path / 'zoo'}") == 0
     assert json.loads((tmp_path / "zoo" / "0.json").read_text())["best_epoch"] == 1
 
@@ -224,48 +220,12 @@ def test_models_of_the_original_are_left_alone(grey: str, tmp_path: Path, capsys
         assert message in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_ends_the_zoo(grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a sentence; and never reaches a file."""
-    monkeypatch.setattr(epochs, "SAVE_SECONDS", 0.0)
-    step = script.training_step
-
-    def broken(model: torch.nn.Module, *rest: object) -> dict[str, torch.Tensor]:
-        figures = step(model, *rest)
-        if figures["loss"] > 0:
-            with torch.no_grad():
-                next(model.parameters()).fill_(float("nan"))
-        return {"loss": figures["loss"] * float("nan"), "accuracy": figures["accuracy"]}
-
-    monkeypatch.setattr(script, "training_step", broken)
-    with pytest.raises(SystemExit, match="the loss of model 0 in epoch 1 is not finite"):
-        script.main(f"{SHORT} {grey} --out {tmp_path / 'zoo'}".split())
-    last = torch.load(tmp_path / "zoo" / "0.last.pkl", weights_only=True)
-    assert last["progress"] == (0, 0, 0) and all(value.isfinite().all() for value in last["model"].values())
-
-
-# ---- interruptions -------------------------------------------------------------------------------------------------------
-
-# a transformer drops out: a generator's worth of state; it is saved after every step
-LINES = {
-    "mCNN": f"{SHORT} --epochs 8 --num_models 2 --resume",
-    "cct": "--arch cct_2_3x2_32 --dataset mnist --subset 40 --epochs 2 --batch-size 6 --device cpu --resume",
-}
-
-
-def start(line: str, out: Path) -> BaseProcess:
-    process = SERVER.Process(target=run_script, args=("train_zoo", [*line.split(), "--out", str(out)]))
-    process.start()
-    return process
-
-
-def finish(line: str, out: Path) -> None:
-    process = start(line, out)
-    process.join(120)
-    assert process.exitcode == 0
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def outcome(out: Path) -> dict:
-    """Everything that a zoo leaves, but for times."""
+    """Everything that a zoo leaves, without times."""
     left: dict = {}
     for path in sorted(out.iterdir()):
         if path.suffix == ".pt":
@@ -273,69 +233,183 @@ def outcome(out: Path) -> dict:
         elif path.suffix == ".csv":
             with open(path) as file:
                 left[path.name] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-        elif path.suffix != ".lock":  # a killed process leaves it, without a hold on it
+        else:
             left[path.name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
     return left
 
 
-@pytest.fixture(scope="module", params=LINES)
-def case(request: pytest.FixtureRequest, grey: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, float]:
-    """A line, what it leaves undisturbed, and how many seconds it trains."""
-    line = f"{LINES[request.param]} {grey}"
-    out = tmp_path_factory.mktemp("undisturbed")
-    finish(line, out)
-    return line, outcome(out), sum(json.loads(record.read_text())["seconds"] for record in out.glob("*.json"))
+# ---- models that fail ----------------------------------------------------------------------------------------------------
 
 
-def test_kills_change_nothing(case: tuple[str, dict, float], tmp_path: Path) -> None:
-    line, expected, duration = case
-    out, moments, longest, within_epochs = tmp_path / "zoo", random.Random(0), duration / 2, 0
-    for _ in range(20):
-        status = disturb(lambda: start(line, out), out, moments.uniform(0, longest), signal.SIGKILL)
-        within_epochs += stands_within_an_epoch(out)
-        if within_epochs == 4:
-            break
-        if status == 0:  # it has come to its end in spite of all: once more, sooner
-            assert outcome(out) == expected
-            shutil.rmtree(out)
-            longest /= 2
-    assert within_epochs == 4, "kills came too early, or too late: choose other moments"
-    finish(line, out)
-    assert outcome(out) == expected
+def break_weights(monkeypatch: pytest.MonkeyPatch, at: int, look: Callable[[], None] = lambda: None) -> None:
+    """A weight becomes NaN in step `at` of all, from 0. `look` is called before the next one."""
+    step, steps = classifier.training_step, iter(range(1000))
+
+    def breaking(model: torch.nn.Module, *rest: object) -> dict[str, torch.Tensor]:
+        number = next(steps)
+        if number == at + 1:
+            look()
+        metrics = step(model, *rest)  # type: ignore[arg-type]
+        if number == at:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+        return metrics
+
+    monkeypatch.setattr(classifier, "training_step", breaking)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_stop_with_75(number: signal.Signals, case: tuple[str, dict, float], tmp_path: Path) -> None:
-    line, expected, duration = case
-    out, moments, stopped = tmp_path / "zoo", random.Random(int(number)), 0
-    for seconds in (0, moments.uniform(0, duration / 5)):
-        status = disturb(lambda: start(line, out), out, seconds, number)
-        if status == 0:
-            break
-        assert status == 75
-        stopped += 1
-    assert stopped and not list(out.glob("*.lock"))
-    finish(line, out)
-    assert outcome(out) == expected
+def test_a_model_that_fails_leaves_the_others_alone(
+    grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "zoo"
+    line, whole = f"{SHORT} --num_models 3 {grey} --out {out}", f"{SHORT} --num_models 3 {grey} --out {tmp_path / 'whole'}"
+    assert run(whole) == 0
+    lasts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "SAVE_SECONDS", 0.0)
+        # of 10 steps a model, in the second epoch of the second
+        break_weights(patch, at=16, look=lambda: lasts.append(torch.load(out / "1.last.pkl", weights_only=True)))
+        capsys.readouterr()
+        assert run(line) == 1
+    (last,) = lasts  # what is not finite never reaches a file
+    assert last["progress"] == (1, 1, 6) and all(value.isfinite().all() for value in last["model"].values())
+    said, reason = capsys.readouterr().out, "the loss of epoch 2 is not finite: a smaller --lr may help"
+    assert f"1 failed: {reason}\n" in said
+    assert said.endswith("\n1 of 3 models failed (1): --retry-failed repeats them\n")
+    left = files(out)
+    assert left.keys() == {f"{i}.{kind}" for i in (0, 2) for kind in ("pt", "json", "csv")} | {"1.failed.json", "1.csv"}
+    assert json.loads(left["1.failed.json"]) == {
+        "job": "1",
+        "reason": "the loss of epoch 2 is not finite: a smaller --lr may help",
+    }
+    # nothing changes without --retry-failed
+    for more in ("", "--resume"):
+        assert run(f"{line} {more}") == 1 and files(out) == left
+        said = capsys.readouterr().out
+        assert (
+            "1 failed: the loss of epoch 2" in said
+            and said.endswith("--retry-failed repeats them\n")
+            and "epoch   1" not in said
+        )
+    assert run(f"{line} --retry-failed") == 0
+    assert "model   1  finished" in capsys.readouterr().out
+    assert outcome(out) == outcome(tmp_path / "whole")
+    assert run(f"{line} --retry-failed") == 0 and "nothing to do" in capsys.readouterr().out
 
 
-def test_a_model_in_training_is_gone_on_with_on_request_alone(
+def test_weights_that_fail_in_the_last_step_of_all(grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its training loss is finite, the validation's is not."""
+    break_weights(monkeypatch, at=4)
+    assert run(f"{SHORT} --epochs 1 {grey} --out {tmp_path / 'zoo'}") == 1
+    assert files(tmp_path / "zoo").keys() == {"0.failed.json"}
+
+
+def test_overwriting_repeats_a_model_that_failed(grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"{SHORT} --epochs 1 {grey} --out {tmp_path / 'zoo'}"
+    with monkeypatch.context() as patch:
+        break_weights(patch, at=0)
+        assert run(line) == 1
+    assert run(f"{line} --overwrite") == 0
+    assert files(tmp_path / "zoo").keys() == {"0.pt", "0.json", "0.csv"}
+
+
+# ---- interruptions -------------------------------------------------------------------------------------------------------
+
+# a transformer drops out: the state of a generator
+LINES = {
+    "mCNN": f"{SHORT} --num_models 2 --resume",
+    "cct": "--arch cct_2_3x2_32 --dataset mnist --subset 40 --epochs 2 --batch-size 6 --device cpu --resume",
+}
+
+
+def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal comes in every step, and at the start of every evaluation until it is made again."""
+    step, evaluate, evaluations = classifier.training_step, classifier.evaluate, iter(range(1000))
+
+    def stopped_step(*args: object) -> dict[str, torch.Tensor]:
+        signal.raise_signal(signal.SIGTERM)
+        return step(*args)  # type: ignore[arg-type]
+
+    def stopped_evaluation(*args: object) -> dict[str, float]:
+        if next(evaluations) % 2 == 0:
+            signal.raise_signal(signal.SIGUSR1)
+        return evaluate(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(classifier, "training_step", stopped_step)
+    for module in (classifier, script):
+        monkeypatch.setattr(module, "evaluate", stopped_evaluation)
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_stops_after_every_step_change_nothing(
+    kind: str, grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"{LINES[kind]} {grey}"
+    assert run(f"{line} --out {tmp_path / 'whole'}") == 0
+    stop_often(monkeypatch)
+    statuses = [run(f"{line} --out {tmp_path / 'parts'}")]
+    while statuses[-1] == 75 and len(statuses) < 100:
+        assert not list((tmp_path / "parts").glob("*.lock"))
+        statuses.append(run(f"{line} --out {tmp_path / 'parts'}"))
+    expected = outcome(tmp_path / "whole")
+    n_models, n_steps = (2, 10) if kind == "mCNN" else (1, 12)
+    assert statuses == [75] * n_models * (n_steps + 2 + 1) + [0]  # two epochs are evaluated, and the test images
+    assert outcome(tmp_path / "parts") == expected
+    out = capsys.readouterr().out
+    assert "stopped by SIGTERM after step 1: --resume auto" in out and "stopped by SIGUSR1 after step" in out
+
+
+def test_a_model_in_training_is_continued_only_on_request(
     grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "zoo"
     with monkeypatch.context() as patch:
-        patch.setattr(script.Training, "train_epoch", lambda self, interruption: False)
+        stop_often(patch)
         assert run(f"{SHORT} {grey} --out {out}") == 75
-    assert {path.name for path in out.iterdir()} == {"0.last.pkl", "0.csv"}
-    capsys.readouterr()
-    assert run(f"{SHORT} {grey} --out {out}") == 2
-    assert "0.last.pkl is there, of a model in training: --resume goes on with it" in capsys.readouterr().err
-    assert run(f"{SHORT} {grey} --out {out} --resume --seed 1") == 2
-    assert "was made with --seed 0, not 1" in capsys.readouterr().err
+    left = files(out)
+    assert left.keys() == {"0.last.pkl"}
     write_mnist(tmp_path / "other", smooth(100, seed=5), smooth(20, seed=1))
-    assert run(f"{SHORT} --data-dir {tmp_path / 'other'} --out {out} --resume") == 2
-    assert "made with other data" in capsys.readouterr().err
+    for more, message in {
+        grey: "0.last.pkl is there, of a model in training: --resume continues it, --overwrite replaces it, another",
+        f"{grey} --resume --seed 1": "0.last.pkl was made with seed 0, not 1",
+        f"{grey} --retry-failed --width 3": "0.last.pkl was made with width 2, not 3",
+        f"--data-dir {tmp_path / 'other'} --resume": "made with other data",
+    }.items():
+        capsys.readouterr()
+        assert run(f"{SHORT} {more} --out {out}") == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and files(out) == left
+    assert run(f"{SHORT} {grey} --out {out} --retry-failed") == 0  # it resumes, too
+    (out / "0.last.pkl").write_bytes(left["0.last.pkl"])
     assert run(f"{SHORT} {grey} --out {out} --overwrite") == 0
+    assert files(out).keys() == {"0.pt", "0.json", "0.csv"}
+
+
+def test_damaged_files_are_refused_before_anything_is_made(
+    grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "zoo"
+    line = f"{SHORT} {grey} --out {out} --num_models 3 --resume"
+    with monkeypatch.context() as patch:
+        stop_often(patch)
+        assert [run(line) for _ in range(15)] == [75] * 15  # 13 for the first model, two steps of the second
+    whole = files(out)
+    last = whole["1.last.pkl"]
+    damages = {
+        "0.json": [b"", b"{", b"[]", b"{}"],
+        "1.last.pkl": [b"", last[:1000], whole["0.pt"], last.replace(b"accuracy", b"ACCURACY", 1)],
+    }
+    for name, content in [(name, content) for name, contents in damages.items() for content in contents]:
+        (out / name).write_bytes(content)
+        capsys.readouterr()
+        assert run(line) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(out / name.removesuffix(".json")) in error and "damaged" in error
+        assert files(out) == whole | {name: content}
+        (out / name).write_bytes(whole[name])
+    (tmp_path / "file").touch()
+    assert run(f"{SHORT} {grey} --out {tmp_path / 'file'}") == 2
+    assert run(line) == 0
 
 
 def test_a_model_in_training_elsewhere_is_left_to_it(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,9 +417,24 @@ def test_a_model_in_training_elsewhere_is_left_to_it(grey: str, tmp_path: Path, 
     out.mkdir()
     lock = take_lock(out / "0.lock")
     assert lock is not None
+    (out / "0.last.pkl").touch()  # the other process may be writing it
     assert run(f"{SHORT} {grey} --out {out} --num_models 2") == 0
-    assert "model   0  is in training by another process" in capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"0.lock", "1.pt", "1.json", "1.csv"}
+    assert "0 is left to another process" in capsys.readouterr().out
+    assert files(out).keys() == {"0.lock", "0.last.pkl", "1.pt", "1.json", "1.csv"}
     release_lock(lock, out / "0.lock")
+    (out / "0.last.pkl").unlink()
     assert run(f"{SHORT} {grey} --out {out} --num_models 2") == 0
     assert (out / "0.json").exists()
+
+
+def test_a_zoo_that_is_there_needs_no_data_and_loses_leftovers(
+    grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "zoo"
+    assert run(f"{SHORT} --epochs 1 {grey} --out {out}") == 0
+    left = files(out)
+    (out / "0.last.pkl").touch()  # of a process that was killed at its very end
+    (out / "0.lock").touch()
+    assert run(f"{SHORT} --epochs 1 --data-dir {tmp_path / 'nowhere'} --out {out}") == 0
+    assert f"all models of {out} that were asked for are there: nothing to do" in capsys.readouterr().out
+    assert files(out) == left

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, library
 from torch.nn.functional import interpolate
 
+from common.errors import InputError
+
 DEBIAN = {"FashionMNIST": Path("/usr/share/datasets/fashion-mnist")}
 SPLITS = ("train", "test")
 MNIST_FILES = {"train": "train", "test": "t10k"}  # what the names of a split's files begin with
@@ -50,8 +52,8 @@ N_CLASSES = {"MNIST": 10, "FashionMNIST": 10, "CIFAR10": 10, "CIFAR100": 100, "B
 N_VALIDATION = 5000  # images at most that are taken from the training images
 
 
-class DataError(Exception):
-    """Data that are missing, damaged, or something else than they should be; the message is one line."""
+class DataError(InputError):
+    """Data that are missing, damaged, or something else than they should be."""
 
 
 @dataclass(frozen=True)

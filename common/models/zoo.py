@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common import checkpoint
+from common.errors import InputError
 from common.models import cct, cnn
 from common.models.stitchable_resnet import STAGES, StitchableResNet
 
@@ -26,8 +28,8 @@ CNNS = {
 ARCHITECTURES = (*CNNS, *STAGES, *cct.ARCHITECTURES)
 
 
-class ZooError(Exception):
-    """A saved model that is missing, damaged, or of another architecture; the message is one line."""
+class ZooError(InputError):
+    """A saved model that is missing, damaged, or of another architecture."""
 
 
 def make(arch: str, n_classes: int = 10, width: int | None = None) -> nn.Module:
@@ -52,15 +54,10 @@ def make(arch: str, n_classes: int = 10, width: int | None = None) -> nn.Module:
 def load(path: str | Path, arch: str) -> nn.Module:
     """A saved network, with the number of classes and the width that it was made with, in evaluation mode, on the CPU.
 
-    Of a transformer, the plain keys are known, too. No code in the file is run. Raises ZooError.
+    Of a transformer, the plain keys are known, too. No code in the file is run. Raises InputError.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ZooError(f"there is no saved model {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged and foreign bytes fail in many ways
-        raise ZooError(f"{path} is damaged, or no saved model") from error
+    state = checkpoint.read(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
         raise ZooError(f"{path} is no state dict of a model")
     state = cct.stitchable_keys(state)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+PATIENCE = 5  # epochs back that it looks at least
+
 
 class Backtracking:
     """Judges each epoch's validation loss: `judge` says "best" (save it), "back" (load the best, lower the rate) or "keep"."""
@@ -25,7 +27,7 @@ class Backtracking:
         epoch = len(self.history) - 1
         finite = math.isfinite(loss)
         last_worse = max((i for i, entry in enumerate(self.history) if entry > loss), default=0)
-        stagnates = last_worse < min(epoch * (1 - self.horizon), epoch - 5)
+        stagnates = last_worse < min(epoch * (1 - self.horizon), epoch - PATIENCE)
         if (stagnates or not finite) and not last_epoch:
             self.history.append(self.best)
             return "back"

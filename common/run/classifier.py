@@ -1,16 +1,24 @@
-"""How the networks of a zoo are trained and measured: optimiser and rate of a recipe, one step, accuracy."""
+"""How the networks of a zoo are trained and measured: optimiser and rate of a recipe, an epoch, accuracy, the best epoch."""
 
 from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common.datasets.augmentation import Preprocessing
+from common.datasets.classification import Splits
 from common.datasets.images import ImageSet
-from common.run.epochs import Sums
-from common.run.interruption import Interruption
+from common.run.metrics import Meter
 from common.run.schedule import halving, one_cycle
+from common.run.state import State, refuse_infinity
+from common.seeds import generator_of
 
 # what they set unless an option says otherwise
 RECIPES = {
@@ -24,7 +32,7 @@ EVALUATED_AT_ONCE = 500
 def make_optimizer(model: nn.Module, recipe: str, lr: float) -> torch.optim.Optimizer:
     """published: Adam with 1e-4 of the weights in the gradient. fast: AdamW. Decay is for names with "weight" in them.
 
-    Of parameters that take no gradient nothing is moved.
+    Frozen parameters are left out.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     decayed = [parameter for name, parameter in trained if "weight" in name]
@@ -53,31 +61,78 @@ def training_step(
     return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
+def train_epoch(
+    args: argparse.Namespace,
+    data: Splits,
+    state: State,
+    optimizer: torch.optim.Optimizer,
+    meter: Meter,
+    key: tuple[int, ...],
+    bar: str | None = None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Train on the batches that are left of an epoch, then evaluate: mean loss and accuracy of training and selection images.
+
+    `args` has recipe, lr, epochs, batch_size and precision. `key` and the epoch decide order and augmentation of the images.
+    `bar` is the title of a progress bar. Raises Interrupted, and Failed for a loss that is not finite.
+    """
+    model, n_batches, epoch = state.model, len(data.training) // args.batch_size, state.epoch
+    model.train()
+    batches = data.batches(args.batch_size, generator_of(*key, epoch), first=state.batch)
+    for x, labels in tqdm(batches, bar, n_batches - state.batch, disable=bar is None, leave=False):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args.recipe, args.lr, state.step, n_batches, args.epochs)
+        meter.add(len(x), training_step(model, optimizer, x, labels, args.precision))
+        state.after_step()
+    means = meter.means()
+    refuse_infinity(means["loss"], f"epoch {epoch + 1}")
+    selected = evaluate(model, data.selection, data.preprocessing, args.precision, state.check_signal)
+    refuse_infinity(selected["loss"], f"the selection images after epoch {epoch + 1}")
+    return means, selected
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     data: ImageSet,
     preprocessing: Preprocessing,
     precision: str = "fp32",
-    interruption: Interruption | None = None,
-) -> dict[str, float] | None:
-    """Mean loss and accuracy (a share) in evaluation mode, every image counting the same; None if a signal comes."""
+    check_signal: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Mean loss and accuracy (a share) in evaluation mode, over images; `check_signal` is called between batches."""
     model.eval()
-    sums = Sums()
+    meter = Meter()
     for part in torch.arange(len(data), device=data.labels.device).split(EVALUATED_AT_ONCE):
-        if interruption is not None and interruption.signal is not None:
-            return None
+        check_signal()
         x = preprocessing.normalise(data.images[part]).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             logits = model(x)
         labels = data.labels[part]
         accuracy = (logits.argmax(1) == labels).double().mean()
-        sums.add(len(part), {"loss": F.cross_entropy(logits.float(), labels), "accuracy": accuracy})
-    return sums.means()
+        meter.add(len(part), {"loss": F.cross_entropy(logits.float(), labels), "accuracy": accuracy})
+    return meter.means()
 
 
 def accuracy(model: nn.Module, data: ImageSet, preprocessing: Preprocessing) -> float:
     """Percent of images that are right, in evaluation mode."""
-    figures = evaluate(model, data, preprocessing)
-    assert figures is not None  # nothing can interrupt
-    return 100 * figures["accuracy"]
+    return 100 * evaluate(model, data, preprocessing)["accuracy"]
+
+
+class BestEpoch:
+    """The epoch with the highest accuracy on the selection images, the first of several, and its weights."""
+
+    def __init__(self) -> None:
+        self.accuracy, self.weights, self.metrics = -math.inf, {}, {}  # type: ignore[var-annotated]
+
+    def offer(self, model: nn.Module, accuracy: float, **metrics: Any) -> bool:
+        """Keep a copy of the weights, and further metrics of the epoch, if the accuracy is higher than before."""
+        if accuracy <= self.accuracy:
+            return False
+        weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.accuracy, self.weights, self.metrics = accuracy, weights, metrics
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"accuracy": self.accuracy, "weights": self.weights, "metrics": self.metrics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.accuracy, self.weights, self.metrics = state["accuracy"], dict(state["weights"]), dict(state["metrics"])

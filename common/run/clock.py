@@ -1,18 +1,19 @@
-"""A wall-clock budget that counts training alone: it can be paused, and goes on where an interrupted run left it."""
+"""A wall-clock budget that counts training only: it can be paused, and a resumed run continues it."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds spent of a budget; runs from its making on."""
+    """Seconds used of a budget; runs from its making, or the loading of its state."""
 
-    def __init__(self, budget: float, used: float = 0.0):
+    def __init__(self, budget: float = math.inf):
         self.budget = budget
-        self._used = used
+        self._used = 0.0
         self._since: float | None = time.monotonic()
 
     def used(self) -> float:
@@ -28,9 +29,15 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count: plots, samples."""
+        """Plots and samples do not count."""
         self._used, self._since = self.used(), None
         try:
             yield
         finally:
             self._since = time.monotonic()
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.used()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._used, self._since = float(state["seconds"]), time.monotonic()

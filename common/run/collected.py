@@ -17,12 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common.run.checkpoint import BEST, LAST
-from common.run.directory import ARGS, FAILED, LOCK, RESULT
 from common.run.figures import Figure, figures_of, last_row, value_at
 from common.run.lock import is_locked
+from common.run.run import ARGS, BEST, FAILED_LINE, LAST, LOCK, RESULT
 
 METRICS, LOG = "metrics.csv", "log"
+MODEL = re.compile(r"(\d+)\.(json|last\.pkl|failed\.json)")  # of a zoo
 PICTURES = ("metrics.png", "weights.png", "samples.png")  # in this order, then others
 LOG_BYTES = 8_000  # of the end of a log
 N_ROWS = 200  # of metrics.csv
@@ -81,9 +81,10 @@ def find_runs(place: Path) -> Iterator[Run]:
         below[:] = sorted(
             name for name in below if not (name.startswith((".", "figures-")) or (path == place and name == "slurm"))
         )
-        for index in sorted({found[1] for name in files if (found := re.fullmatch(r"(\d+)\.(json|last\.pkl)", name))}, key=int):
+        for index in sorted({found[1] for found in map(MODEL.fullmatch, files) if found}, key=int):
             run = guarded(read_model, path, place, index)
-            if not {f"{index}.pt", f"{index}.last.pkl"}.isdisjoint(files) or run.result.get("script") == "train_zoo":
+            known = any(f"{index}.{kind}" in files for kind in ("pt", "last.pkl", "failed.json"))
+            if known or run.result.get("script") == "train_zoo":
                 yield run
 
 
@@ -122,13 +123,14 @@ def look_at(path: Path, place: Path) -> Run:
     if complaints:
         run.note = "; ".join(complaints)
     elif run.result:
-        run.state = "finished"
+        failed = run.result.get("failed")
+        run.state, run.note = "finished", f"{len(failed)} of its jobs failed" if failed and isinstance(failed, dict) else ""
     elif path.suffix != ".part":
         run.note = f"no {RESULT} in a directory that has the name of a finished run"
     elif is_locked(path / LOCK):
         run.state = "running"
         run.note = attempt(lambda: last_row(path / METRICS, options), "")
-    elif last_line.startswith(FAILED):
+    elif last_line.startswith(FAILED_LINE):
         run.state, run.note = "failed", last_line
     elif LAST in files:
         run.state = "stopped"
@@ -140,15 +142,21 @@ def look_at(path: Path, place: Path) -> Run:
 
 
 def read_model(folder: Path, place: Path, index: str) -> Run:
-    """A model of a zoo: INDEX.json beside its weights when it has finished, INDEX.last.pkl while it trains."""
+    """A model of a zoo: INDEX.json beside its weights when it has finished, INDEX.last.pkl while it trains.
+
+    INDEX.failed.json says why it cannot be trained.
+    """
     run = Run(str((folder / index).relative_to(place)), script="train_zoo", state="broken")
     run.folder = str(folder.relative_to(place))
-    run.files = [f"{index}.{kind}" for kind in ("json", "csv") if (folder / f"{index}.{kind}").is_file()]
+    run.files = [f"{index}.{kind}" for kind in ("json", "csv", "failed.json") if (folder / f"{index}.{kind}").is_file()]
     complaints: list[str] = []
     metrics = folder / f"{index}.csv"
     if (folder / f"{index}.last.pkl").exists():
         run.state = "running" if is_locked(folder / f"{index}.lock") else "stopped"
         run.note = attempt(lambda: last_row(metrics, {}), "")
+    elif f"{index}.failed.json" in run.files and f"{index}.json" not in run.files:
+        reason = read_json(folder / f"{index}.failed.json", complaints).get("reason")
+        run.state, run.note = ("broken", complaints[0]) if complaints else ("failed", f"failed: {reason}"[:300])
     else:
         run.result = read_json(folder / f"{index}.json", complaints)
         run.state, run.note = ("broken", complaints[0]) if complaints else ("finished", "")

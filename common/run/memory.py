@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+
+from common.errors import Failed
 
 # parameters of mallopt(3)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -16,7 +17,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 T = TypeVar("T")
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let the C library keep what tensors free for the next ones, instead of mapping large ones afresh from the system.
 
     Fresh pages are zeroed and faulted in one by one: a fifth of the time of a SWARM training step. Only glibc can be told
@@ -54,7 +55,7 @@ class MicroBatches:
     def as_fits(self, compute: Callable[[int], T]) -> T:
         """compute(size). When memory runs out, from the start again with a smaller size, which stays from then on.
 
-        Ends the program with one line, exit status 1, if not even one sample fits.
+        Raises Failed if not even one sample fits.
         """
         while True:
             try:
@@ -64,7 +65,7 @@ class MicroBatches:
                     raise
             # out here, the error and what it holds of the failed computation are gone
             if len(self.sizes) == 1:
-                sys.exit("even one sample at a time does not fit into memory: a smaller model would")
+                raise Failed("even one sample at a time does not fit into memory: a smaller model would")
             self.sizes.pop(0)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

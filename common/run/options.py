@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Container
 from typing import NoReturn
+
+import torch
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -85,7 +88,6 @@ def parse(
     if [token[:2] for token in named] != [token[:2] for token in again]:
         parser.error(f"the run would be called {name!r}, which reads like other options: choose other values")
     given = {option.lstrip("-") for option, _, _ in tokens}
-    check_length(parser, name)
     return options, name, given
 
 
@@ -101,10 +103,36 @@ def not_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace, left
     return parts
 
 
-def check_length(parser: argparse.ArgumentParser, name: str) -> None:
-    """End with the parser's error if a run's name is too long for a file system."""
-    if len(name) > 240:
-        parser.error(f"the command line makes a run name of {len(name)} characters; file systems take 255: leave out defaults")
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> None:
+    """End with the parser's error for what no script can do: choices that exclude each other, a name that is no file's."""
+    dash = "-" if "-resume" in parser._option_string_actions else "--"
+    if getattr(args, "overwrite", False) and (getattr(args, "resume", None) == "auto" or getattr(args, "retry_failed", False)):
+        parser.error(f"{dash}resume continues what is there, {dash}overwrite replaces it: choose one")
+    if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
+        parser.error(f"{dash}device cuda: PyTorch finds no GPU here")
+    if reason := why_no_name(name):
+        parser.error(f"the run would be called {name!r:.300}: {reason}")
+
+
+def why_no_name(name: str) -> str | None:
+    """Why a text cannot be the name of a run's directory, or None if it can."""
+    if name in ("", ".", "..") or "/" in name:
+        return "a name is one component of a path"
+    if not name.isprintable():
+        return "it has characters that cannot be printed"
+    if name.endswith((".part", ".lock", ".new")) or name.startswith("figures-"):
+        return "names that end in .part, .lock or .new, or begin with figures-, are the suite's own"
+    if len(os.fsencode(name)) > 240:
+        return f"it has {len(os.fsencode(name))} characters, and file systems take 255: leave out defaults"
+    return None
+
+
+def add_run_options(group: argparse._ArgumentGroup, what: str = "run") -> None:
+    """The options of a run's directory, in the spelling with two dashes."""
+    group.add_argument("--results-dir", default="results", metavar="DIR", help="where run directories are made [%(default)s]")
+    group.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help=f"continue a {what} that was interrupted")
+    group.add_argument("--overwrite", action="store_true", help=f"replace a {what} of the same name")
+    group.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
 
 
 def at_least(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -142,9 +170,11 @@ def real(low: float, high: float = math.inf, *, above: bool = False, below: bool
 
 
 def run_id(text: str) -> str:
-    """A word that can be part of a file name."""
+    """A word that can be a run's name, or part of one."""
     if not re.fullmatch(r"[A-Za-z0-9_.+-]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a file name: use letters, digits and _ . + -")
+    if reason := why_no_name(text):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a run's name: {reason}")
     return text
 
 

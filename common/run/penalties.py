@@ -1,4 +1,4 @@
-"""Stitching penalties by layer, from the figures of joints: of a sweep, and of chunks of sweeps put together."""
+"""Stitching penalties by layer, from the metrics of joints: of a sweep, and of chunks of sweeps put together."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ def choose_runs(select: str, found: list[dict[str, Any]]) -> list[dict[str, Any]
     """Of each pair and layer, the run that --select takes for the best."""
     by = "accuracy" if select == "test" else "val_accuracy"
     best: dict[tuple[int, ...], dict[str, Any]] = {}
-    for figures in found:
-        key = (*figures["pair"], figures["layer"])
-        if key not in best or figures[by] > best[key][by]:
-            best[key] = figures
+    for metrics in found:
+        key = (*metrics["pair"], metrics["layer"])
+        if key not in best or metrics[by] > best[key][by]:
+            best[key] = metrics
     return list(best.values())
 
 
 def by_layer(selected: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and deviation (n - 1) over pairs of a layer's penalty, layer by layer."""
     layers = []
-    for layer in sorted({figures["layer"] for figures in selected}):
-        of_layer = [figures for figures in selected if figures["layer"] == layer]
-        penalties = np.array([figures["penalty"] for figures in of_layer])
-        figures = {
+    for layer in sorted({metrics["layer"] for metrics in selected}):
+        of_layer = [metrics for metrics in selected if metrics["layer"] == layer]
+        penalties = np.array([metrics["penalty"] for metrics in of_layer])
+        metrics = {
             "layer": layer,
             "inside_block": of_layer[0]["inside_block"],
             "channels": of_layer[0]["channels"],
@@ -34,11 +34,11 @@ def by_layer(selected: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "n": len(penalties),
             "penalty": float(penalties.mean()),
             "deviation": float(penalties.std(ddof=1)) if len(penalties) > 1 else None,
-            "accuracy": float(np.mean([figures["accuracy"] for figures in of_layer])),
+            "accuracy": float(np.mean([metrics["accuracy"] for metrics in of_layer])),
         }
         if "sparsity" in of_layer[0]:
-            figures["sparsity"] = float(np.mean([figures["sparsity"] for figures in of_layer]))
-        layers.append(figures)
+            metrics["sparsity"] = float(np.mean([metrics["sparsity"] for metrics in of_layer]))
+        layers.append(metrics)
     return layers
 
 

@@ -1,4 +1,4 @@
-"""Small files of figures, written in one step."""
+"""Small files of results: JSON and CSV, written in one step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.run.checkpoint import write_in_one_step
+from common.checkpoint import atomic_write
+from common.errors import InputError
 
 
-class RecordError(Exception):
-    """Figures of a run that are missing, damaged or of another script; the message is one line."""
+class RecordError(InputError):
+    """Results that are missing, damaged or of another script."""
 
 
 def write_text(path: Path, text: str) -> None:
     """A text file, in one step; half characters, as names of files may hold, become escapes. Raises OSError."""
-    write_in_one_step(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+    atomic_write(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -36,24 +37,33 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def read_results(places: Sequence[str], script: str) -> list[dict[str, Any]]:
-    """What finished runs of a script have come to, from their result.json.
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises RecordError if the file is missing or holds none."""
+    if not path.is_file():
+        raise RecordError(f"there is no {path}")
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise RecordError(f"{path} is damaged: it holds no JSON object")
+    return content
 
-    Directories of figures and of unfinished runs, which `results/<script>/*` names, too, are passed over. Raises RecordError
+
+def read_results(places: Sequence[str], script: str) -> list[dict[str, Any]]:
+    """The result.json of each finished run of a script.
+
+    Directories of figures and of unfinished runs, which `results/<script>/*` names, too, are left out. Raises RecordError
     for others that hold no result, or one of another script, and if none is left.
     """
     results = []
     for place in map(Path, places):
         if place.name.startswith("figures-") or place.suffix == ".part":
             continue
-        path = place / "result.json"
-        if not path.is_file():
+        if not (place / "result.json").is_file():
             raise RecordError(f"{place} is no finished run: it has no result.json")
-        try:
-            result = json.loads(path.read_text())
-        except ValueError:
-            raise RecordError(f"{path} is damaged: it is no JSON") from None
-        if not isinstance(result, dict) or result.get("script") != script:
+        result = read_json(place / "result.json")
+        if result.get("script") != script:
             raise RecordError(f"{place} is no run of {script}.py")
         results.append(result)
     if not results:

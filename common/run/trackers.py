@@ -1,7 +1,8 @@
-"""Figures of a run for TensorBoard and Weights & Biases, where they are asked for and installed."""
+"""Metrics of a run for TensorBoard and Weights & Biases, where they are asked for and installed."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import os
@@ -10,26 +11,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common import parallel
+from common.errors import InputError
+from common.run.run import Run
+
 CREDENTIALS = Path(".wandb.yaml")
 KEYS = ("WANDB_API_KEY", "WANDB_BASE_URL")
 
 
-class TrackerError(Exception):
-    """A tracker that cannot be used as asked; the message is one line and says what to do."""
-
-
-def check(*, tensorboard: bool, wandb_project: str | None) -> None:
-    """See that what is asked for can work, and take the credentials from .wandb.yaml. Raises TrackerError if not."""
-    if tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise TrackerError("--tensorboard needs a package that is not installed: pip install tensorboard")
-    if wandb_project is None:
+def check(args: argparse.Namespace) -> None:
+    """See that the trackers in `args` can work, and take the credentials from .wandb.yaml. Raises InputError if not."""
+    for option, package, wanted in (
+        ("--tensorboard", "tensorboard", args.tensorboard),
+        ("--wandb-project", "wandb", args.wandb_project is not None),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise InputError(f"{option} needs a package that is not installed: pip install {package}")
+    if args.wandb_project is None:
         return
-    if importlib.util.find_spec("wandb") is None:
-        raise TrackerError("--wandb-project needs a package that is not installed: pip install wandb")
     if CREDENTIALS.exists():
         os.environ.update(_read_credentials())
     elif "WANDB_API_KEY" not in os.environ and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-        raise TrackerError(
+        raise InputError(
             f"--wandb-project needs credentials: a file {CREDENTIALS} with WANDB_API_KEY and WANDB_BASE_URL, or these in the "
             "environment, or WANDB_MODE=offline"
         )
@@ -40,60 +43,48 @@ def _read_credentials() -> dict[str, str]:
     try:
         content = yaml.safe_load(CREDENTIALS.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TrackerError(f"cannot read {CREDENTIALS}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"cannot read {CREDENTIALS}: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict) or not content.get("WANDB_API_KEY"):
-        raise TrackerError(f"{CREDENTIALS} has no line WANDB_API_KEY: <your key>")
+        raise InputError(f"{CREDENTIALS} has no line WANDB_API_KEY: <your key>")
     return {key: str(content[key]) for key in KEYS if content.get(key)}
 
 
 class Trackers:
-    """Those that are asked for; none, and every call does nothing."""
+    """`with Trackers(run, epoch) as trackers:` opens those in the run's `args`, in the first process; others do nothing.
 
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        args: Mapping[str, Any],
-        *,
-        epoch: int = 0,
-        tensorboard: bool = False,
-        wandb_project: str | None = None,
-    ):
-        """Files go into `folder`; a run that is resumed there, in `epoch`, goes on as the same one. Raises TrackerError."""
+    Files go into the run's directory. A run that is resumed, in `epoch`, is the same run for them. Raises InputError.
+    """
+
+    def __init__(self, run: Run, epoch: int):
         self._board: Any = None
         self._wandb: Any = None
-        if tensorboard:
-            self._board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
-                str(folder / "tensorboard"), purge_step=epoch
-            )
-        if wandb_project is not None:
-            identity = folder / "wandb-id"
+        if run.args.tensorboard and parallel.is_main():
+            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+            self._board = writer(str(run.part / "tensorboard"), purge_step=epoch)
+        if run.args.wandb_project is not None and parallel.is_main():
+            identity = run.part / "wandb-id"
             if not identity.exists():
                 identity.write_text(uuid.uuid4().hex[:12])
-            wandb = importlib.import_module("wandb")
+            options = {"project": run.args.wandb_project, "name": run.name, "config": vars(run.args), "dir": str(run.part)}
             try:
-                self._wandb = wandb.init(
-                    project=wandb_project,
-                    name=name,
-                    config=dict(args),
-                    dir=str(folder),
-                    id=identity.read_text(),
-                    resume="allow",
-                )
+                self._wandb = importlib.import_module("wandb").init(**options, id=identity.read_text(), resume="allow")
             except Exception as error:  # of the key, the server, the network
                 first, *_ = str(error).splitlines() or [type(error).__name__]
-                raise TrackerError(
-                    f"Weights & Biases cannot be reached: {first}; WANDB_MODE=offline works without, and --resume goes on"
+                raise InputError(
+                    f"Weights & Biases cannot be reached: {first}; WANDB_MODE=offline works without, and --resume continues"
                 ) from None
 
-    def log(self, figures: Mapping[str, float], epoch: int) -> None:
+    def log(self, metrics: Mapping[str, float], epoch: int) -> None:
         if self._board is not None:
-            for key, value in figures.items():
+            for key, value in metrics.items():
                 self._board.add_scalar(key, value, epoch)
         if self._wandb is not None:
-            self._wandb.log({**figures, "epoch": epoch}, step=epoch)
+            self._wandb.log({**metrics, "epoch": epoch}, step=epoch)
 
-    def close(self) -> None:
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Write what is left to write."""
         if self._board is not None:
             self._board.close()

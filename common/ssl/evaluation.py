@@ -6,7 +6,7 @@ Encoders take images around 0; all functions here take uint8 images (N, C, H, H)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,15 @@ def encode(encoder: nn.Module, views: Iterable[Tensor]) -> Tensor:
     return representations
 
 
-def represent(encoder: nn.Module, images: Tensor, size: int) -> Tensor:
-    """Representations (N, F) of images, not transformed."""
-    return encode(encoder, (clean_view(as_floats(part), size) for part in images.split(BATCH)))
+def represent(encoder: nn.Module, images: Tensor, size: int, check_signal: Callable[[], None] = lambda: None) -> Tensor:
+    """Representations (N, F) of images, not transformed; `check_signal` is called between batches."""
+
+    def views() -> Iterator[Tensor]:
+        for part in images.split(BATCH):
+            check_signal()
+            yield clean_view(as_floats(part), size)
+
+    return encode(encoder, views())
 
 
 # ---- classes -------------------------------------------------------------------------------------------------------------

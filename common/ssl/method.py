@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common import parallel
 from common.models.resnet import CifarResNet
-from common.ssl import losses, parallel
+from common.ssl import losses
 from common.ssl.essl import draw_task, make_task
 from common.ssl.models import Outputs, SelfSupervised, joint
 from common.ssl.views import Stack, clean_view

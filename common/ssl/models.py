@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common import checkpoint
+from common.errors import InputError
 from common.models.resnet import CifarResNet
 from common.ssl.losses import VALUE_CODES
 
@@ -111,33 +113,28 @@ def essl_predictor(features: int, n_outputs: int) -> nn.Sequential:
 
 
 def read_saved(path: str | Path) -> dict[str, Any]:
-    """A saved model: `model` (a state dict), `encoder` and `options`. Runs no code in it. ValueError if it is none."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
-    except Exception:  # damaged and foreign bytes fail in many ways
-        raise ValueError(f"{path} is damaged, or no encoder saved by train_ssl.py") from None
+    """A saved model: `model` (a state dict), `encoder` and `options`. Runs no code in it. Raises InputError if it is none."""
+    state = checkpoint.read(path)
     parts = ("model", "encoder", "options")
     if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in parts):
-        raise ValueError(f"{path} is no encoder saved by train_ssl.py")
+        raise InputError(f"{path} is no encoder saved by train_ssl.py")
     return state
 
 
 def load_encoder(path: str | Path) -> CifarResNet:
-    """The encoder of a saved model, on the CPU, ready for use (in evaluation mode). Raises ValueError if there is none."""
+    """The encoder of a saved model, on the CPU, ready for use (in evaluation mode). Raises InputError if there is none."""
     return encoder_of(read_saved(path), path)
 
 
 def encoder_of(state: dict[str, Any], path: str | Path) -> CifarResNet:
-    """The encoder of a saved model that `read_saved` has read. Raises ValueError if there is none."""
+    """The encoder of a saved model that `read_saved` has read. Raises InputError if there is none."""
     try:
         encoder = CifarResNet(**state["encoder"])
         prefix = "base_network."
         weights = {key.removeprefix(prefix): value for key, value in state["model"].items() if key.startswith(prefix)}
         encoder.load_state_dict(weights)
     except Exception as error:  # damaged ones fail in many ways
-        raise ValueError(f"{path} is damaged: its encoder does not fit ({type(error).__name__})") from None
+        raise InputError(f"{path} is damaged: its encoder does not fit ({type(error).__name__})") from None
     if not all(parameter.isfinite().all() for parameter in encoder.parameters()):
-        raise ValueError(f"{path} has weights that are not finite")
+        raise InputError(f"{path} has weights that are not finite")
     return encoder.eval()

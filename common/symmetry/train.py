@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import StepLR
 
 from common.symmetry.joints import Birkhoff, Joint, Wreath
 from common.symmetry.stitching import StitchedModel
@@ -53,16 +52,6 @@ def make_optimizers(joint: Joint, lr: float, *, alternating: bool = False) -> li
     if alternating:
         return [torch.optim.SGD([group], lr) for group in groups]
     return [torch.optim.SGD(groups, lr)]
-
-
-def make_schedule(optimizer: Optimizer, epochs: int) -> StepLR:
-    """The published schedule, of which one step is an epoch: the rate is halved after each quarter of the epochs.
-
-    >>> optimizer = make_optimizers(Birkhoff(4), 0.01)[0]
-    >>> make_schedule(optimizer, 20).step_size
-    5
-    """
-    return StepLR(optimizer, max(1, epochs // 4), gamma=0.5)
 
 
 def training_step(

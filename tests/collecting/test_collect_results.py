@@ -1,5 +1,6 @@
 """collect_results.py: what it finds in directories of all kinds, tables over seeds, the papers' figures, bad input."""
 
+import argparse
 import csv
 import fcntl
 import json
@@ -21,8 +22,8 @@ import collect_results as script
 from common.run import collected
 from common.run import lock as lock_module
 from common.run.collected import find_runs, read_curves
-from common.run.directory import RunDirectory
 from common.run.lock import is_locked, take_lock
+from common.run.run import Run
 from tests.collecting.runs import OPTIONS, metrics, write_clustering
 from tests.command_lines import assert_one_line_and_nothing_made, exit_status
 
@@ -198,14 +199,15 @@ def test_curves_are_thinned_out_and_end_before_what_is_half_written(tmp_path: Pa
 
 
 def test_an_error_is_told_in_the_log_until_the_run_goes_on(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path, "amortised_clustering", "fails") as run:
-        run.open({"type": "Swarm"}, overwrite=False, to_stdout=False)
+    args = argparse.Namespace(results_dir=str(tmp_path), resume="auto", overwrite=False)
+    with pytest.raises(ZeroDivisionError), Run("amortised_clustering", "fails", args, another="-run ID") as run:
+        run.open()
         run.last.write_bytes(b"a checkpoint")
         1 / 0  # noqa: B018
     assert states(tmp_path) == {"amortised_clustering/fails.part": ("failed", "failed: division by zero")}
-    with RunDirectory(tmp_path, "amortised_clustering", "fails") as run:
-        assert run.check(resume="auto", overwrite=False) == "unfinished"
-        run.open({"type": "Swarm"}, overwrite=False, to_stdout=False)
+    with Run("amortised_clustering", "fails", args, another="-run ID") as run:
+        assert run.status == "unfinished"
+        run.open()
         assert states(tmp_path)["amortised_clustering/fails.part"][0] == "running"
     assert states(tmp_path)["amortised_clustering/fails.part"][0] == "stopped"
 
@@ -234,14 +236,28 @@ def test_models_of_a_zoo_are_runs(tmp_path: Path) -> None:
     (zoo / "2.csv").write_text(metrics(0.5, 60, 2))
     (zoo / "3.json").write_text("{")
     (zoo / "3.pt").write_bytes(b"weights")
+    for index in (0, 4):  # the first has been repeated since
+        (zoo / f"{index}.failed.json").write_text(
+            json.dumps({"job": str(index), "reason": "the loss of epoch 2 is not finite"})
+        )
+    (zoo / "5.failed.json").write_text("[]")
     (zoo / "2019.json").write_text('{"a": 1}')  # somebody's file
     runs = {run.name: run for run in find_runs(tmp_path)}
     assert {name: run.state for name, run in runs.items()} == {
         "zoo/cifar10-mCNN/0": "finished", "zoo/cifar10-mCNN/1": "finished", "zoo/cifar10-mCNN/2": "stopped",
-        "zoo/cifar10-mCNN/3": "broken",
+        "zoo/cifar10-mCNN/3": "broken", "zoo/cifar10-mCNN/4": "failed", "zoo/cifar10-mCNN/5": "broken",
     }  # fmt: skip
+    assert runs["zoo/cifar10-mCNN/4"].note == "failed: the loss of epoch 2 is not finite"
     assert all(run.written for run in runs.values())
     assert runs["zoo/cifar10-mCNN/1"].seed == 1 and runs["zoo/cifar10-mCNN/1"].options == {"arch": "mCNN"}
+
+
+def test_a_finished_run_says_how_many_of_its_jobs_failed(tmp_path: Path) -> None:
+    path = write_clustering(tmp_path / "amortised_clustering" / "one", 0.5)
+    result = json.loads((path / "result.json").read_text())
+    for failed, note in (({}, ""), ({"0-1": "no", "1-2": "no"}, "2 of its jobs failed"), (3, ""), ("x", "")):
+        (path / "result.json").write_text(json.dumps(result | {"failed": failed}))
+        assert states(tmp_path) == {"amortised_clustering/one": ("finished", note)}
 
 
 # ---- tables and figures --------------------------------------------------------------------------------------------------

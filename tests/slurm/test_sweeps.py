@@ -35,7 +35,7 @@ def test_every_line_of_every_sweep_parses(path: Path, tmp_path: Path, monkeypatc
     """By the scripts' own dry runs, which make nothing; and no two lines make the same."""
     monkeypatch.chdir(tmp_path)
     lines = sweep.read(path)
-    made = [(line.run.final, line.models) for line in lines]
+    made = [(line.final, line.models) for line in lines]
     assert len(set(made)) == len(lines) == path.read_text().count(".py ")
     assert not list(tmp_path.iterdir())
 
@@ -48,7 +48,7 @@ def test_reproduce_submits_every_sweep() -> None:
 def test_zoos_are_complete_and_what_needs_them_finds_them() -> None:
     models: dict[Path, list[int]] = {}
     for line in sweep.read(ROOT / "slurm" / "sweeps" / "zoo.txt"):
-        models.setdefault(line.run.final, []).extend(line.models)
+        models.setdefault(line.final, []).extend(line.models)
     assert len(models) == 4 and all(numbers == list(range(100)) for numbers in models.values())
     for name, script in (
         ("stitching.txt", cifar10_stitching),
@@ -143,6 +143,19 @@ def test_a_run_through_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     (final / "result.json").write_text(json.dumps({"script": "amortised_clustering", "model": {"accuracy": 0.8}}))
     assert sweep.state_of(line, {}) == "finished"  # whatever is noted about earlier starts
     assert sweep.figures(line) == "accuracy 0.8"
+    (final / "result.json").write_text(json.dumps({"script": "cifar10_stitching", "layers": [], "failed": {"1": "no"}}))
+    assert sweep.state_of(line, {}) == "finished" and sweep.figures(line).endswith(", 1 failed")
+
+
+def test_a_run_of_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = sweep.parse(1, ("amortised_clustering.py", "-type", "LSTM"))
+    cells = line.path / "cells"
+    assert cells.parent.name == "-type.LSTM.part"
+    cells.mkdir(parents=True)
+    for name in ("0.json", "1.json", "2.failed.json", "3.last.pkl"):
+        (cells / name).touch()
+    assert sweep.figures(line) == "2 done, 1 failed"
 
 
 def test_a_zoo_through_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +172,9 @@ def test_a_zoo_through_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (zoo / "2.last.pkl").unlink()
     (zoo / "2.pt").touch()
     assert sweep.state_of(line, {}) == "resumable" and sweep.figures(line) == "1 of 2 models"
+    (zoo / "3.failed.json").touch()
+    assert sweep.state_of(line, {}) == "resumable" and sweep.figures(line) == "1 of 2 models, 1 failed"
+    (zoo / "3.failed.json").unlink()
     (zoo / "3.pt").touch()
     assert sweep.state_of(line, {}) == "finished"
 

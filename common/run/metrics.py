@@ -1,42 +1,80 @@
-"""What a run leaves to look at: metrics.csv with a row an epoch, and traces of losses and of some weights by step."""
+"""What a run measures: means over batches, metrics.csv with a row an epoch, traces of losses and of some weights by step."""
 
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from common.checkpoint import CheckpointError
 
 N_TRACED = 13  # entries of each parameter
 N_RECORDS = 1000  # kept in memory and drawn
 
 
-class Metrics:
-    """metrics.csv, a row per epoch. `size` goes into the checkpoint: a resumed run cuts off what was written after it."""
+class Meter:
+    """Weighted means of metrics over batches, summed in float64 on the device of the values: adding waits for nothing."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...], size: int = 0):
-        self.path, self.columns = path, columns
-        if size:
-            os.truncate(path, size)
-            self.size = size
-        else:
-            self.size = self._write(columns, "w")
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor | float, float]] = {}  # sum and weight
+
+    def add(self, n: int, metrics: Mapping[str, Tensor | float]) -> None:
+        """Add the means of n samples."""
+        for name, value in metrics.items():
+            total, weight = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + n * (value.detach().double() if isinstance(value, Tensor) else value), weight + n)
+
+    def means(self) -> dict[str, float]:
+        return {name: float(total) / weight for name, (total, weight) in self._sums.items()}
+
+    def reset(self) -> None:
+        self._sums.clear()
+
+    def state_dict(self) -> dict[str, tuple[float, float]]:
+        return {name: (float(total), weight) for name, (total, weight) in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, tuple[float, float]]) -> None:
+        self._sums = {name: (float(total), float(weight)) for name, (total, weight) in state.items()}
+
+
+class Metrics:
+    """metrics.csv, a row an epoch. What was written after the state that a run resumes from is cut off by the next row."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...]):
+        self.path, self.columns, self.size = path, columns, 0
 
     def append(self, row: Mapping[str, float | int | str]) -> None:
         """Add a row and make sure that it is on the disk. Raises OSError if it cannot be written."""
+        text = io.StringIO()
+        table = csv.writer(text)
+        if self.size == 0:
+            table.writerow(self.columns)
         values = [row[column] for column in self.columns]
-        self.size = self._write([f"{v:.8g}" if isinstance(v, float) else v for v in values], "a")
-
-    def _write(self, row: Any, mode: str) -> int:
-        with open(self.path, mode, newline="") as file:
-            csv.writer(file).writerow(row)
+        table.writerow([f"{v:.8g}" if isinstance(v, float) else v for v in values])
+        with open(self.path, "r+b" if self.size else "wb") as file:
+            file.truncate(self.size)
+            file.seek(self.size)
+            file.write(text.getvalue().encode())
             file.flush()
             os.fsync(file.fileno())
-            return file.tell()
+            self.size = file.tell()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"metrics_size": self.size}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Raises CheckpointError if the file is shorter than it was."""
+        self.size = int(state["metrics_size"])
+        if self.size and (not self.path.exists() or self.path.stat().st_size < self.size):
+            raise CheckpointError(f"{self.path} is missing or cut off: only a new start can make it whole")
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:
@@ -48,7 +86,7 @@ def read_metrics(path: Path) -> dict[str, list[float]]:
 
 
 class Traces:
-    """Numbers of each step (the loss, say) and up to 13 entries of every learned parameter; thinned out evenly when many."""
+    """Metrics by step, and up to 13 entries of each learned parameter. Thinned out evenly above 1,000 records."""
 
     def __init__(self, model: nn.Module):
         self.every = 1
@@ -77,12 +115,12 @@ class Traces:
             self.numbers = {name: [values[i] for i in kept] for name, values in self.numbers.items()}
             self.weights = [self.weights[i] for i in kept]
 
-    def by_parameter(self) -> dict[str, Tensor]:
+    def by_parameter(self) -> dict[str, NDArray[np.floating]]:
         """The traced entries of each parameter: (number of records, up to 13)."""
         if not self.weights:
             return {}
         parts = torch.stack(self.weights).split([len(pick) for pick in self.picked], dim=1)
-        return dict(zip(self.names, parts, strict=True))
+        return {name: part.numpy() for name, part in zip(self.names, parts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -94,6 +132,5 @@ class Traces:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.every, self.steps = state["every"], list(state["steps"])
-        numbers = state["numbers"] if "numbers" in state else {"loss": state["losses"].tolist()}  # of earlier versions
-        self.numbers = {name: list(values) for name, values in numbers.items()}
+        self.numbers = {name: list(values) for name, values in state["numbers"].items()}
         self.weights = list(state["weights"])

@@ -1,0 +1,136 @@
+"""Training with a wall-clock budget and backtracking, as the SWARM experiments do it (Vollgraf 2019)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common import checkpoint
+from common.run.backtracking import Backtracking
+from common.run.clock import Clock
+from common.run.metrics import Meter, Metrics, Traces
+from common.run.run import Run
+from common.run.state import State
+
+
+class BestModel:
+    """best.pkl: the model with the lowest validation loss so far, and the return to it.
+
+    It holds model, optimizer, name and best_val_loss, which is infinite before the first validation.
+    """
+
+    def __init__(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, horizon: float, alpha: float):
+        self.path, self.name, self.model, self.optimizer, self.alpha = run.best, run.name, model, optimizer, alpha
+        self.backtracking = Backtracking(horizon)
+
+    @property
+    def loss(self) -> float:
+        return self.backtracking.best
+
+    def save(self) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        checkpoint.save(state | {"name": self.name, "best_val_loss": self.loss}, self.path)
+
+    def load(self) -> None:
+        state = checkpoint.read(self.path)
+        checkpoint.load_model(self.model, state["model"], self.path)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def judge(self, val_loss: float, *, last_epoch: bool) -> str:
+        """Save the model, keep it, or return to the best at alpha times the learning rate; in words, for the log."""
+        rate = self.optimizer.param_groups[0]["lr"]
+        verdict = self.backtracking.judge(val_loss, last_epoch=last_epoch)
+        if verdict == "best":
+            self.save()
+            return " | best so far, saved"
+        if verdict == "back":
+            self.load()
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * self.alpha
+            return f" | back to the best, lr {rate * self.alpha:.4g}"
+        return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.backtracking.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises CheckpointError if best.pkl, which training may return to, is not whole."""
+        self.backtracking.load_state_dict(state)
+        if self.path.exists() or math.isfinite(self.loss):
+            checkpoint.check_fits(self.model, checkpoint.read(self.path)["model"], self.path)
+
+
+class BudgetedTraining(State):
+    """The state of such a training, with its parts: clock, best, meter, metrics, traces. `budget` is in seconds."""
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        budget: float,
+        horizon: float,
+        alpha: float,
+        columns: tuple[str, ...],
+        data: str = "",
+    ):
+        self.clock, self.meter, self.traces = Clock(budget), Meter(), Traces(model)
+        self.best = BestModel(run, model, optimizer, horizon, alpha)
+        self.metrics = Metrics(run.part / "metrics.csv", columns)
+        super().__init__(
+            run.last,
+            run.options,
+            run,
+            data=data,
+            model=model,
+            optimizer=optimizer,
+            clock=self.clock,
+            best=self.best,
+            meter=self.meter,
+            metrics=self.metrics,
+            traces=self.traces,
+        )
+        self.run, self.optimizer = run, optimizer
+
+    def start(self, resume: str | None) -> None:
+        """Open the run: continue it, or begin, if `resume` is a file, with the weights and moments in it."""
+        if self.run.status == "unfinished":
+            self.resume()
+        elif resume not in (None, "auto"):
+            checkpoint.start_from(Path(str(resume)), self.model, self.optimizer)
+        self.run.open()
+        if self.step == 0:
+            self.save()
+            self.best.save()  # somewhere to return to, should the first epoch fail
+
+    def goes_on(self, max_epochs: float) -> bool:
+        """Whether there is another epoch, or the rest of one. However short the time, one step is taken."""
+        return self.epoch < max_epochs and (self.batch > 0 or not self.time_is_up())
+
+    def time_is_up(self) -> bool:
+        return self.step > 0 and self.clock.is_up()
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step_done(self, n: int, loss: float, **metrics: float) -> None:
+        """Count an optimiser's step on n samples; its metrics are traced. Raises Interrupted after a signal."""
+        self.meter.add(n, {"loss": loss})
+        self.traces.record(self.step + 1, {"loss": loss, **metrics})
+        self.after_step()
+
+    def conclude_epoch(self, row: Mapping[str, float | int]) -> str:
+        """Judge the epoch by the val_loss of its row of metrics.csv; what was done, for the log. The next epoch begins."""
+        verdict = self.best.judge(row["val_loss"], last_epoch=self.clock.is_up())
+        self.metrics.append(row)
+        self.meter.reset()
+        self.end_epoch()
+        self.save()
+        return verdict

@@ -1,0 +1,90 @@
+"""How a command ends: its exit status, its last line, and the signals that stop it early.
+
+| status | when |
+| --- | --- |
+| 0 | finished |
+| 1 | failed: a loss that is not finite, an error in the program (with its traceback) |
+| 2 | refused: input that cannot be used |
+| 75 | stopped by a signal, or by a file that could not be written; resumable (EX_TEMPFAIL of sysexits.h) |
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+from common.errors import Failed, InputError, Interrupted
+from common.run.memory import is_out_of_memory
+
+REFUSED, RESUMABLE = 2, 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # preemption, time limit ahead, Ctrl-C
+
+
+class Command:
+    """`with Command("train_zoo") as command:` notes signals and turns errors into exit statuses.
+
+    A signal only sets `command.signal`, which the work looks at between steps: no write is ever cut in half by it. A second
+    Ctrl-C stops at once. Until `begun` is set, an OSError or too little memory is the input's fault (status 2).
+    """
+
+    def __init__(self, script: str, *, dash: str = "--"):
+        self.script, self.dash = script, dash  # as the script spells its options
+        self.next = f"{dash}resume auto continues from there"  # a hint, where the command stops early
+        self.signals: tuple[signal.Signals, ...] = SIGNALS  # those that are noted
+        self.signal: str | None = None
+        self.begun = False
+
+    def __enter__(self) -> Command:
+        self._handlers = {number: signal.signal(number, self._note) for number in self.signals}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, Interrupted):
+            by = self.signal or "a signal to another process"
+            self.log(f"stopped by {by} {error}: {self.next}")
+            sys.exit(RESUMABLE)
+        if isinstance(error, InputError):
+            self._refuse(error)
+        if isinstance(error, Failed):
+            print(f"{self.script}.py: failed: {error}", file=sys.stderr)
+            sys.exit(1)
+        if isinstance(error, OSError) and self.begun:
+            what = f"cannot write {error.filename or 'a file'}: {error.strerror}"
+            print(f"stopped: {what}; what was saved is intact, {self.next}", file=sys.stderr)
+            sys.exit(RESUMABLE)
+        if isinstance(error, OSError):
+            self._refuse(f"cannot use {error.filename or 'a file'}: {error.strerror or error}")
+        too_large = error is not None and (is_out_of_memory(error) or "overflow" in str(error))  # of a size in bytes
+        if isinstance(error, MemoryError | RuntimeError) and too_large and not self.begun:
+            first, *_ = str(error).splitlines() or [type(error).__name__]
+            self._refuse(f"cannot make the model or its data, are they too large? {first}")
+
+    def check_signal(self, where: str) -> None:
+        """Raises Interrupted if a signal has come; `where` says where the work stands, which needs no saving."""
+        if self.signal is not None:
+            raise Interrupted(where)
+
+    def _refuse(self, reason: object) -> NoReturn:
+        print(f"{self.script}.py: error: {reason}", file=sys.stderr)
+        sys.exit(REFUSED)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == "SIGINT":
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def log(self, text: str) -> None:
+        echo(text)
+
+
+def echo(text: str) -> None:
+    """Print. A reader who has gone (`| head`) is no failure."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what is flushed at the end

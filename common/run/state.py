@@ -1,0 +1,160 @@
+"""The state of a training, last.pkl: everything that is needed to continue exactly where it stood.
+
+state = State(run.last, options, run, model=model, optimizer=optimizer, meter=meter, metrics=metrics)
+if run.status == "unfinished":
+    state.resume()
+run.open()
+while state.epoch < epochs:
+    for batch in batches_of(state.epoch)[state.batch :]:
+        ...
+        state.after_step()
+    state.end_epoch()
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import checkpoint, parallel
+from common.checkpoint import CheckpointError
+from common.errors import Failed, InputError, Interrupted
+from common.run.command import Command
+
+SAVE_SECONDS = 60.0  # between two saves, apart from those that a signal or a script asks for
+
+
+class Part(Protocol):
+    """What has a state: model, optimiser, clock, meter, metrics, traces, backtracking."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any, /) -> object: ...
+
+
+class State:
+    """`batch` batches of epoch `epoch` are done, `step` steps in all; further `extra` values, and named parts.
+
+    `options` are those that make the training what it is, `data` is a fingerprint: it resumes only with the same ones.
+    """
+
+    def __init__(
+        self, path: Path, options: Mapping[str, Any], command: Command, *, data: str = "", model: nn.Module, **parts: Part
+    ):
+        self.path, self.options, self.command, self.data = path, dict(options), command, data
+        self.model, self.parts = model, parts
+        self.epoch = self.batch = self.step = 0
+        self.extra: dict[str, Any] = {}  # plain values and tensors
+        self.saved_at = time.monotonic()
+
+    def save(self) -> None:
+        """Write last.pkl, unless a weight is not finite: then the training continues from the last that were."""
+        self.saved_at = time.monotonic()
+        if not parallel.is_main() or not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            return
+        state = {
+            "options": self.options,
+            "data": self.data,
+            "progress": (self.epoch, self.batch, self.step),
+            "extra": self.extra,
+            "rng": rng_state(),
+            "model": self.model.state_dict(),
+            **{name: part.state_dict() for name, part in self.parts.items()},
+        }
+        checkpoint.save(state, self.path)
+
+    def resume(self) -> None:
+        """Put everything back as it was when last.pkl was written. Writes nothing.
+
+        Raises CheckpointError if the file is damaged, or was written with other options, another model or other data.
+        """
+        state = checkpoint.read(self.path)
+        again = f"{self.command.dash}overwrite starts again"
+        needed = ("options", "data", "progress", "extra", "rng", "model", *self.parts)
+        missing = [name for name in needed if not isinstance(state, dict) or name not in state]
+        if missing:
+            raise CheckpointError(f"{self.path} has no entry {missing[0]!r}, it is of another version or script; {again}")
+        refuse_differences(state["options"], self.options, f"{self.path} was made", again)
+        if state["data"] != self.data:
+            raise CheckpointError(
+                f"{self.path} was made with other data (fingerprint {state['data']}, now {self.data}): name the place where "
+                f"those are; {again}"
+            )
+        checkpoint.load_model(self.model, state["model"], self.path)
+        name = "progress"
+        try:
+            self.epoch, self.batch, self.step = (int(n) for n in state["progress"])
+            self.extra = {**state["extra"]}
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            name = "rng"
+            set_rng_state(state["rng"])
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError):
+            raise CheckpointError(f"{self.path} is damaged, or of another version: {name} cannot be read; {again}") from None
+
+    def after_step(self) -> None:
+        """Count a step; save if the last time is a minute ago, or a signal has come. Raises Interrupted in that case."""
+        self.batch, self.step = self.batch + 1, self.step + 1
+        self.check_signal()
+        self.save_if_due()
+
+    def check_signal(self) -> None:
+        """Between two pieces of work after which the training can continue: raises Interrupted if a signal has come."""
+        if parallel.any_process(self.command.signal is not None):
+            self.save()
+            parallel.wait_for_all()  # torchrun ends the others when the first has gone
+            job = self.path.name.removesuffix("last.pkl").rstrip(".")
+            raise Interrupted(f"after step {self.step}" + (f" of {job}" if job else ""))
+
+    def save_if_due(self) -> None:
+        if time.monotonic() - self.saved_at > SAVE_SECONDS:
+            self.save()
+
+    def end_epoch(self) -> None:
+        """The next epoch begins."""
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.save_if_due()
+
+
+def refuse_differences(noted: Any, options: Mapping[str, Any], what: str, hint: str) -> None:
+    """Raises CheckpointError for the first option that was noted with another value than it has now."""
+    if not isinstance(noted, dict):
+        raise CheckpointError(f"{what} without options: {hint}")
+    for name, value in noted.items():
+        if name in options and value != options[name]:
+            raise CheckpointError(f"{what} with {name} {value}, not {options[name]}: {hint}")
+
+
+def refuse_infinity(loss: float, of: str, option: str = "--lr") -> None:
+    """Raises Failed if a loss is not finite."""
+    if not np.isfinite(loss):
+        raise Failed(f"the loss of {of} is not finite: a smaller {option} may help")
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of all global random generators, as plain values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),  # arrays would not load with weights_only=True
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Set the global random generators; those of devices that are not here any more are left out."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate(state["python"])
