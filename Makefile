@@ -4,7 +4,7 @@ BIN = .venv/bin
 # a model that learns to tell clusters apart within three minutes on two CPU cores
 DEMO = -type Swarm -n_hidden 32 -n_iter 10 -tasks 6000 -bs 20 -lr 0.01 -wc 3
 
-.PHONY: demo data test lint bench clean
+.PHONY: demo data test check lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python -u amortised_clustering.py $(DEMO) -overwrite
@@ -14,9 +14,13 @@ data: .venv/installed
 	$(BIN)/python -c "from common.datasets import images; \
 	    [images.load(name, split, download=True) for name in images.PUBLISHED for split in images.SPLITS]"
 
-# by files in three processes of one thread each, as those of SLURM mostly wait
+# by files in three processes of one thread each; those of SLURM, which mostly wait, first
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile tests/slurm tests
+
+# the fast half, for whoever changes a line
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

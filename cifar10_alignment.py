@@ -5,11 +5,11 @@ published runs, on test images and random pairs of a zoo (train_zoo.py):
 
     python cifar10_alignment.py --repeats=16 --arch=mCNN --similarity=cka
 
-leave their figures in results/cifar10_alignment/, and
+leave their results in results/cifar10_alignment/, and
 
     python cifar10_alignment.py --compare results/cifar10_alignment/*
 
-draws the diagonals of several beside each other. README.md says what each figure means.
+draws the diagonals of several beside each other. README.md says what each metric means.
 """
 
 from __future__ import annotations
@@ -225,16 +225,16 @@ def report(args: argparse.Namespace, jobs: list[PairJob], places: list[Place], r
 def over_pairs(records: list[dict[str, Any]], places: list[Place]) -> dict[str, Any]:
     """Layers, and means and deviations (n - 1) of similarities over pairs; of no pairs there are none."""
     if not records:
-        return {"layers": [], **{of: [] for of in VALUES}, **{f"{of}_deviation": None for of in VALUES}}
+        return {"layers": [], **{name: [] for name in VALUES}, **{f"{name}_deviation": None for name in VALUES}}
     dead = np.mean([record["dead"] for record in records], axis=0)  # of the first networks of pairs, and of the second ones
     layers = [
         {name: getattr(place, name) for name in ("index", "name", "inside_block", "channels")} | {"dead_channels": counts}
         for place, counts in zip(places, dead.T.tolist(), strict=True)
     ]
-    values = {of: np.array([record[of] for record in records], float) for of in VALUES}  # null becomes NaN
-    means = {of: values[of].mean(0).tolist() for of in VALUES}
+    values = {name: np.array([record[name] for record in records], float) for name in VALUES}  # null becomes NaN
+    means = {name: values[name].mean(0).tolist() for name in VALUES}
     several = len(records) > 1
-    deviations = {f"{of}_deviation": values[of].std(0, ddof=1).tolist() if several else None for of in VALUES}
+    deviations = {f"{name}_deviation": values[name].std(0, ddof=1).tolist() if several else None for name in VALUES}
     return {"layers": layers, **means, **deviations}
 
 
@@ -242,7 +242,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     """similarity.csv, a row per pair of layers, and the heat map similarity.png, from a run's result alone."""
     rows = []
     labels = layer_labels(result["layers"])
-    columns = [name for of in VALUES for name in (of, f"{of}_deviation")] + ["untrained"]
+    columns = [f"{name}{suffix}" for name in VALUES for suffix in ("", "_deviation")] + ["untrained"]
     for i, row_label in enumerate(labels):
         for j, column_label in enumerate(labels):
             row = {"layer_of_network_1": row_label, "layer_of_network_2": column_label}

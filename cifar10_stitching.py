@@ -6,11 +6,11 @@ networks (train_zoo.py), with joints of permutations and scales, and with any li
     python cifar10_stitching.py --recipe Grelu --arch mCNN
     python cifar10_stitching.py --recipe standard --arch mCNN
 
-leave their figures in results/cifar10_stitching/, and
+leave their results in results/cifar10_stitching/, and
 
     python cifar10_stitching.py --compare results/cifar10_stitching/*
 
-draws them beside each other. README.md says what each figure means.
+draws them beside each other. README.md says what each metric means.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def has_warmup(args: argparse.Namespace) -> bool:
 
 
 def kind_of(args: argparse.Namespace) -> str:
-    """The joint, in the words of the figures."""
+    """The joint, as results and pictures name it."""
     if args.lowrank:
         return f"rank {args.rank}"
     if args.lasso:
@@ -253,8 +253,8 @@ def train(args: argparse.Namespace, job: StitchJob, stitched: StitchedModel, dat
         state.end_epoch()
     stitched.load_state_dict(best.weights)
     test = evaluate(stitched, data.test, data.preprocessing, check_signal=state.check_signal)
-    of_best = {"val_accuracy": best.accuracy, **best.metrics}
-    return {"accuracy": 100 * test["accuracy"], "best": of_best, "epochs": state.extra["epochs"], "seconds": clock.used()}
+    metrics = {"accuracy": 100 * test["accuracy"], "best": {"val_accuracy": best.accuracy, **best.metrics}}
+    return metrics | {"epochs": state.extra["epochs"], "seconds": clock.used()}
 
 
 def train_epoch(
@@ -265,10 +265,10 @@ def train_epoch(
         group["lr"] = rate
     state.model.train()
     key, losses = (args.seed, *job.key, state.epoch), state.extra["losses"]
-    which = torch.randint(len(optimizers), losses.shape, generator=generator_of(*key, 2)).tolist()  # with --alternating
+    choices = torch.randint(len(optimizers), losses.shape, generator=generator_of(*key, 2)).tolist()  # with --alternating
     step = {"hook_eps": 1e-3 if args.pgd_hook else None, "amp": torch.bfloat16 if args.precision == "bf16" else None}
     for x, labels in data.batches(args.batch_size, generator_of(*key, 0), first=state.batch):
-        losses[state.batch] = training_step(state.model, x, labels, optimizers[which[state.batch]], **step)
+        losses[state.batch] = training_step(state.model, x, labels, optimizers[choices[state.batch]], **step)
         state.after_step()
 
 
@@ -306,7 +306,7 @@ def run_job(
     state = {name: value.cpu() for name, value in joint.state_dict().items()}
     matrices = {"matrix": joint.matrix().detach().cpu(), "rounded": joint.rounded().cpu()}
     checkpoint.save(state | matrices, job.joint)
-    of_parents = [parents[number] for number in job.pair]
+    accuracies = [parents[number] for number in job.pair]
     return {
         "pair": list(job.pair),
         "layer": job.place.index,
@@ -315,9 +315,9 @@ def run_job(
         "channels": job.place.channels,
         "run": job.run,
         "joint_parameters": sum(p.numel() for p in joint.parameters()),
-        "parents": of_parents,
+        "parents": accuracies,
         "val_accuracy": metrics["best"]["val_accuracy"],
-        "penalty": sum(of_parents) / 2 - metrics["accuracy"],
+        "penalty": sum(accuracies) / 2 - metrics["accuracy"],
         **metrics,
         **learned(joint),
     }

@@ -164,6 +164,10 @@ def draw(script: str, groups: Sequence[Group], folder: Path) -> list[Path]:
     """What the experiment's paper shows, from finished runs: the files. Raises RecordError, and MISSHAPEN for such results."""
     path = folder / f"{script}.png"
     results = [run.result for group in groups for run in group.finished]
+    # where all jobs failed there is nothing to draw
+    results = [of for of in results if of.get("layers", True) and of.get("penalties", True) and of.get("published", True)]
+    if not results:
+        return []
     match script:
         case "amortised_clustering":
             levels = {name: level(results, f"{name}.cross_entropy") for name in ("chance", "oracle")}

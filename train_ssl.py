@@ -579,6 +579,7 @@ def measure(probe: Probe, device: torch.device, command: Command) -> None:
 def evaluate_saved(args: argparse.Namespace, device: torch.device) -> int:
     """--linear-probe and --knn. All files are read before anything is computed."""
     with Command("train_ssl") as command:
+        command.next = "the same line begins again"
         if parallel.launched():
             raise InputError("--linear-probe and --knn are for one process: leave torchrun out")
         for probe in [read_probe(args, kind) for kind in ("linear_probe", "knn") if getattr(args, kind) is not None]:

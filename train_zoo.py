@@ -29,10 +29,10 @@ from common.run.jobs import Job, failures, pending
 from common.run.lock import is_locked
 from common.run.memory import tune_malloc
 from common.run.metrics import Meter, Metrics
-from common.run.options import at_least, real
+from common.run.options import at_least, real, refuse_differences
 from common.run.records import RecordError
 from common.run.run import RunError, environment
-from common.run.state import State, refuse_differences
+from common.run.state import State
 from common.seeds import seed_everything, seed_of
 
 NOT_IN_NAME = (  # options that do not make another model

@@ -117,7 +117,7 @@ def check_fits(model: torch.nn.Module, weights: Any, path: Path) -> None:
 
 def start_from(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Take weights and moments from a best.pkl, at the optimiser's own learning rate. Raises CheckpointError."""
-    state, settings = read(path), [dict(group) for group in optimizer.param_groups]
+    state, own = read(path), [{**group} for group in optimizer.param_groups]
     if not isinstance(state, dict) or not {"model", "optimizer"} <= state.keys():
         raise CheckpointError(f"{path} is no checkpoint of this suite: it has no model and optimizer")
     load_model(model, state["model"], path)
@@ -125,15 +125,10 @@ def start_from(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
         raise CheckpointError(f"{path} has weights that are not finite: choose an earlier checkpoint")
     try:
         optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(optimizer.param_groups, settings, strict=True):
-            group.update({name: value for name, value in own.items() if name != "params"})
-        fits = all(
-            moment.shape == parameter.shape
-            for parameter, moments in optimizer.state.items()
-            for moment in moments.values()
-            if moment.ndim
-        )
+        moments = [(p, moment) for p, of in optimizer.state.items() for moment in of.values() if moment.ndim]
     except (ValueError, KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
+        raise CheckpointError(f"{path} has an optimizer of another model") from None
+    if any(moment.shape != parameter.shape for parameter, moment in moments):
         raise CheckpointError(f"{path} has an optimizer of another model")
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update({name: value for name, value in settings.items() if name != "params"})

@@ -161,23 +161,6 @@ def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "evaluate", stopped_evaluation)
 
 
-def test_stops_after_every_step_change_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses, accuracies and the weights of the network come out as if nobody had interrupted it."""
-    line = f"{SMALL} --activations relu --layers 2 --groups orthogonal --repeats 1"
-    assert run(line, data, tmp_path / "whole") == 0
-    stop_often(monkeypatch)
-    statuses = [run(line, data, tmp_path / "parts")]
-    while statuses[-1] == 75 and len(statuses) < 100:
-        statuses.append(run(f"{line} --resume", data, tmp_path / "parts"))
-    assert statuses == [75] * 2 * (10 + 2 + 1) + [0]  # of two trainings: steps, evaluations of epochs, of the test images
-    parts, whole = directory(tmp_path / "parts"), directory(tmp_path / "whole")
-    assert result_of(tmp_path / "parts") == result_of(tmp_path / "whole")
-    assert (parts / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
-    weights = [torch.load(path / "cells" / "relu.pt", weights_only=True) for path in (parts, whole)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    assert files(parts).keys() == files(whole).keys() and not list(parts.glob("cells/*.last.pkl"))
-
-
 def test_damaged_files_are_refused_before_anything_is_made(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

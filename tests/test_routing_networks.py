@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,9 @@ from common.datasets import multitask
 from common.datasets.images import DataError, ImageSet
 from common.models import routed
 from common.routing import measures
-from common.run.state import State
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
 from tests.reference import Vectors, assert_agrees
 from tests.small_images import smooth, write_mnist
-from tests.stopping import outcome, signal_at
 from tests.test_images import write_cifar
 from tests.test_routing_vectors import load_agents
 
@@ -369,71 +366,3 @@ def test_compare(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert f"| 3 | {mean:.2f} ± {half:.2f} |" in table and "seed" not in table
     assert table.startswith("| run | n |") and table in capsys.readouterr().out
     assert (figures / "comparison.png").exists()
-
-
-# ---- stopped and resumed ---------------------------------------------------------------------------------------------------
-
-# RELAX draws the most; the window of collaboration is part of what is saved
-LINES = {
-    "WPL": SHORT,
-    "RELAX": f"{SHORT} --decision RELAX --model dispatched --exploration-end 0.0",
-    "GumbelSoftmax": f"{SHORT} --decision GumbelSoftmax --precision bf16",
-}
-
-
-@pytest.fixture(scope="module")
-def three_looks() -> Iterator[None]:
-    """An evaluation of 180 images has three batches."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "EVALUATED_AT_ONCE", 60)
-        yield
-
-
-@pytest.fixture(scope="module", params=LINES)
-def case(
-    request: pytest.FixtureRequest, grey: str, three_looks: None, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict]:
-    """A line, and what it leaves undisturbed."""
-    line, results = f"{LINES[request.param]} {grey} --resume", tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multitask, "PER_TASK", SMALL)
-        patch.setattr(script, "draw", lambda data, training: None)
-        assert run(f"{line} --results-dir {results}") == 0
-    return line, outcome(only(results))
-
-
-# 6 steps an epoch, then 3 looks in the evaluation
-@pytest.mark.parametrize(("look", "step"), [(1, 1), (6, 6), (8, 6), (12, 9), (18, 12)])
-def test_a_stopped_run_resumes_exactly(
-    look: int,
-    step: int,
-    case: tuple[str, dict],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_pictures: None,
-) -> None:
-    line, expected = case
-    line += f" --results-dir {tmp_path}"
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "check_signal", signal_at(look))
-        assert run(line) == 75
-    assert f"stopped by SIGTERM after step {step}: --resume auto continues from there" in capsys.readouterr().out
-    assert run(line) == 0
-    assert f"resumed in epoch {1 + (step - 1) // 6} after step {step}" in capsys.readouterr().out
-    assert outcome(only(tmp_path)) == expected
-
-
-def test_resuming_needs_the_same_options_and_data(
-    grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = f"{SHORT} {grey} --results-dir {tmp_path}"
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "check_signal", signal_at(2))
-        assert run(line) == 75
-    capsys.readouterr()
-    assert run(line) == 2 and "--resume auto continues it" in capsys.readouterr().err
-    write_mnist(tmp_path / "other", smooth(200, seed=5), smooth(100, seed=1))
-    assert run(f"{SHORT} --data-dir {tmp_path / 'other'} --results-dir {tmp_path} --resume") == 2
-    assert "made with other data" in capsys.readouterr().err
-    assert run(f"{line} --overwrite") == 0

@@ -380,14 +380,18 @@ LINES: list[tuple[Callable, list[str]]] = [
     *((CLUSTERING, ["-overwrite", "-type", "Swarm", "-run", name]) for name in BAD_NAMES),
     *((CLUSTERING, ["-overwrite", "-type", "Swarm", *more]) for more in (["-wc", "\t3"], ["-wc=3\n"], ["-lr.\t0.1"])),
     (CLUSTERING, ["-overwrite", "-type", "Swarm", "-lr", "0." + 240 * "0" + "1"]),
-    *((main, ["--overwrite", "--arch", "mCNN", "--name", ".."]) for main in (cifar10_stitching.main, cifar10_alignment.main)),
+    *(
+        (main, ["--overwrite", "--arch", "mCNN", *more])
+        for main in (cifar10_stitching.main, cifar10_alignment.main)
+        for more in (["--name", ".."], ["--pairs", "../x"], ["--pairs", "0-1", "\t0-2"])
+    ),
 ]
 
 
 @pytest.mark.parametrize(("main", "line"), LINES, ids=shortened)
 def test_no_command_line_can_remove_anything_by_a_name(main: Callable, line: list[str], results: Path, capsys: Capture) -> None:
     before = content(results.parent)
-    option = "-results_dir" if main is CLUSTERING else "--results-dir"
+    option = "-results_dir" if line[0] == "-overwrite" else "--results-dir"
     assert exit_status(main, [*line, option, str(results)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"{main.__module__}.py: error: ") and error.count("\n") == 1

@@ -17,7 +17,7 @@ import torch
 
 from common import checkpoint
 from common.checkpoint import CheckpointError
-from common.errors import Failed, Interrupted
+from common.errors import Failed, InputError, Interrupted
 from common.run import state as state_module
 from common.run.backtracking import Backtracking
 from common.run.budget import BestModel
@@ -129,7 +129,7 @@ def test_the_clock_continues_and_the_time_between_does_not_count(tmp_path: Path,
 def refuses(training: Training, message: str) -> None:
     """Resuming does, in one line, and changes nothing on the disk."""
     before = files_of(training.state.path.parent)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(InputError) as error:
         training.state.resume()
     told = str(error.value)
     assert message in told and str(training.state.path.parent) in told and "\n" not in told

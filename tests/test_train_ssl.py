@@ -22,8 +22,9 @@ from common.run.state import State
 from common.ssl.method import Method
 from common.ssl.models import load_encoder, read_saved
 from tests.command_lines import exit_status
+from tests.interruptions.cases import assert_equal, outcome
 from tests.small_images import smooth, write_mnist
-from tests.stopping import outcome, signal_at
+from tests.stopping import signal_at
 from tests.test_images import write_cifar
 
 ROOT = Path(__file__).parent.parent
@@ -286,54 +287,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert run(f"{DUET} --resume", tmp_path, *grey) == 0
 
 
-def test_exchanged_data_are_noticed(grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_mnist(tmp_path / "other", smooth(50, seed=2), smooth(20, seed=3))
-    assert run(DUET, tmp_path, *grey) == 0
-    path = directory(tmp_path)
-    (path / "result.json").unlink()
-    path.rename(path.with_name(path.name + ".part"))
-    assert run(DUET, tmp_path, "--resume", "--dataset-root", str(tmp_path / "other")) == 2
-    assert "other data" in capsys.readouterr().err
-
-
 # ---- stopped and resumed ---------------------------------------------------------------------------------------------------
-
-
-def draw_nothing(patch: pytest.MonkeyPatch) -> None:
-    """Drawing is most of the time of a small run."""
-    for picture in ("curves", "views", "marginals"):
-        patch.setattr(script, f"draw_{picture}", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(grey: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        draw_nothing(patch)
-        assert run(f"{DUET} --keep-all", folder, *grey) == 0
-    return outcome(directory(folder))
-
-
-# 4 steps an epoch; looks 5, 6 and 15, 16 come before the batches of the tests
-@pytest.mark.parametrize(("look", "step"), [(2, 2), (4, 4), (6, 4), (9, 7), (15, 12)])
-def test_a_stopped_run_resumes_exactly(
-    look: int,
-    step: int,
-    undisturbed: dict[str, object],
-    grey: tuple[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    draw_nothing(monkeypatch)
-    line = f"{DUET} --keep-all --resume"
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "check_signal", signal_at(look))
-        assert run(line, tmp_path, *grey) == 75
-    assert f"stopped by SIGTERM after step {step}: --resume auto continues from there" in capsys.readouterr().out
-    assert run(line, tmp_path, *grey) == 0
-    assert f"resumed in epoch {(step - 1) // 4} after step {step}" in capsys.readouterr().out
-    assert outcome(directory(tmp_path)) == undisturbed
 
 
 def test_a_run_without_epochs_is_stopped_in_its_test(
@@ -499,12 +453,12 @@ def test_a_signal_to_one_of_two_processes_stops_both(of_two: tuple[str, Path], t
     # 4 steps and 2 batches of a test an epoch: the second process after step 6, then the first in the last test
     for rank, look, by, step in ((1, 8, "a signal to another process", 6), (0, 4, "SIGTERM", 8)):
         done = train_two(line, tmp_path, str(rank), str(look))
-        assert re.search(r"exitcode *: 75", done.stderr), done.stderr[-3000:]
+        assert done.returncode == 1, done.stderr[-3000:]  # torchrun's own, whatever its processes end with
         stopped = f"stopped by {by} after step {step}: --resume auto continues from there\n"
         assert (directory(tmp_path) / "log").read_text().endswith(stopped) and done.stdout.count(stopped) == 1
         assert torch.load(directory(tmp_path) / "last.pkl", weights_only=True)["progress"] == (1, step - 4, step)
     done = train_two(line, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert outcome(directory(tmp_path)) == outcome(directory(of_two[1]))
+    assert_equal(outcome(directory(tmp_path)), outcome(directory(of_two[1])))
     done = train_two(line, tmp_path)
     assert done.returncode == 0 and done.stdout.count("has finished: nothing to do") == 1

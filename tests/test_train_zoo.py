@@ -16,6 +16,7 @@ from common.run import classifier, state
 from common.run.lock import release_lock, take_lock
 from common.run.schedule import halving
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
+from tests.interruptions.cases import assert_equal, outcome
 from tests.reference import Vectors, assert_agrees
 from tests.small_images import smooth, write_mnist
 from tests.test_images import write_cifar
@@ -224,20 +225,6 @@ def files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def outcome(out: Path) -> dict:
-    """Everything that a zoo leaves, without times."""
-    left: dict = {}
-    for path in sorted(out.iterdir()):
-        if path.suffix == ".pt":
-            left[path.name] = {name: value.numpy().tobytes() for name, value in weights(path).items()}
-        elif path.suffix == ".csv":
-            with open(path) as file:
-                left[path.name] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-        else:
-            left[path.name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
-    return left
-
-
 # ---- models that fail ----------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +280,7 @@ def test_a_model_that_fails_leaves_the_others_alone(
         )
     assert run(f"{line} --retry-failed") == 0
     assert "model   1  finished" in capsys.readouterr().out
-    assert outcome(out) == outcome(tmp_path / "whole")
+    assert_equal(outcome(out), outcome(tmp_path / "whole"))
     assert run(f"{line} --retry-failed") == 0 and "nothing to do" in capsys.readouterr().out
 
 
@@ -315,12 +302,6 @@ def test_overwriting_repeats_a_model_that_failed(grey: str, tmp_path: Path, monk
 
 # ---- interruptions -------------------------------------------------------------------------------------------------------
 
-# a transformer drops out: the state of a generator
-LINES = {
-    "mCNN": f"{SHORT} --num_models 2 --resume",
-    "cct": "--arch cct_2_3x2_32 --dataset mnist --subset 40 --epochs 2 --batch-size 6 --device cpu --resume",
-}
-
 
 def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal comes in every step, and at the start of every evaluation until it is made again."""
@@ -338,25 +319,6 @@ def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifier, "training_step", stopped_step)
     for module in (classifier, script):
         monkeypatch.setattr(module, "evaluate", stopped_evaluation)
-
-
-@pytest.mark.parametrize("kind", LINES)
-def test_stops_after_every_step_change_nothing(
-    kind: str, grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = f"{LINES[kind]} {grey}"
-    assert run(f"{line} --out {tmp_path / 'whole'}") == 0
-    stop_often(monkeypatch)
-    statuses = [run(f"{line} --out {tmp_path / 'parts'}")]
-    while statuses[-1] == 75 and len(statuses) < 100:
-        assert not list((tmp_path / "parts").glob("*.lock"))
-        statuses.append(run(f"{line} --out {tmp_path / 'parts'}"))
-    expected = outcome(tmp_path / "whole")
-    n_models, n_steps = (2, 10) if kind == "mCNN" else (1, 12)
-    assert statuses == [75] * n_models * (n_steps + 2 + 1) + [0]  # two epochs are evaluated, and the test images
-    assert outcome(tmp_path / "parts") == expected
-    out = capsys.readouterr().out
-    assert "stopped by SIGTERM after step 1: --resume auto" in out and "stopped by SIGUSR1 after step" in out
 
 
 def test_a_model_in_training_is_continued_only_on_request(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.errors import InputError
 from common.models import cct, zoo
 from common.symmetry.stitching import Place, joints_of
 from tests.reference import DATA, Vectors, assert_agrees
@@ -165,12 +166,12 @@ def test_what_is_no_saved_model_of_the_architecture_is_refused(tmp_path: Path) -
     path = tmp_path / "0.pt"
 
     def message(arch: str) -> str:
-        with pytest.raises(zoo.ZooError) as error:
+        with pytest.raises(InputError) as error:
             zoo.load(path, arch)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
         return str(error.value)
 
-    assert "there is no saved model" in message("mCNN")
+    assert "there is no checkpoint" in message("mCNN")
     path.write_bytes(b"no model")
     assert "damaged" in message("mCNN")
     torch.save([1, 2], path)

@@ -15,7 +15,7 @@ from common.run.backtracking import Backtracking
 from common.run.clock import Clock
 from common.run.metrics import Meter, Metrics, Traces
 from common.run.run import Run
-from common.run.state import State
+from common.run.state import Part, State
 
 
 class BestModel:
@@ -83,19 +83,9 @@ class BudgetedTraining(State):
         self.clock, self.meter, self.traces = Clock(budget), Meter(), Traces(model)
         self.best = BestModel(run, model, optimizer, horizon, alpha)
         self.metrics = Metrics(run.part / "metrics.csv", columns)
-        super().__init__(
-            run.last,
-            run.options,
-            run,
-            data=data,
-            model=model,
-            optimizer=optimizer,
-            clock=self.clock,
-            best=self.best,
-            meter=self.meter,
-            metrics=self.metrics,
-            traces=self.traces,
-        )
+        parts: dict[str, Part] = {"optimizer": optimizer, "clock": self.clock, "best": self.best}
+        parts |= {"meter": self.meter, "metrics": self.metrics, "traces": self.traces}
+        super().__init__(run.last, run.options, run, data=data, model=model, **parts)
         self.run, self.optimizer = run, optimizer
 
     def start(self, resume: str | None) -> None:

@@ -20,7 +20,7 @@ def take_lock(path: Path) -> TextIO | None:
     for look in range(LOOKS):
         time.sleep(SECONDS * (look > 0))
         try:
-            lock = open(path, "w")
+            lock = open(path, "a")  # a link may lead to somebody's file
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # whoever had it may have removed or renamed it after it was opened here
             return lock if os.path.samestat(os.fstat(lock.fileno()), path.stat()) else None

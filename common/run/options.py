@@ -7,14 +7,17 @@ A run is named after its command line with the spaces escaped by dots, so option
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Container
-from typing import NoReturn
+from collections.abc import Callable, Container, Mapping
+from typing import Any, NoReturn
 
 import torch
+
+from common.errors import InputError
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -125,6 +128,16 @@ def why_no_name(name: str) -> str | None:
     if len(os.fsencode(name)) > 240:
         return f"it has {len(os.fsencode(name))} characters, and file systems take 255: leave out defaults"
     return None
+
+
+def refuse_differences(noted: Any, options: Mapping[str, Any], what: str, hint: str) -> None:
+    """Raises InputError for the first of the options that was noted with another value than it has now."""
+    if not isinstance(noted, dict):
+        raise InputError(f"{what} without options: {hint}")
+    for name in (name for name in options if name in noted):
+        before, now = (json.loads(json.dumps(value)) for value in (noted[name], options[name]))  # lists for tuples
+        if before != now:
+            raise InputError(f"{what} with {name} {before}, not {now}: {hint}")
 
 
 def add_run_options(group: argparse._ArgumentGroup, what: str = "run") -> None:

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +31,7 @@ from common.checkpoint import sync_directory
 from common.errors import InputError, Interrupted
 from common.run.command import Command, echo
 from common.run.lock import is_locked, release_lock, take_lock
-from common.run.options import why_no_name
+from common.run.options import refuse_differences, why_no_name
 from common.run.records import RecordError, read_json, write_json
 
 ARGS, BEST, LAST, RESULT, LOCK = "args.json", "best.pkl", "last.pkl", "result.json", "lock"  # a result means finished
@@ -122,7 +121,7 @@ class Run(Command):
         if self.final.exists():
             if not self.resumes:
                 raise RunError(f"the run {self.final} has finished: {self.hints}")
-            self.refuse_other_options(self.options)
+            refuse_differences(self._noted(), self.options, f"{self.path} was made", self.hints)
             if not self._is_to_be_retried():
                 return "finished"
             self._take_lock(self.final)
@@ -131,7 +130,7 @@ class Run(Command):
             return "new"
         if not self.resumes and hasattr(self.args, "resume"):
             raise RunError(f"the run {self.part} was started before: {self.dash}resume auto continues it, {self.hints}")
-        self.refuse_other_options(self.options)
+        refuse_differences(self._noted(), self.options, f"{self.path} was made", self.hints)
         if (self.part / RESULT).exists():
             return "unfinished" if self._is_to_be_retried() else "finished"
         if self.last.exists():
@@ -147,15 +146,8 @@ class Run(Command):
         return "new"
 
     def _noted(self) -> dict[str, Any]:
-        """What args.json says; nothing if there is none. Raises RunError if it is damaged."""
+        """The content of args.json; nothing if there is none. Raises RecordError if it is damaged."""
         return read_json(self.path / ARGS) if (self.path / ARGS).exists() else {}
-
-    def refuse_other_options(self, options: Mapping[str, Any]) -> None:
-        """Raises RunError if the run was begun with other values of these options."""
-        noted = self._noted()
-        for name in options:
-            if name in noted and noted[name] != json.loads(json.dumps(options[name])):
-                raise RunError(f"{self.path} was made with {name} {noted[name]}, not {options[name]}: {self.hints}")
 
     def _is_to_be_retried(self) -> bool:
         return bool(getattr(self.args, "retry_failed", False) and read_json(self.path / RESULT).get("failed"))
@@ -226,7 +218,7 @@ class Run(Command):
 
     def _open(self, made_from: dict[str, Any]) -> None:
         if not self.args.overwrite:
-            self.refuse_other_options(made_from)
+            refuse_differences(self._noted(), made_from, f"{self.path} was made", self.hints)
         try:
             if self.final.exists() and self.status == "unfinished":  # jobs that failed are repeated
                 self.final.rename(self.part)

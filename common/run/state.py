@@ -27,6 +27,7 @@ from common import checkpoint, parallel
 from common.checkpoint import CheckpointError
 from common.errors import Failed, InputError, Interrupted
 from common.run.command import Command
+from common.run.options import refuse_differences
 
 SAVE_SECONDS = 60.0  # between two saves, apart from those that a signal or a script asks for
 
@@ -72,10 +73,12 @@ class State:
     def resume(self) -> None:
         """Put everything back as it was when last.pkl was written. Writes nothing.
 
-        Raises CheckpointError if the file is damaged, or was written with other options, another model or other data.
+        Raises InputError if the file is damaged, or was written with other options, another model or other data.
         """
         state = checkpoint.read(self.path)
         again = f"{self.command.dash}overwrite starts again"
+        if self.path.name != "last.pkl":  # of a job
+            again = "without the file, it begins again"
         needed = ("options", "data", "progress", "extra", "rng", "model", *self.parts)
         missing = [name for name in needed if not isinstance(state, dict) or name not in state]
         if missing:
@@ -122,15 +125,6 @@ class State:
         """The next epoch begins."""
         self.epoch, self.batch = self.epoch + 1, 0
         self.save_if_due()
-
-
-def refuse_differences(noted: Any, options: Mapping[str, Any], what: str, hint: str) -> None:
-    """Raises CheckpointError for the first option that was noted with another value than it has now."""
-    if not isinstance(noted, dict):
-        raise CheckpointError(f"{what} without options: {hint}")
-    for name, value in noted.items():
-        if name in options and value != options[name]:
-            raise CheckpointError(f"{what} with {name} {value}, not {options[name]}: {hint}")
 
 
 def refuse_infinity(loss: float, of: str, option: str = "--lr") -> None:

@@ -36,6 +36,8 @@ LINES = {
     "--resume --out RESULTS --data-dir DATA",
     "routing": "routing_networks --data CIFAR100-MTL --decision AAC --width 4 --modules 2 --epochs 2 --batch-size 8 --depth 1 "
     "--resume --results-dir RESULTS --data-dir DATA",
+    "routing that draws": "routing_networks --data CIFAR100-MTL --decision RELAX --model dispatched --width 4 --modules 2 "
+    "--agents 2 --exploration-end 0 --epochs 2 --batch-size 8 --depth 1 --resume --results-dir RESULTS --data-dir DATA",
     "stitching": "cifar10_stitching --recipe Grelu --arch mCNN --dataset fashionmnist --zoo DATA/zoo --pairs 0-1 "
     "--layers 3 14 --stitch_epochs 2 --batch-size 24 --bn_batches 1 --resume --results-dir RESULTS --data-dir DATA",
     "alternating stitching": "cifar10_stitching --birkhoff --alternating --arch mCNN --dataset fashionmnist --zoo DATA/zoo "
@@ -45,7 +47,8 @@ LINES = {
     "rotations": "cifar10_projections --repeats 1 --width 1 --dataset fashionmnist --layers 5 --groups orthogonal "
     "--activations relu --epochs 2 --batch-size 24 --resume --results-dir RESULTS --data-dir DATA",
 }
-TIMED = ("seconds", "metrics_size")  # the digits of the times have lengths of their own
+# the digits of the times have lengths of their own
+PASSING = ("seconds", "metrics_size", "results_dir", "save_dir", "out", "resume", "retry_failed", "overwrite")
 
 
 @dataclass
@@ -61,20 +64,24 @@ class Case:
         return exit_status(importlib.import_module(self.script).main, self.line)
 
     def outcome(self) -> dict[str, Any]:
-        """All files that it has left, without times."""
-        left: dict[str, Any] = {}
-        for path in sorted(self.results.rglob("*")):
-            name = str(path.relative_to(self.results))
-            if path.suffix == ".json":
-                left[name] = untimed(json.loads(path.read_text()))
-            elif path.suffix == ".csv":
-                with open(path, newline="") as file:
-                    left[name] = untimed(list(csv.DictReader(file)))
-            elif path.suffix in (".pkl", ".pt"):
-                left[name] = untimed(torch.load(path, weights_only=True))
-            else:
-                left[name] = None
-        return left
+        return outcome(self.results)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All files below a folder, without times, places, and how the run was started."""
+    left: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".json":
+            left[name] = lasting(json.loads(path.read_text()))
+        elif path.suffix == ".csv":
+            with open(path, newline="") as file:
+                left[name] = lasting(list(csv.DictReader(file)))
+        elif path.suffix in (".pkl", ".pt"):
+            left[name] = lasting(torch.load(path, weights_only=True))
+        else:
+            left[name] = None
+    return left
 
 
 def make_case(kind: str, data: Path, results: Path) -> Case:
@@ -82,10 +89,10 @@ def make_case(kind: str, data: Path, results: Path) -> Case:
     return Case(script, [word.replace("RESULTS", str(results)).replace("DATA", str(data)) for word in words], results)
 
 
-def untimed(content: Any) -> Any:
+def lasting(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: untimed(value) for key, value in content.items() if key not in TIMED}
-    return [untimed(value) for value in content] if isinstance(content, list | tuple) else content
+        return {key: lasting(value) for key, value in content.items() if key not in PASSING}
+    return [lasting(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def assert_equal(a: Any, b: Any, where: str = "") -> None:
