@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,8 @@ def read(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is a directory, no checkpoint" if path.is_dir() else f"there is no checkpoint {path}")
     try:
         intact = has_right_checksums(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickle protocols: what cannot be read is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign bytes fail in many ways
         raise CheckpointError(f"{path} is damaged, or no checkpoint of this suite") from error
     if intact is None:

@@ -42,8 +42,15 @@ class Command:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        try:
+            if error is not None:
+                self._end_with(error)
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+
+    def _end_with(self, error: BaseException) -> None:
+        """Exit with the status of an expected error. Returns for others, which keep their traceback."""
         if isinstance(error, Interrupted):
             by = self.signal or "a signal to another process"
             self.log(f"stopped by {by} {error}: {self.next}")
@@ -59,7 +66,7 @@ class Command:
             sys.exit(RESUMABLE)
         if isinstance(error, OSError):
             self._refuse(f"cannot use {error.filename or 'a file'}: {error.strerror or error}")
-        too_large = error is not None and (is_out_of_memory(error) or "overflow" in str(error))  # of a size in bytes
+        too_large = is_out_of_memory(error) or "overflow" in str(error)  # of a size in bytes
         if isinstance(error, MemoryError | RuntimeError) and too_large and not self.begun:
             first, *_ = str(error).splitlines() or [type(error).__name__]
             self._refuse(f"cannot make the model or its data, are they too large? {first}")
