@@ -22,6 +22,8 @@ from common.run.budget import BudgetedTraining
 from common.run.metrics import read_metrics
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = "-type Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0 -bs.50 -wc 60"
 SHORT = "-type Swarm -n_hidden 8 -n_iter 3 -tasks 40 -bs 6 -max_epochs 3 -lr 0.01"
 

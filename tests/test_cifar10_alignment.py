@@ -16,6 +16,8 @@ from common.symmetry.measures import features_of
 from tests.command_lines import assert_one_line_and_nothing_made, exit_status
 from tests.small_images import smooth, write_mnist
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,8 @@ from common.run import classifier
 from tests.command_lines import assert_one_line_and_nothing_made, exit_status
 from tests.small_images import smooth, write_mnist
 
+pytestmark = pytest.mark.slow
+
 SMALL = "--repeats 2 --dataset mnist --width 2 --epochs 2 --batch-size 16"
 
 

@@ -20,6 +20,8 @@ from common.symmetry.stitching import StitchedModel, joints_of
 from tests.command_lines import exit_status
 from tests.small_images import smooth, write_mnist
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "full": "--recipe standard",
     "permutation": "--recipe Grelu --bn_batches 2",

@@ -9,6 +9,8 @@ from benchmarks.plain_routing import plain_forward, plain_loss
 from common.routing import Loss, NegLossReward
 from tests.reference import assert_agrees
 
+pytestmark = pytest.mark.slow
+
 
 def test_layers_agree_with_loops_over_samples() -> None:
     """Estimates, losses and every gradient, with greedy actions and a window of collaboration that is half full."""

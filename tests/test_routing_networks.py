@@ -20,6 +20,8 @@ from tests.small_images import smooth, write_mnist
 from tests.test_images import write_cifar
 from tests.test_routing_vectors import load_agents
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"train": 18, "test": 9}  # images a task of its class, and as many of others
 SHORT = "--data MNIST-MTL --epochs 2 --batch-size 64 --width 4 --optimizer adam --lr 0.01 --device cpu"
 

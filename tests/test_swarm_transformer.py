@@ -22,6 +22,8 @@ from tests.command_lines import assert_help_shows_the_papers_options_first, asse
 from tests.small_images import real, smooth, write_mnist
 from tests.test_images import write_cifar
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = {
     "-data CIFAR10 -n_layers 1 -n_hidden 512 -n_iter 20 -wc 7200 -lr 0.002 -bs 20": "CIFAR10-1-relu-512-20-wc7200-lr0.002-bs20",
     "-data FashionMNIST -n_layers 1 -n_hidden 256 -n_iter 10 -wc 480 -lr 0.001 -bs 50": (

@@ -27,6 +27,8 @@ from tests.small_images import smooth, write_mnist
 from tests.stopping import signal_at
 from tests.test_images import write_cifar
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PUBLISHED = (
     "--model duet --encoder cifar10_resnet32 --dataset cifar10 --batch-size 1024 --test-every 10 --warmup-epochs 10 "

@@ -21,6 +21,8 @@ from tests.reference import Vectors, assert_agrees
 from tests.small_images import smooth, write_mnist
 from tests.test_images import write_cifar
 
+pytestmark = pytest.mark.slow
+
 SHORT = "--arch mCNN --width 2 --dataset mnist --epochs 2 --batch-size 16 --device cpu"
 
 

@@ -10,6 +10,8 @@ import pytest
 import collect_results as script
 from tests.collecting.runs import write_clustering
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = "<script>alert('name')<script>"
 DECODED = "image => { image.loading = 'eager'; return image.decode().then(() => image.naturalWidth > 0); }"

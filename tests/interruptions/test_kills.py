@@ -7,6 +7,8 @@ import pytest
 
 from tests.interruptions.cases import Case, assert_equal, undisturbed
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_kill_before_every_file_operation(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     expected, disk = undisturbed(case)

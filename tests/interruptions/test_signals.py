@@ -17,6 +17,8 @@ from common.run.command import Command
 from tests.interruptions.cases import LINES, Case, assert_equal, make_case, save_often_draw_nothing, undisturbed
 from tests.interruptions.disk import fail_at, watch
 
+pytestmark = pytest.mark.slow
+
 # processes are forked from a server that has imported the scripts: they start in milliseconds
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(sorted({line.split()[0] for line in LINES.values()}))

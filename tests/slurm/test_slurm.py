@@ -16,6 +16,8 @@ import torch
 
 from tests.slurm.cluster import Cluster, Project, command_line, wait_until
 
+pytestmark = pytest.mark.slow
+
 Submitting = Callable[..., Project]
 
 ZOO = "train_zoo.py --arch mCNN --width 2 --dataset mnist --batch-size 16 --device cpu"
