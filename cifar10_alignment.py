@@ -31,13 +31,13 @@ from common import checkpoint, paper_figures
 from common.datasets import images
 from common.datasets.augmentation import Preprocessing, as_rgb_32
 from common.datasets.images import DataError, ImageSet
-from common.errors import Failed, InputError, Interrupted
+from common.errors import Failed, InputError
 from common.models import zoo
 from common.paper_figures import layer_labels
 from common.run import options, zoo_pairs
 from common.run.clock import Clock
 from common.run.command import Command, echo
-from common.run.jobs import Job, failures, pending
+from common.run.jobs import Job, check_files, failures, pending
 from common.run.memory import tune_malloc
 from common.run.options import at_least
 from common.run.records import read_results, write_table
@@ -134,7 +134,7 @@ class PairJob(Job):
     """The comparison of a pair of networks or, if it is None, of two untrained ones."""
 
     def __init__(self, folder: Path, name: str, pair: tuple[int, int] | None):
-        super().__init__(folder, name)
+        super().__init__(folder, name, keeps=("pt",))
         self.pair, self.matrix = pair, folder / f"{name}.pt"
         self.title = "two untrained networks" if pair is None else f"pair {pair[0]}-{pair[1]}"
 
@@ -162,8 +162,7 @@ def compare_networks(
     names = [place.name for place in places]
 
     def features(network: nn.Module, part: slice) -> list[Tensor]:
-        if run.signal is not None:
-            raise Interrupted(f"in {job.name}")
+        run.check_signal(f"in {job.name}")
         x = data.preprocessing.normalise(data.test.images[part])
         return [tokens_as_maps(maps) for maps in features_of(network, x, names)]
 
@@ -330,6 +329,8 @@ def main(argv: list[str] | None = None) -> int:
         pairs = zoo.pairs_of(args.zoo, args.pairs, args.repeats, args.seed)
         networks, places = zoo_pairs.load(args, pairs)
         data = load_data(args, device)
+        if run.status == "unfinished":
+            check_files(jobs_of(run.path, pairs))
         run.open(drawn_pairs=pairs, networks=zoo.fingerprint(networks), data=data.test.fingerprint())
         checkpoint.save({"name": run.name}, run.last)  # there is something to resume
         run.log(f"{len(pairs)} pairs, {len(places)} layers, {len(data.test)} images on {device}: {args.similarity}")

@@ -29,7 +29,7 @@ from common.run import options
 from common.run.classifier import RECIPES, BestEpoch, evaluate, make_optimizer, train_epoch
 from common.run.clock import Clock
 from common.run.command import Command, echo
-from common.run.jobs import Job, failures, pending
+from common.run.jobs import Job, check_files, failures, pending
 from common.run.memory import tune_malloc
 from common.run.metrics import Meter
 from common.run.options import at_least, real
@@ -101,7 +101,7 @@ class Training(Job):
 
     def __init__(self, folder: Path, activation: str, group: str | None = None, layer: int = 0, run: int = 0):
         name = activation + (f"_{group}_layer_{layer}_run_{run}" if group else "")
-        super().__init__(folder, name, needs=(activation,) if group else ())
+        super().__init__(folder, name, needs=(activation,) if group else (), keeps=() if group else ("pt",))
         self.activation, self.group, self.layer, self.run = activation, group, layer, run
         self.network, self.weights = folder / f"{activation}.json", folder / f"{activation}.pt"
         self.place = {"activation": activation, "group": group, "layer": layer, "run": run}
@@ -115,18 +115,6 @@ def jobs_of(args: argparse.Namespace, folder: Path) -> list[Training]:
         places = product(args.layers, args.groups, range(args.repeats))
         jobs += [Training(folder, activation, group, layer, run) for layer, group, run in places]
     return jobs
-
-
-def check_files(jobs: list[Training]) -> None:
-    """Raises InputError if a file that resuming needs is damaged."""
-    for job in jobs:
-        if not job.done:
-            if job.last.exists():
-                checkpoint.read(job.last)
-            continue
-        job.read()
-        if job.group is None:
-            checkpoint.read(job.weights)
 
 
 def make_network(args: argparse.Namespace, job: Training, device: torch.device) -> nn.Module:

@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from common import checkpoint, paper_figures, plotting
 from common.datasets import images
 from common.datasets.classification import Splits, load_splits
-from common.errors import InputError, Interrupted
+from common.errors import InputError
 from common.models import zoo
 from common.run import options, zoo_pairs
 from common.run.classifier import BestEpoch, accuracy, evaluate
 from common.run.clock import Clock
 from common.run.command import Command, echo
-from common.run.jobs import Job, failures, pending
+from common.run.jobs import Job, check_files, failures, pending
 from common.run.memory import tune_malloc
 from common.run.options import at_least, real
 from common.run.penalties import by_layer, choose_runs, with_chunks_together
@@ -189,7 +189,7 @@ class StitchJob(Job):
     """The training of one joint: of a pair of networks, after a layer, in one of the layer's runs."""
 
     def __init__(self, folder: Path, pair: tuple[int, int], place: Place, run: int):
-        super().__init__(folder, f"{pair[0]}-{pair[1]}_layer_{place.index}_run_{run}")
+        super().__init__(folder, f"{pair[0]}-{pair[1]}_layer_{place.index}_run_{run}", keeps=("pt",))
         self.pair, self.place, self.run = pair, place, run
         self.key = (*pair, place.index, run)  # of its random numbers
         self.joint = folder / f"{self.name}.pt"
@@ -342,8 +342,7 @@ def measure_parents(networks: dict[int, nn.Module], data: Splits, run: Run) -> d
     """Move the networks to the device; their accuracies (% of test images). Raises Interrupted if a signal comes."""
     accuracies = {}
     for number, network in networks.items():
-        if run.signal is not None:
-            raise Interrupted("before the first joint")
+        run.check_signal("before the first joint")
         network.to(data.device, memory_format=torch.channels_last)
         accuracies[number] = accuracy(network, data.test, data.preprocessing)
         run.log(f"network {number}: {accuracies[number]:.2f} % of {len(data.test)} test images")
@@ -461,6 +460,8 @@ def main(argv: list[str] | None = None) -> int:
         networks, places = zoo_pairs.load(args, pairs)
         jobs = jobs_of(args, run.part / "cells", pairs, places)
         data = load_data(args, device)
+        if run.status == "unfinished":
+            check_files(jobs_of(args, run.path / "cells", pairs, places))
         run.open(drawn_pairs=pairs, networks=zoo.fingerprint(networks), data=data.fingerprint)
         (run.part / "cells").mkdir(exist_ok=True)
         checkpoint.save({"name": run.name}, run.last)  # there is something to resume

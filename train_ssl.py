@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from common import checkpoint, parallel, plotting
 from common.datasets import images
 from common.datasets.images import DataError, ImageSet
-from common.errors import InputError, Interrupted
+from common.errors import InputError
 from common.models.resnet import BLOCKS, CifarResNet
 from common.run import options, trackers
 from common.run.clock import Clock
@@ -394,8 +395,8 @@ def saved_models(folder: Path, stem: str) -> list[Path]:
     return sorted(path for path in folder.glob(f"{stem}_*.pt") if re.fullmatch(r"\d{4,}|final", path.stem[len(stem) + 1 :]))
 
 
-def claim_save_dir(args: argparse.Namespace, run: Run) -> None:
-    """See that --save-dir can be written to, and that its models, whose published names say little, are of this run alone.
+def check_save_dir(args: argparse.Namespace, run: Run) -> None:
+    """See that --save-dir can be used, and that its models, whose published names say little, are of this run alone.
 
     A file <stem>.run there says whose they are. Raises RunError if another run's, or OSError.
     """
@@ -405,16 +406,28 @@ def claim_save_dir(args: argparse.Namespace, run: Run) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     owner, models = folder / f"{stem}.run", saved_models(folder, stem)
     if args.overwrite:
-        for old in (owner, *models):
-            old.unlink(missing_ok=True)
-    elif models and (run.status != "unfinished" or not owner.exists()):
+        return
+    if models and (run.status != "unfinished" or not owner.exists()):
         raise RunError(f"{models[0]} is there, of another run: --overwrite replaces it, another --save-dir keeps it")
+    name = owner.read_text(errors="replace") if owner.exists() else ""
+    if name not in ("", run.name):
+        raise RunError(f"{owner} says that the run {name!r} saves there: choose another --save-dir")
+
+
+def claim_save_dir(args: argparse.Namespace, run: Run) -> None:
+    """Replace the models in --save-dir, if that was asked for, and note whose they are. Raises RunError, OSError."""
+    if args.save_dir is None:
+        return
+    folder, stem = Path(args.save_dir), file_stem(args)
+    owner = folder / f"{stem}.run"
+    for old in (owner, *saved_models(folder, stem)) if args.overwrite else ():
+        old.unlink(missing_ok=True)
     try:
         with open(owner, "x") as file:  # of two that start at once, one alone can
             file.write(run.name)
     except FileExistsError:
-        if owner.read_text() != run.name:
-            raise RunError(f"{owner} says that the run {owner.read_text()!r} saves there: choose another --save-dir") from None
+        check_save_dir(args, run)
+        owner.write_text(run.name)  # it is empty if a kill came between the two
 
 
 def draw_curves(args: argparse.Namespace, training: Training) -> None:
@@ -559,10 +572,7 @@ def read_probe(args: argparse.Namespace, kind: str) -> Probe:
 def measure(probe: Probe, device: torch.device, command: Command) -> None:
     """Print the accuracy of a saved encoder, and write it beside the file."""
 
-    def check_signal() -> None:
-        if command.signal is not None:
-            raise Interrupted(f"before {probe.path} was measured")
-
+    check_signal = partial(command.check_signal, f"before {probe.path} was measured")
     seed, dataset, size = (getattr(probe.options, name) for name in ("seed", "dataset", "image_size"))
     data, n_classes = load_data(probe.options, device), images.N_CLASSES[images.BY_OPTION[dataset]]
     known = represent_splits(probe.encoder.to(device), data.training, data.test, size, check_signal)
@@ -598,8 +608,9 @@ def start(args: argparse.Namespace, data: Data, training: Training) -> None:
     run, side = training.run, data.training.images.shape[3]
     if run.status == "unfinished":
         training.resume()
-    parallel.main_says(lambda: claim_save_dir(args, run), InputError, OSError)
+    parallel.main_says(lambda: check_save_dir(args, run), InputError, OSError)
     run.open()
+    parallel.main_says(lambda: claim_save_dir(args, run), InputError, OSError)
     training.save()
     run.log(
         f"{sum(p.numel() for p in training.model.parameters()):,} parameters on {data.test.images.device}, "

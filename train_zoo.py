@@ -131,6 +131,9 @@ class Model(Job):
         """Raises InputError if files that are there are damaged, or do not fit the options."""
         if self.replaced:
             return
+        known = any(path.exists() for path in (self.weights, self.last, self.failed))
+        if not known and (self.record.exists() or self.metrics.exists()):
+            raise RunError(f"{self.record} or {self.metrics} is there without its model; {HINTS}")
         if self.weights.exists() and self.record.exists():
             self._compare(self.read(), self.weights)
         elif self.last.exists() and not is_locked(self.lock):
@@ -177,12 +180,10 @@ def train(args: argparse.Namespace, data: Splits, command: Command, job: Model) 
     best, meter, clock = BestEpoch(), Meter(), Clock()
     parts = {"optimizer": optimizer, "best": best, "meter": meter, "metrics": metrics, "clock": clock}
     state = State(job.last, job.options, command, data=data.fingerprint, model=model, **parts)
-    if job.last.exists() and not job.replaced:
+    if job.last.exists():
         state.resume()
-        command.begun = True
-    else:
-        command.begun = True
-        job.remove()
+    command.begun = True
+    if state.step == 0:
         state.save()
     while state.epoch < args.epochs:
         bar = f"model {job.index} epoch {state.epoch + 1}" if args.progress else None
@@ -262,7 +263,14 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.out}: {len(jobs)} models, {sum(job.done for job in jobs)} of them finished; {len(data.training)} training, "
             f"{len(data.selection)} {args.select} images on {device}"
         )
+        for job in jobs:
+            if job.done and job.record.exists():
+                refuse_differences(job.read(), {"data": data.fingerprint}, f"{job.record} was made", HINTS)
         Path(args.out).mkdir(parents=True, exist_ok=True)
+        for job in jobs:  # all at first: a resume then knows what is left to be trained
+            if job.replaced and job.take():
+                job.remove()
+                job.release()
         for _, job in pending(command, jobs, retry_failed=args.retry_failed or args.overwrite):
             with job:
                 train(args, data, command, job)

@@ -222,6 +222,20 @@ def test_budget_ends_the_run_and_does_not_count_plots(tmp_path: Path, monkeypatc
     assert len(drawn) > 3 and drawn[-1] < 1.2 + 0.3
 
 
+def test_the_time_ends_between_two_looks_at_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the look before an epoch: the epoch takes one step, and is validated."""
+    honest = BudgetedTraining.goes_on
+
+    def goes_on(self: BudgetedTraining, max_epochs: float) -> bool:
+        result = honest(self, max_epochs)
+        self.clock.budget = 0.0 if self.epoch == 1 else math.inf
+        return result
+
+    monkeypatch.setattr(BudgetedTraining, "goes_on", goes_on)
+    assert run(SHORT, tmp_path) == 0
+    assert read_metrics(directory(tmp_path) / "metrics.csv")["step"] == [6, 7, 13]
+
+
 # ---- resuming from a checkpoint ------------------------------------------------------------------------------------------
 
 

@@ -271,8 +271,21 @@ def test_killed_before_the_rename_with_jobs_that_failed(tmp_path: Path, capsys: 
 def test_a_run_in_use_is_left_alone(look: dict[str, Any], tmp_path: Path, capsys: Capture) -> None:
     with make(tmp_path) as run:
         run.open()
-        refused(make(tmp_path, **look), capsys, "is in use by another process: wait for it; -overwrite")
+        refused(make(tmp_path, **look), capsys, "is in use by another process: wait for it; -run ID starts another run")
         assert is_locked(run.part / "lock")
+
+
+def test_a_state_without_its_options_is_not_resumed(tmp_path: Path, capsys: Capture) -> None:
+    """They were written first: without them, nobody knows what the run is."""
+    part = unfinished(tmp_path)
+    (part / "args.json").unlink()
+    refused(make(tmp_path, resume="auto"), capsys, "has a last.pkl but no args.json")
+
+
+def test_two_directories_of_one_run(tmp_path: Path, capsys: Capture) -> None:
+    part = unfinished(tmp_path)
+    part.with_suffix("").mkdir()
+    refused(make(tmp_path, resume="auto"), capsys, "are both there")
 
 
 def test_who_has_looked_at_a_run_has_it_to_itself(tmp_path: Path, capsys: Capture) -> None:

@@ -297,7 +297,11 @@ def test_failures_are_noted_and_the_others_done(tmp_path: Path, command: Command
     told = "".join(f"{name} failed: {reason}\n" for name, reason in reasons.items())
     assert capsys.readouterr().out == told
     assert names_in(tmp_path) == ["a.failed.json", "d.json"]
-    assert json.loads((tmp_path / "a.failed.json").read_text()) == {"job": "a", "reason": "the loss is not finite"}
+    assert json.loads((tmp_path / "a.failed.json").read_text()) == {
+        "job": "a",
+        "reason": "the loss is not finite",
+        "options": {},
+    }
     assert walk(command, jobs) == [] and capsys.readouterr().out == told  # they are not tried again
     assert walk(command, jobs, retry_failed=True, fails=("b",)) == [(1, "a"), (2, "b")]
     assert failures(jobs).keys() == {"b", "c"}

@@ -244,6 +244,9 @@ def test_models_of_another_run_are_not_replaced(
     assert run(f"{DUET} --epochs 1 --seed 1", tmp_path, *grey, *saved) == 2
     assert f"{file} is there, of another run" in capsys.readouterr().err
     assert file.read_bytes() == before
+    (tmp_path / "no directory").touch()  # nor removed, if the run that was to replace it cannot begin
+    assert run(f"{DUET} --epochs 1 --seed 1 --overwrite", tmp_path / "no directory", *grey, *saved) == 2
+    assert file.read_bytes() == before
     assert run(f"{DUET} --epochs 1 --seed 1 --overwrite", tmp_path, *grey, *saved) == 0
     assert file.read_bytes() != before
     # nor by one that has begun at the same time, and saved nothing yet

@@ -101,10 +101,11 @@ class BudgetedTraining(State):
 
     def goes_on(self, max_epochs: float) -> bool:
         """Whether there is another epoch, or the rest of one. However short the time, one step is taken."""
-        return self.epoch < max_epochs and (self.batch > 0 or not self.time_is_up())
+        return self.epoch < max_epochs and (self.batch > 0 or self.step == 0 or not self.clock.is_up())
 
     def time_is_up(self) -> bool:
-        return self.step > 0 and self.clock.is_up()
+        """Whether the epoch ends early: an epoch that has begun takes one step, too."""
+        return self.batch > 0 and self.clock.is_up()
 
     @property
     def learning_rate(self) -> float:

@@ -14,7 +14,8 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from common.errors import Failed
+from common import checkpoint
+from common.errors import Failed, InputError
 from common.run.command import Command
 from common.run.lock import release_lock, take_lock
 from common.run.records import read_json, write_json
@@ -28,8 +29,10 @@ class Job:
     and notes a Failed.
     """
 
-    def __init__(self, folder: Path, name: str, needs: tuple[str, ...] = ()):
+    def __init__(self, folder: Path, name: str, needs: tuple[str, ...] = (), keeps: tuple[str, ...] = ()):
         self.folder, self.name, self.needs = folder, name, needs
+        self.keeps = [folder / f"{name}.{kind}" for kind in keeps]  # checkpoints that belong to the record
+        self.options: dict[str, Any] = {}  # where those of a folder's jobs may differ
         self.record, self.last, self.failed, self.lock = (
             folder / f"{name}.{kind}" for kind in ("json", "last.pkl", "failed.json", "lock")
         )
@@ -67,7 +70,7 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         try:
             if isinstance(error, Failed):
-                write_json(self.failed, {"job": self.name, "reason": str(error)})
+                write_json(self.failed, {"job": self.name, "reason": str(error), "options": self.options})
                 self.last.unlink(missing_ok=True)
             return isinstance(error, Failed)
         finally:
@@ -107,9 +110,22 @@ def why_not(job: Job, reasons: Mapping[str, str]) -> str | None:
     """Why a job cannot be completed: it has failed, or needs one for whose failure there is a reason."""
     if job.done:
         return None
-    if job.failed.exists():
-        return str(read_json(job.failed).get("reason"))
+    failed = read_json(job.failed) if job.failed.exists() else {}
+    if failed and failed.get("options") == job.options:
+        return str(failed.get("reason"))
     return next((f"it needs {name}, which failed: {reasons[name]}" for name in job.needs if name in reasons), None)
+
+
+def check_files(jobs: Sequence[Job]) -> None:
+    """Raises InputError if a file that resuming needs is missing or damaged."""
+    for job in jobs:
+        try:
+            if job.done:
+                job.read()
+            for path in job.keeps if job.done else [job.last] if job.last.exists() else []:
+                checkpoint.read(path)
+        except InputError as error:
+            raise InputError(f"{error}; without {job.name}.json and {job.last.name} this job begins again") from None
 
 
 def failures(jobs: Sequence[Job]) -> dict[str, str]:

@@ -23,7 +23,10 @@ def take_lock(path: Path) -> TextIO | None:
             lock = open(path, "a")  # a link may lead to somebody's file
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # whoever had it may have removed or renamed it after it was opened here
-            return lock if os.path.samestat(os.fstat(lock.fileno()), path.stat()) else None
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+            lock.close()
+            return None
         except FileNotFoundError:
             return None
         except BlockingIOError:

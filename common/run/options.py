@@ -110,7 +110,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) 
     """End with the parser's error for what no script can do: choices that exclude each other, a name that is no file's."""
     dash = "-" if "-resume" in parser._option_string_actions else "--"
     if getattr(args, "overwrite", False) and (getattr(args, "resume", None) == "auto" or getattr(args, "retry_failed", False)):
-        parser.error(f"{dash}resume continues what is there, {dash}overwrite replaces it: choose one")
+        typed = "retry-failed" if getattr(args, "retry_failed", False) else "resume"
+        parser.error(f"{dash}{typed} continues what is there, {dash}overwrite replaces it: choose one")
     if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
         parser.error(f"{dash}device cuda: PyTorch finds no GPU here")
     if reason := why_no_name(name):

@@ -37,6 +37,7 @@ from common.run.records import RecordError, read_json, write_json
 ARGS, BEST, LAST, RESULT, LOCK = "args.json", "best.pkl", "last.pkl", "result.json", "lock"  # a result means finished
 # what any script may leave
 FILES = (ARGS, BEST, LAST, RESULT, LOCK, "log", "metrics.csv", "metrics.png", "weights.png", "samples.png", "*.new")
+REPLACED = "replaced"  # in a new run's directory: the run that it replaces, on its way out
 FAILED_LINE = "failed: "  # begins the last line of the log of a run that ended in an error
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,10 +68,10 @@ class Run(Command):
     ):
         super().__init__(script, dash="-" * (len(another) - len(another.lstrip("-"))))
         parent = Path(args.results_dir) / script
-        self.name, self.args, self.may_change, self.files = name, args, may_change, (*FILES, *files)
+        self.name, self.args, self.may_change, self.files = name, args, may_change, (*FILES, f"{REPLACED}/*", *files)
         self.final, self.part = parent / name, parent / f"{name}.part"
         self.resumes = getattr(args, "resume", None) == "auto" or getattr(args, "retry_failed", False)
-        self.hints = f"{self.dash}overwrite replaces it, {another} starts another"
+        self.another, self.hints = another, f"{self.dash}overwrite replaces it, {another} starts another"
         self.quiet = quiet
         if not hasattr(args, "resume"):  # nothing is saved on the way: signals end it as they end any program
             self.next, self.signals = "the same line begins again", ()
@@ -118,6 +119,8 @@ class Run(Command):
             self._take_lock(self.part)
         if self.args.overwrite:
             return "new"
+        if self.final.exists() and (self.part / LAST).exists():
+            raise RunError(f"{self.final} and {self.part} are both there: move one of them away")
         if self.final.exists():
             if not self.resumes:
                 raise RunError(f"the run {self.final} has finished: {self.hints}")
@@ -133,6 +136,8 @@ class Run(Command):
         refuse_differences(self._noted(), self.options, f"{self.path} was made", self.hints)
         if (self.part / RESULT).exists():
             return "unfinished" if self._is_to_be_retried() else "finished"
+        if self.last.exists() and not (self.part / ARGS).exists():
+            raise RunError(f"{self.part} has a {LAST} but no {ARGS}, which says what it is: {self.hints}")
         if self.last.exists():
             return "unfinished"
         if self.best.exists():
@@ -160,6 +165,9 @@ class Run(Command):
             self.part.rename(self.final)
         elif not is_locked(self.final / LOCK):  # left by a kill right after the rename
             (self.final / LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a start that was to replace it, killed before it had begun
+            (self.part / LOCK).unlink(missing_ok=True)
+            self.part.rmdir()
         failed = read_json(self.final / RESULT).get("failed")
         more = f", but {len(failed)} jobs failed: {self.dash}retry-failed repeats them" if failed else ": nothing to do"
         echo(f"the run {self.final} has finished{more}")
@@ -184,7 +192,7 @@ class Run(Command):
     def _take_lock(self, place: Path) -> None:
         self._lock = take_lock(place / LOCK)
         if self._lock is None:
-            raise RunError(f"{place} is in use by another process: wait for it; {self.hints}")
+            raise RunError(f"{place} is in use by another process: wait for it; {self.another} starts another run")
 
     # ---- the directory ---------------------------------------------------------------------------------------------------
 
@@ -231,15 +239,12 @@ class Run(Command):
                         self.part.rmdir()
                     raise RunError(f"another process has made {self.path} meanwhile: start again to see how it stands")
             if self.args.overwrite:
-                for old in self.part.iterdir():
-                    if old.name != LOCK:
-                        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-                if self.final.exists():
-                    shutil.rmtree(self.final)
+                self._clear()
             for stale in (self.part / RESULT, *self.part.glob("*.new")):  # before jobs are repeated; left by a kill
                 stale.unlink(missing_ok=True)
+            shutil.rmtree(self.part / REPLACED, ignore_errors=True)
             begun = (self.part / LAST).exists()  # if not, what an earlier start has left says nothing about this run
-            if not begun or not (self.part / ARGS).exists():
+            if not begun:
                 write_json(self.part / ARGS, {"script": self.script, **vars(self.args), **made_from, **environment()})
             if not getattr(self.args, "to_stdout", False):
                 self._log = open(self.part / "log", "a" if begun else "w", encoding="utf-8", errors="backslashreplace")
@@ -249,6 +254,18 @@ class Run(Command):
             raise RunError(
                 f"cannot write to {error.filename or self.part}: {error.strerror}; name another place for results"
             ) from None
+
+    def _clear(self) -> None:
+        """Remove what is there of the run. Whenever that is interrupted, no rest of it looks like a run."""
+        if self.final.exists():
+            lock = take_lock(self.final / LOCK)
+            if lock is None:
+                raise RunError(f"{self.final} is in use by another process: wait for it")
+            self.final.rename(self.part / REPLACED)
+            lock.close()
+        for old in sorted(self.part.iterdir(), key=lambda path: path.name not in (RESULT, BEST, LAST)):  # these first
+            if old.name != LOCK:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
     def log(self, text: str = "") -> None:
         """Write to the log and, unless the run is `quiet`, print."""

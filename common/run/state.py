@@ -75,10 +75,13 @@ class State:
 
         Raises InputError if the file is damaged, or was written with other options, another model or other data.
         """
-        state = checkpoint.read(self.path)
         again = f"{self.command.dash}overwrite starts again"
         if self.path.name != "last.pkl":  # of a job
             again = "without the file, it begins again"
+        try:
+            state = checkpoint.read(self.path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {again}") from None
         needed = ("options", "data", "progress", "extra", "rng", "model", *self.parts)
         missing = [name for name in needed if not isinstance(state, dict) or name not in state]
         if missing:

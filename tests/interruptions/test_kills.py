@@ -3,9 +3,12 @@
 All scripts that train. disk.py says how. Nothing here depends on how fast the machine is.
 """
 
+from itertools import takewhile
+
 import pytest
 
 from tests.interruptions.cases import Case, assert_equal, undisturbed
+from tests.interruptions.disk import watch
 
 pytestmark = pytest.mark.slow
 
@@ -17,4 +20,25 @@ def test_a_kill_before_every_file_operation(case: Case, capsys: pytest.CaptureFi
         moment.restore(case.results)
         status = case.run()
         assert status == 0, (moment.before, status, capsys.readouterr().err[-500:])
+        assert_equal(case.outcome(), expected, f"killed before {moment.before}: ")
+
+
+def test_a_kill_while_a_run_is_replaced(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is left of the one before is whole, or is no run any more. Both are the same run, so any end is known."""
+    assert case.run() == 0
+    expected, resuming = case.outcome(), case.line
+    dash = "-" if "-resume" in case.line else "--"
+    case.line = [word for word in case.line if word not in ("-resume", "--resume", "auto")] + [f"{dash}overwrite"]
+    with watch(case.results) as disk:
+        assert case.run() == 0
+    replacing, case.line = case.line, resuming
+    moments = list(takewhile(lambda moment: ".new" not in moment.before, disk.moments))  # until the new run's first file
+    assert len(moments) > 3
+    for moment in moments:
+        moment.restore(case.results)
+        status = case.run()
+        if status == 2:  # there is a rest that cannot be continued: it says so, and can be replaced
+            assert capsys.readouterr().err.count("\n") == 1, moment.before
+            status = Case(case.script, replacing, case.results).run()
+        assert status == 0, (moment.before, capsys.readouterr().err[-500:])
         assert_equal(case.outcome(), expected, f"killed before {moment.before}: ")
