@@ -16,7 +16,7 @@ data: .venv/installed
 
 # by files in three processes of one thread each; those of SLURM, which mostly wait, first
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile tests/slurm tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests
 
 # the fast half, for whoever changes a line
 check: lint

@@ -165,7 +165,7 @@ def draw(script: str, groups: Sequence[Group], folder: Path) -> list[Path]:
     path = folder / f"{script}.png"
     results = [run.result for group in groups for run in group.finished]
     # where all jobs failed there is nothing to draw
-    results = [of for of in results if of.get("layers", True) and of.get("penalties", True) and of.get("published", True)]
+    results = [result for result in results if all(result.get(name, True) for name in ("layers", "penalties", "published"))]
     if not results:
         return []
     match script:

@@ -72,6 +72,7 @@ def differences(model: torch.nn.Module) -> float:
         return max((model(X[:, rng.permutation(10)]) - model(X)).abs().max().item() for _ in range(20))
 
 
+@pytest.mark.slow
 def test_invariance_is_exact_and_the_mlp_has_none(trained: dict[str, torch.nn.Module]) -> None:
     assert differences(trained["DeepSet"]) < 1e-6
     assert differences(DeepSet()) < 1e-6
@@ -131,6 +132,7 @@ def test_first_match() -> None:
 SHORT = "--steps 30 --batch-size 16 --seeds 2"
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(SHORT, tmp_path) == 0
     (path,) = (tmp_path / "deepsets_exercise").iterdir()

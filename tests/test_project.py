@@ -33,6 +33,7 @@ def test_imports_go_one_way(path: Path) -> None:
         assert not any(name.startswith(("common.run", "common.plotting")) for name in imported)
 
 
+@pytest.mark.slow
 def test_importing_touches_no_device_and_no_file(tmp_path: Path) -> None:
     modules = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in (ROOT / "common").rglob("*.py")]
     code = f"""
@@ -71,18 +72,21 @@ def test_benchmark_of_the_ssl_step_runs(capsys: pytest.CaptureFixture[str]) -> N
         assert part in out
 
 
+@pytest.mark.slow
 def test_benchmark_of_stitching_runs(capsys: pytest.CaptureFixture[str]) -> None:
     stitching.compare_steps([14], width=1, rounds=1, device="cpu")
     assert "times as fast" in capsys.readouterr().out
     assert stitching.peak_memory("stitched", 14, width=1, threads=1) > 0
 
 
+@pytest.mark.slow
 def test_benchmark_of_a_zoo_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert zoo_benchmark.main(["--width", "1", "--steps", "1", "--repeats", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 16 and "models/hour" in lines[1] and all(line.endswith("x") for line in lines[2:])
 
 
+@pytest.mark.slow
 def test_benchmark_of_similarity_runs(capsys: pytest.CaptureFixture[str]) -> None:
     similarity_benchmark.compare_cka([(12, 2, 4, 4)], rounds=1)
     similarity_benchmark.compare_procrustes([(12, 2, 4, 4)], rounds=1)

@@ -254,6 +254,7 @@ def test_encoding_moves_no_statistics() -> None:
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
 
+@pytest.mark.slow
 def test_duet_learns_the_structure_and_simclr_does_not() -> None:
     """Bars of random brightness and place: after some steps DUET's group marginal tells how they were turned."""
     gen = generator()

@@ -180,6 +180,7 @@ def test_bfloat16_autocast_is_close_and_keeps_parameters_in_float32() -> None:
         assert (low - full).norm() < 0.03 * full.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_fused_is_the_same() -> None:
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from common.run.schedule import halving, one_cycle
 from common.run.state import State, refuse_infinity
 from common.seeds import generator_of
 
-# what they set unless an option says otherwise
+# defaults of --epochs, --batch-size and --lr
 RECIPES = {
     "published": {"epochs": 50, "batch_size": 32, "lr": 0.001},
     "fast": {"epochs": 12, "batch_size": 128, "lr": 0.003},

@@ -107,7 +107,7 @@ def pending(command: Command, jobs: Sequence[J], *, retry_failed: bool = False, 
 
 
 def why_not(job: Job, reasons: Mapping[str, str]) -> str | None:
-    """Why a job cannot be completed: it has failed, or needs one for whose failure there is a reason."""
+    """The reason why a job cannot be completed, if any: its own failure, or that of a job it needs."""
     if job.done:
         return None
     failed = read_json(job.failed) if job.failed.exists() else {}

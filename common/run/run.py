@@ -93,7 +93,7 @@ class Run(Command):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, Exception) and not isinstance(error, Interrupted | OSError) and self._log is not None:
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._write(FAILED_LINE + reason)  # for who sees the directory alone
+            self._write(FAILED_LINE + reason)  # for readers of the directory
         try:
             super().__exit__(kind, error, trace)
         finally:
@@ -102,7 +102,7 @@ class Run(Command):
     # ---- the first look --------------------------------------------------------------------------------------------------
 
     def _look(self) -> str:
-        """The status. A directory that is there stays locked, so that what is found in it does not change any more."""
+        """The status. A directory that exists stays locked from here on, so its content cannot change."""
         if reason := why_no_name(self.name):
             raise RunError(f"{self.name!r} cannot be a run's name: {reason}")
         resume = getattr(self.args, "resume", None)
@@ -162,7 +162,7 @@ class Run(Command):
         if not parallel.is_main():
             return 0
         if not self.final.exists():
-            self.part.rename(self.final)
+            self._rename(self.part, self.final)
         elif not is_locked(self.final / LOCK):  # left by a kill right after the rename
             (self.final / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # of a start that was to replace it, killed before it had begun
@@ -190,9 +190,13 @@ class Run(Command):
             raise RunError(f"{place} is no run of {self.script}.py, {what}: move it away, or use another name")
 
     def _take_lock(self, place: Path) -> None:
-        self._lock = take_lock(place / LOCK)
+        self._lock, self._locked = take_lock(place / LOCK), place
         if self._lock is None:
             raise RunError(f"{place} is in use by another process: wait for it; {self.another} starts another run")
+
+    def _rename(self, place: Path, target: Path) -> None:
+        place.rename(target)
+        self._locked = target  # the lock moves along
 
     # ---- the directory ---------------------------------------------------------------------------------------------------
 
@@ -229,12 +233,12 @@ class Run(Command):
             refuse_differences(self._noted(), made_from, f"{self.path} was made", self.hints)
         try:
             if self.final.exists() and self.status == "unfinished":  # jobs that failed are repeated
-                self.final.rename(self.part)
+                self._rename(self.final, self.part)
             elif self._lock is None:
                 self.part.mkdir(parents=True, exist_ok=True)
                 self._take_lock(self.part)
                 if not self.args.overwrite and (self.final.exists() or (self.part / ARGS).exists()):
-                    self.close(self.part)
+                    self.close()
                     with contextlib.suppress(OSError):  # it is empty if the other process has finished
                         self.part.rmdir()
                     raise RunError(f"another process has made {self.path} meanwhile: start again to see how it stands")
@@ -243,7 +247,7 @@ class Run(Command):
             for stale in (self.part / RESULT, *self.part.glob("*.new")):  # before jobs are repeated; left by a kill
                 stale.unlink(missing_ok=True)
             shutil.rmtree(self.part / REPLACED, ignore_errors=True)
-            begun = (self.part / LAST).exists()  # if not, what an earlier start has left says nothing about this run
+            begun = (self.part / LAST).exists()  # without a state, the files of an earlier start are replaced
             if not begun:
                 write_json(self.part / ARGS, {"script": self.script, **vars(self.args), **made_from, **environment()})
             if not getattr(self.args, "to_stdout", False):
@@ -256,7 +260,7 @@ class Run(Command):
             ) from None
 
     def _clear(self) -> None:
-        """Remove what is there of the run. Whenever that is interrupted, no rest of it looks like a run."""
+        """Remove the run that is there. A kill on the way leaves nothing that looks like a finished run."""
         if self.final.exists():
             lock = take_lock(self.final / LOCK)
             if lock is None:
@@ -287,19 +291,19 @@ class Run(Command):
     def finish(self, result: dict[str, Any]) -> int:
         """Write the result, last of all, and give the directory its name. Returns the exit status: 1 if a job failed."""
         write_json(self.part / RESULT, result)
-        self.part.rename(self.final)  # still locked: nobody else can take it for a run to be resumed
+        self._rename(self.part, self.final)  # still locked: nobody else can take it for a run to be resumed
         self.close()
         sync_directory(self.final.parent)
         return 1 if result.get("failed") else 0
 
-    def close(self, place: Path | None = None) -> None:
-        """Let go of the log and the lock (which also end with the process); `place` is where the lock is, if not in `path`."""
+    def close(self) -> None:
+        """Let go of the log and the lock (which also end with the process)."""
         if self._log is not None:
             with contextlib.suppress(OSError):  # of lines that a full disk has not taken
                 self._log.close()
             self._log = None
         if self._lock is not None:
-            release_lock(self._lock, (place or self.path) / LOCK)
+            release_lock(self._lock, self._locked / LOCK)
             self._lock = None
 
     def where_to_look(self, **pictures: str) -> str:

@@ -55,7 +55,7 @@ class State:
         self.saved_at = time.monotonic()
 
     def save(self) -> None:
-        """Write last.pkl, unless a weight is not finite: then the training continues from the last that were."""
+        """Write last.pkl. Skipped if a weight is not finite: the file then keeps the last finite ones."""
         self.saved_at = time.monotonic()
         if not parallel.is_main() or not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             return

@@ -287,6 +287,7 @@ def test_tables_over_seeds(tmp_path: Path) -> None:
     assert (tmp_path / "tables" / "amortised_clustering.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_real_run(tmp_path: Path) -> None:
     line = f"-type SetLinear -tasks 20 -bs 5 -max_epochs 3 -results_dir {tmp_path}"
     assert exit_status(amortised_clustering.main, line.split()) == 0
@@ -297,6 +298,7 @@ def test_a_real_run(tmp_path: Path) -> None:
     assert run.files[:3] == ["metrics.png", "weights.png", "samples.png"]
 
 
+@pytest.mark.slow
 def test_what_is_committed(tmp_path: Path) -> None:
     """All committed runs are read, every paper's figure is drawn, and the committed tables are those of these runs."""
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z", "results"], capture_output=True, text=True)
@@ -358,6 +360,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "cifar10_stitching: no figure: two of these runs have joined the same pair" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_five_hundred_runs_within_ten_seconds(tmp_path: Path) -> None:
     for i in range(500):
         kind = ("Swarm", "LSTM", "SetLinear", "SetTransformer")[i % 4]
@@ -387,6 +390,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert collect(tmp_path, "--out", str(out)) == 2 and "cannot use" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_watching_until_a_signal(tmp_path: Path) -> None:
     page = tmp_path / "index.html"
     command = [sys.executable, "collect_results.py", str(tmp_path), "--watch", "1"]

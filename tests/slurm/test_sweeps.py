@@ -182,6 +182,7 @@ def test_a_zoo_through_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # ---- without SLURM -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_local(alone: Alone) -> None:
     """The same file without SLURM: two at a time, a failure is shown and stops no other; again, and only that is tried."""
     project = alone(SHORT[0], WITHOUT_DATA, SHORT[1])
@@ -194,6 +195,7 @@ def test_local(alone: Alone) -> None:
     assert before == sorted((path, path.stat().st_mtime_ns) for path in project.folder.glob("results/zoo/*/*"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_what_runs_here(alone: Alone) -> None:
     project = alone(LONG)
     process = project.start("local.sh")
@@ -205,6 +207,7 @@ def test_ctrl_c_saves_what_runs_here(alone: Alone) -> None:
     assert "stopped by SIG" in project.run_output()
 
 
+@pytest.mark.slow
 def test_requeues_have_an_end(alone: Alone) -> None:
     """A run that never comes to its end is not requeued for ever: the fifth requeue was the last that site.sh allows."""
     project = alone(LONG)
