@@ -228,12 +228,12 @@ def test_the_time_ends_between_two_looks_at_the_clock(tmp_path: Path, monkeypatc
 
     def goes_on(self: BudgetedTraining, max_epochs: float) -> bool:
         result = honest(self, max_epochs)
-        self.clock.budget = 0.0 if self.epoch == 1 else math.inf
+        self.clock.budget = 0.0 if self.epoch == 1 else 1e6
         return result
 
     monkeypatch.setattr(BudgetedTraining, "goes_on", goes_on)
     assert run(SHORT, tmp_path) == 0
-    assert read_metrics(directory(tmp_path) / "metrics.csv")["step"] == [6, 7, 13]
+    assert read_metrics(directory(tmp_path) / "metrics.csv")["step"] == [6, 7]
 
 
 # ---- resuming from a checkpoint ------------------------------------------------------------------------------------------

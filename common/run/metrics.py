@@ -1,4 +1,4 @@
-"""What a run measures: means over batches, metrics.csv with a row an epoch, traces of losses and of some weights by step."""
+"""The measurements of a run: means over batches, metrics.csv with a row an epoch, traces of losses and weights by step."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ SAVE_SECONDS = 60.0  # between two saves, apart from those that a signal or a sc
 
 
 class Part(Protocol):
-    """What has a state: model, optimiser, clock, meter, metrics, traces, backtracking."""
+    """An object with a state: model, optimiser, clock, meter, metrics, traces, backtracking."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Any, /) -> object: ...

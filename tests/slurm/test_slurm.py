@@ -217,8 +217,8 @@ def test_everything_in_order(cluster: Cluster, submitting: Submitting) -> None:
     """reproduce.sh with sweeps of seconds: stitching begins when the zoo is there, and not without it."""
     project = submitting()
     sweeps = project.folder / "slurm" / "sweeps"
-    for path in sweeps.glob("*.txt"):
-        path.write_text(f"deepsets_exercise.py --steps 2 --batch-size 4 --no-sweep --lr 0.{len(path.name)}\n")
+    for i, path in enumerate(sweeps.glob("*.txt")):  # different runs: what has finished is not submitted again
+        path.write_text(f"deepsets_exercise.py --steps 2 --batch-size 4 --no-sweep --seed {i}\n")
     stitching = (
         "cifar10_stitching.py --arch mCNN --dataset mnist --zoo results/zoo/mnist-mCNN-epochs.1-batch-size.16-width.2 "
         "--recipe {} --retrain_repeats 1 --stitch_epochs 1 --layers 14\n"
