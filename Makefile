@@ -14,9 +14,9 @@ data: .venv/installed
 	$(BIN)/python -c "from common.datasets import images; \
 	    [images.load(name, split, download=True) for name in images.PUBLISHED for split in images.SPLITS]"
 
-# by files in four processes of one thread each, as those of SLURM and torchrun mostly wait
+# by files in three processes of one thread each, as those of SLURM mostly wait
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder tests/slurm tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 # the fast half, for whoever changes a line
 check: lint
