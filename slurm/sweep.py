@@ -121,7 +121,7 @@ def parse(number: int, words: tuple[str, ...]) -> Line:
 
 
 def dry_run(script: ModuleType, options: list[str]) -> str:
-    """What a script prints when it is only to say what it would make. Raises InputError if it refuses the options."""
+    """The output of a script's dry run. Raises InputError if it refuses the options."""
     printed, complaint = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):

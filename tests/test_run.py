@@ -426,7 +426,7 @@ OTHERS = {"b": None, "b/args.json": b'{"script": "script"}', "b/last.pkl": b"a s
 
 
 def write(place: Path, files: dict[str, Any]) -> None:
-    """What `content` returns; links are strings."""
+    """Write files by relative path: bytes, None for a directory, text for the target of a link."""
     for name, kind in files.items():
         path = place / name
         path.parent.mkdir(parents=True, exist_ok=True)

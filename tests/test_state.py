@@ -1,4 +1,4 @@
-"""What a training consists of: its state in last.pkl, means, rows, traces, clock, backtracking; and the walk over jobs."""
+"""The parts of a training: state in last.pkl, means, rows, traces, clock, backtracking; and the walk over jobs."""
 
 import json
 import math

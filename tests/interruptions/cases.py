@@ -128,7 +128,7 @@ def save_often_draw_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def undisturbed(case: Case, **how: Any) -> tuple[dict[str, Any], Disk]:
-    """What a run leaves that nobody disturbs, and its disk; the results are gone."""
+    """The outcome of a run that nobody disturbs, and its disk. The results are removed."""
     with watch(case.results, **how) as disk:
         assert case.run() == 0
     outcome = case.outcome()

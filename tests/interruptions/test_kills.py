@@ -24,7 +24,7 @@ def test_a_kill_before_every_file_operation(case: Case, capsys: pytest.CaptureFi
 
 
 def test_a_kill_while_a_run_is_replaced(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is left of the one before is whole, or is no run any more. Both are the same run, so any end is known."""
+    """The run before is whole, or is no run any more. Both have the same options, so the outcome is known."""
     assert case.run() == 0
     expected, resuming = case.outcome(), case.line
     dash = "-" if "-resume" in case.line else "--"
