@@ -32,9 +32,10 @@ from common.run.figures import Figure, value_at
 from common.run.lock import release_lock, take_lock
 from common.run.options import OneLineParser, at_least
 from common.run.page import write_page
-from common.run.penalties import with_chunks_together
 from common.run.records import RecordError, finite, write_table, write_text
 from common.run.run import RunError
+from common.symmetry import pictures
+from common.symmetry.penalties import merge_chunks
 
 # what tells the rows of an experiment apart in the first place, as its paper's figure does
 MAIN = {
@@ -190,7 +191,7 @@ def draw(script: str, groups: Sequence[Group], folder: Path) -> list[Path]:
                 bars = [
                     row | {"kind": f"{row['activation']}, {row['group']}", "inside_block": False} for row in result["penalties"]
                 ]
-                paper_figures.plot_penalties(folder / f"{script}-{i}.png", f"rotation test on {result['dataset']}", bars)
+                pictures.plot_penalties(folder / f"{script}-{i}.png", f"rotation test on {result['dataset']}", bars)
             return [folder / f"{script}-{i}.png" for i in range(len(results))]
         case _:
             return []
@@ -259,26 +260,24 @@ def draw_penalties_of_joints(results: Sequence[dict[str, Any]], folder: Path) ->
     """Penalties by layer, a figure for each kind of networks."""
     files: list[Path] = []
     for kind in sorted({(of["arch"], of["dataset"], of["zoo"]) for of in results}):
-        own = with_chunks_together([of for of in results if (of["arch"], of["dataset"], of["zoo"]) == kind])
+        own = merge_chunks([of for of in results if (of["arch"], of["dataset"], of["zoo"]) == kind])
         rows = [{"kind": of["kind"], **layer} for of in own for layer in of["layers"]]
         files.append(new_file(folder, "cifar10_stitching", *kind[:2], taken=files))
-        paper_figures.plot_penalties(
-            files[-1], f"{kind[0]} on {kind[1]}: stitching penalty, mean and deviation over pairs", rows
-        )
+        pictures.plot_penalties(files[-1], f"{kind[0]} on {kind[1]}: stitching penalty, mean and deviation over pairs", rows)
     return files
 
 
 def draw_similarities(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """Heat maps beside each other, a figure for each kind of networks."""
     files: list[Path] = []
-    for kind in sorted({(of["arch"], of["dataset"], tuple(paper_figures.layer_labels(of["layers"]))) for of in results}):
+    for kind in sorted({(of["arch"], of["dataset"], tuple(pictures.layer_labels(of["layers"]))) for of in results}):
         maps: dict[str, Any] = {}
         for of in results:
-            if (of["arch"], of["dataset"], tuple(paper_figures.layer_labels(of["layers"]))) == kind:
+            if (of["arch"], of["dataset"], tuple(pictures.layer_labels(of["layers"]))) == kind:
                 again = f", seed {of['seed']}" if of["similarity"] in maps else ""
                 maps[of["similarity"] + again] = np.array(of["published"], float)
         files.append(new_file(folder, "cifar10_alignment", *kind[:2], taken=files))
-        paper_figures.plot_heat_maps(files[-1], f"{kind[0]} on {kind[1]}: similarity, means of pairs", list(kind[2]), maps)
+        pictures.plot_heat_maps(files[-1], f"{kind[0]} on {kind[1]}: similarity, means of pairs", list(kind[2]), maps)
     return files
 
 

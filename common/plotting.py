@@ -264,21 +264,6 @@ def _edges(centres: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.concatenate([[2 * centres[0] - between[0]], between, [2 * centres[-1] - between[-1]]])
 
 
-def plot_matrices(path: Path, title: str, matrices: Sequence[tuple[str, NDArray[np.floating], NDArray[np.floating]]]) -> None:
-    """Matrices of joints as (name, as trained, as rounded for evaluation), the rounded ones below."""
-    figure = Figure(figsize=(3.0 * len(matrices) + 0.8, 6.4), layout="constrained")
-    headline(figure, title)
-    panels = figure.subplots(2, len(matrices), squeeze=False)
-    for column, (name, *both) in enumerate(matrices):
-        for panel, matrix, how in zip(panels[:, column], both, ("trained", "in evaluation"), strict=True):
-            top = max(float(np.abs(matrix).max()), 1e-6)
-            drawn = panel.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
-            panel.set_title(f"{name}, {how}", fontsize=9)
-            panel.set(xlabel="channel of network 1", ylabel="channel of network 2")
-            figure.colorbar(drawn, ax=panel, shrink=0.7)
-    save_figure(figure, path)
-
-
 def plot_routing_maps(
     path: Path, title: str, epochs: Sequence[Sequence[Sequence[Sequence[float]]]], tasks: Sequence[str]
 ) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import cifar10_projections as script
+from common.datasets.classification import load_splits
 from common.errors import Failed
-from common.run import classifier
+from common.run.trackers import Trackers
+from common.zoo import training
 from tests.command_lines import assert_one_line_and_nothing_made, exit_status
 from tests.small_images import smooth, write_mnist
 
@@ -41,7 +43,7 @@ def test_the_published_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "projections\n"
     args, _ = script.parse(script.get_parser(), ["--repeats=10"])
     assert (args.epochs, args.batch_size, args.lr, args.width, args.layers) == (50, 32, 0.001, 64, [0, 2, 5])
-    jobs = script.jobs_of(args, Path("cells"))
+    jobs = script.make_jobs(args, Path("cells"))
     assert len(jobs) == 2 * (1 + 3 * 3 * 10) and jobs[0].name == "relu" and not jobs[0].needs
     assert jobs[-1].name == "sigmoid_identity_layer_5_run_9" and jobs[-1].needs == ("sigmoid",)
 
@@ -95,8 +97,8 @@ def test_drawing_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_front_stays_as_it_was_trained(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also its matrix; the rest moves. And what is drawn differs from run to run, and not from start to start."""
     args, _ = script.parse(script.get_parser(), f"{SMALL} --data-dir {data}".split())
-    splits = script.load_splits("MNIST", data, torch.device("cpu"), seed=0, batch_size=16)
-    run = SimpleNamespace(options={}, signal=None, dash="--")
+    splits = load_splits("MNIST", data, torch.device("cpu"), seed=0)
+    run = SimpleNamespace(options={}, signal=None, dash="--", log=print, trackers=Trackers(args, tmp_path, "none"))
     script.train(args, splits, run, script.Training(tmp_path, "relu"))
     job = script.Training(tmp_path, "relu", "orthogonal", 2, 1)
     network = script.make_network(args, job, torch.device("cpu"))
@@ -147,7 +149,7 @@ def test_a_test_that_is_stopped_between_two_trainings(data: Path, tmp_path: Path
 
 def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal comes in every step, and at the start of every evaluation until it is made again."""
-    step, evaluate, evaluations = classifier.training_step, classifier.evaluate, iter(range(1000))
+    step, evaluate, evaluations = training.training_step, training.evaluate, iter(range(1000))
 
     def stopped_step(*args: object) -> dict[str, torch.Tensor]:
         signal.raise_signal(signal.SIGTERM)
@@ -158,8 +160,8 @@ def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGUSR1)
         return evaluate(*args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(classifier, "training_step", stopped_step)
-    for module in (classifier, script):
+    monkeypatch.setattr(training, "training_step", stopped_step)
+    for module in (training, script):
         monkeypatch.setattr(module, "evaluate", stopped_evaluation)
 
 

@@ -12,9 +12,10 @@ import torch
 import train_zoo as script
 from common.datasets.classification import load_splits
 from common.models import zoo
-from common.run import classifier, state
+from common.run import state
 from common.run.lock import release_lock, take_lock
 from common.run.schedule import halving
+from common.zoo import training
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
 from tests.interruptions.cases import assert_equal, outcome
 from tests.reference import Vectors, assert_agrees
@@ -63,7 +64,7 @@ def test_training_run_of_the_original() -> None:
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * halving(epoch, 4)
         for batch in range(3):
-            metrics = classifier.training_step(model, optimizer, v[f"train/x/{batch}"], v[f"train/y/{batch}"], "fp32")
+            metrics = training.training_step(model, optimizer, v[f"train/x/{batch}"], v[f"train/y/{batch}"], "fp32")
             if batch == 0:
                 assert_agrees(metrics["loss"], v["zoo/metrics/train_loss"][epoch], 1e-3, f"loss of epoch {epoch}")
         expected = v.under(f"zoo/epoch{epoch + 1}/")
@@ -85,8 +86,8 @@ def test_the_published_line(capsys: pytest.CaptureFixture[str]) -> None:
     args = script.parse(script.get_parser(), line.split())
     expected = {"epochs": 50, "batch_size": 32, "lr": 0.001, "width": 64, "select": "validation", "precision": "fp32"}
     assert {name: getattr(args, name) for name in expected} == expected
-    assert classifier.learning_rate("published", 0.001, 1562 * 12 - 1, 1562, 50) == 0.001
-    assert classifier.learning_rate("published", 0.001, 1562 * 12, 1562, 50) == 0.0005
+    assert training.learning_rate("published", 0.001, 1562 * 12 - 1, 1562, 50) == 0.001
+    assert training.learning_rate("published", 0.001, 1562 * 12, 1562, 50) == 0.0005
     assert_help_shows_the_papers_options_first(script.main, "--chunk", capsys)
 
 
@@ -150,8 +151,8 @@ def test_what_a_zoo_leaves(grey: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert record["validation"]["accuracy"] == pytest.approx(max(accuracies))
     assert record["best_epoch"] == 1 + accuracies.index(max(accuracies))
     model = zoo.load(tmp_path / "zoo" / "0.pt", "mCNN")
-    data = load_splits("MNIST", grey.removeprefix("--data-dir "), torch.device("cpu"), seed=0, batch_size=16)
-    measured = classifier.evaluate(model, data.test, data.preprocessing)
+    data = load_splits("MNIST", grey.removeprefix("--data-dir "), torch.device("cpu"), seed=0)
+    measured = training.evaluate(model, data.test, data.preprocessing)
     assert measured == pytest.approx(record["test"])
     # a second start trains what is missing, and nothing else
     before = (tmp_path / "zoo" / "0.pt").stat().st_mtime_ns
@@ -197,7 +198,7 @@ def test_colour_and_other_architectures(tmp_path: Path) -> None:
 
 
 def test_of_equal_epochs_the_first_is_chosen(grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "evaluate", lambda *_: {"loss": 1.0, "accuracy": 0.0})
+    monkeypatch.setattr(training, "evaluate", lambda *_: {"loss": 1.0, "accuracy": 0.0})
     assert run(f"{SHORT} {grey} --out {tmp_path / 'zoo'}") == 0
     assert json.loads((tmp_path / "zoo" / "0.json").read_text())["best_epoch"] == 1
 
@@ -232,7 +233,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 def break_weights(monkeypatch: pytest.MonkeyPatch, at: int, look: Callable[[], None] = lambda: None) -> None:
     """A weight becomes NaN in step `at` of all, from 0. `look` is called before the next one."""
-    step, steps = classifier.training_step, iter(range(1000))
+    step, steps = training.training_step, iter(range(1000))
 
     def breaking(model: torch.nn.Module, *rest: object) -> dict[str, torch.Tensor]:
         number = next(steps)
@@ -244,7 +245,7 @@ def break_weights(monkeypatch: pytest.MonkeyPatch, at: int, look: Callable[[], N
                 next(model.parameters()).fill_(float("nan"))
         return metrics
 
-    monkeypatch.setattr(classifier, "training_step", breaking)
+    monkeypatch.setattr(training, "training_step", breaking)
 
 
 def test_a_model_that_fails_leaves_the_others_alone(
@@ -305,7 +306,7 @@ def test_overwriting_repeats_a_model_that_failed(grey: str, tmp_path: Path, monk
 
 def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal comes in every step, and at the start of every evaluation until it is made again."""
-    step, evaluate, evaluations = classifier.training_step, classifier.evaluate, iter(range(1000))
+    step, evaluate, evaluations = training.training_step, training.evaluate, iter(range(1000))
 
     def stopped_step(*args: object) -> dict[str, torch.Tensor]:
         signal.raise_signal(signal.SIGTERM)
@@ -316,8 +317,8 @@ def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGUSR1)
         return evaluate(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(classifier, "training_step", stopped_step)
-    for module in (classifier, script):
+    monkeypatch.setattr(training, "training_step", stopped_step)
+    for module in (training, script):
         monkeypatch.setattr(module, "evaluate", stopped_evaluation)
 
 

@@ -1,4 +1,4 @@
-"""How the networks of a zoo are trained and measured: optimiser and rate of a recipe, an epoch, accuracy, the best epoch."""
+"""Training and measuring the networks of a zoo: options, optimiser and rate of a recipe, an epoch, accuracy, the best epoch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from common.datasets import images
 from common.datasets.augmentation import Preprocessing
-from common.datasets.classification import Splits
-from common.datasets.images import ImageSet
+from common.datasets.classification import Splits, load_splits
+from common.datasets.images import DataError, ImageSet
+from common.precision import autocast
 from common.run.metrics import Meter
+from common.run.options import at_least, real
+from common.run.progress import bar
 from common.run.schedule import halving, one_cycle
 from common.run.state import State, refuse_infinity
 from common.seeds import generator_of
@@ -27,6 +30,46 @@ RECIPES = {
 }
 WARMUP = 0.2  # share of the steps of `fast` in which the rate rises
 EVALUATED_AT_ONCE = 500
+
+
+# ---- options and images --------------------------------------------------------------------------------------------------
+
+
+def add_data_options(group: argparse._ArgumentGroup) -> None:
+    """Options of the image set."""
+    group.add_argument("--dataset", choices=tuple(images.BY_OPTION), default="cifar10", help="[%(default)s]")
+    group.add_argument("--data-dir", metavar="DIR", default="data", help="where the data set lies, or is saved [%(default)s]")
+
+
+def add_recipe_options(group: argparse._ArgumentGroup) -> None:
+    """Options of a training whose defaults depend on the recipe; `apply_recipe` fills them in."""
+    recipes = tuple(RECIPES)
+    text = "how networks are trained: sets --epochs, --batch-size, --lr, the optimiser and its schedule [%(default)s]"
+    group.add_argument("--recipe", choices=recipes, default="published", help=text)
+    for name, kind, meaning in (
+        ("epochs", at_least(1, 10**6), "passes over the training images"),
+        ("batch_size", at_least(2, 10**6), "images a step"),
+        ("lr", real(0, 10, above=True), "highest learning rate"),
+    ):
+        defaults = ", ".join(str(RECIPES[recipe][name]) for recipe in recipes)
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"{meaning} [by recipe: {defaults}]")
+
+
+def n_classes(args: argparse.Namespace) -> int:
+    """The number of classes of the image set of the options."""
+    return images.N_CLASSES[images.BY_OPTION[args.dataset]]
+
+
+def splits_of(args: argparse.Namespace, device: torch.device, validation_share: float | None = None) -> Splits:
+    """The image set of the options: dataset, data_dir, seed, subset, select. Raises DataError, also for too few images."""
+    shared = {"seed": args.seed, "subset": args.subset, "select": args.select, "validation_share": validation_share}
+    data = load_splits(images.BY_OPTION[args.dataset], args.data_dir, device, **shared)
+    if len(data.training) < args.batch_size:
+        raise DataError(f"--batch-size {args.batch_size} is more than the {len(data.training)} training images")
+    return data
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(model: nn.Module, recipe: str, lr: float) -> torch.optim.Optimizer:
@@ -42,7 +85,7 @@ def make_optimizer(model: nn.Module, recipe: str, lr: float) -> torch.optim.Opti
 
 
 def learning_rate(recipe: str, highest: float, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """published: halved three times or four. fast: one cycle, by steps."""
+    """published: halved after each quarter of the epochs. fast: one cycle, by steps."""
     if recipe == "published":
         return highest * halving(step // steps_per_epoch, epochs)
     return highest * one_cycle((step + 1) / (epochs * steps_per_epoch + 1), WARMUP)  # never 0
@@ -52,7 +95,7 @@ def training_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, precision: str
 ) -> dict[str, Tensor]:
     """One step on normalised images (B, 3, 32, 32); its loss and accuracy (a share)."""
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(x, precision):
         logits = model(x)
     loss = F.cross_entropy(logits.float(), labels)
     optimizer.zero_grad()
@@ -68,17 +111,17 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     meter: Meter,
     key: tuple[int, ...],
-    bar: str | None = None,
+    title: str,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Train on the batches that are left of an epoch, then evaluate: mean loss and accuracy of training and selection images.
+    """Train on the remaining batches of an epoch, then evaluate: mean loss and accuracy of training and selection images.
 
     `args` has recipe, lr, epochs, batch_size and precision. `key` and the epoch decide order and augmentation of the images.
-    `bar` is the title of a progress bar. Raises Interrupted, and Failed for a loss that is not finite.
+    `title` is that of the progress bar. Raises Interrupted, and Failed for a loss that is not finite.
     """
     model, n_batches, epoch = state.model, len(data.training) // args.batch_size, state.epoch
     model.train()
     batches = data.batches(args.batch_size, generator_of(*key, epoch), first=state.batch)
-    for x, labels in tqdm(batches, bar, n_batches - state.batch, disable=bar is None, leave=False):
+    for x, labels in bar(args, batches, f"{title} epoch {epoch + 1}", total=n_batches, initial=state.batch):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args.recipe, args.lr, state.step, n_batches, args.epochs)
         meter.add(len(x), training_step(model, optimizer, x, labels, args.precision))
@@ -98,13 +141,13 @@ def evaluate(
     precision: str = "fp32",
     check_signal: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Mean loss and accuracy (a share) in evaluation mode, over images; `check_signal` is called between batches."""
+    """Mean loss and accuracy (a share) over images, in evaluation mode; `check_signal` is called before each batch."""
     model.eval()
     meter = Meter()
     for part in torch.arange(len(data), device=data.labels.device).split(EVALUATED_AT_ONCE):
         check_signal()
         x = preprocessing.normalise(data.images[part]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(x, precision):
             logits = model(x)
         labels = data.labels[part]
         accuracy = (logits.argmax(1) == labels).double().mean()
@@ -113,12 +156,24 @@ def evaluate(
 
 
 def accuracy(model: nn.Module, data: ImageSet, preprocessing: Preprocessing) -> float:
-    """Percent of images that are right, in evaluation mode."""
+    """Accuracy in % of the images, in evaluation mode."""
     return 100 * evaluate(model, data, preprocessing)["accuracy"]
 
 
+def describe_epoch(
+    title: str, state: State, seconds: float, lr: float, select: str, means: dict[str, float], selected: dict[str, float],
+    chance: float, better: bool,
+) -> str:  # fmt: skip
+    """An epoch's line of the log. `select` names the images that chose the epoch."""
+    return (
+        f"{title}  epoch {state.epoch + 1:>3}  step {state.step:>6}  {seconds / 60:8.2f} min | training {means['loss']:.4f}, "
+        f"accuracy {means['accuracy']:.4f} | {select} {selected['loss']:.4f}, accuracy {selected['accuracy']:.4f} "
+        f"(chance {chance:g}) | lr {lr:.3g}" + (" | best so far" if better else "")
+    )
+
+
 class BestEpoch:
-    """The epoch with the highest accuracy on the selection images, the first of several, and its weights."""
+    """The first epoch with the highest accuracy on the selection images: its weights and metrics."""
 
     def __init__(self) -> None:
         self.accuracy, self.weights, self.metrics = -math.inf, {}, {}  # type: ignore[var-annotated]
@@ -130,6 +185,10 @@ class BestEpoch:
         weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.accuracy, self.weights, self.metrics = accuracy, weights, metrics
         return True
+
+    def plain_weights(self) -> dict[str, Tensor]:
+        """The weights for a file: contiguous, on the CPU."""
+        return {name: value.cpu().contiguous() for name, value in self.weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"accuracy": self.accuracy, "weights": self.weights, "metrics": self.metrics}
