@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.plotting import PALETTE, VALIDATION, draw_curve, draw_levels, headline, save_figure
+from common.plotting import PALETTE, VALIDATION, draw_baselines, draw_curve, headline, save_figure
 
 
 def plot_over_time(
@@ -39,7 +39,7 @@ def plot_over_time(
         axes.plot(grid, mean, color=colour, linewidth=2, linestyle=("-", "--", ":")[i // len(PALETTE) % 3], label=name)
     low, high = (of(of(values) for *_, values in curves) for of in (min, max))
     margin = 0.05 * (high - low)
-    draw_levels(axes, levels)
+    draw_baselines(axes, levels)
     axes.set(xlabel="minutes of training", ylabel=measure, ylim=(low - margin, high + margin) if margin else None)
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right center")

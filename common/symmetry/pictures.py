@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from common.plotting import PALETTE, PRINT, REFERENCE, headline, save_figure
+from common.plotting import BASELINE, PALETTE, PRINT, headline, save_figure
 
 
 def layer_labels(layers: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -32,7 +32,7 @@ def plot_penalties(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) ->
         deviations = [row["deviation"] or 0.0 for row in own.values()]
         heights = [row["penalty"] for row in own.values()]
         axes.bar(places, heights, width, yerr=deviations, capsize=2, label=kind, color=PALETTE[i % len(PALETTE)])
-    axes.axhline(0, color=REFERENCE, linewidth=0.8)
+    axes.axhline(0, color=BASELINE, linewidth=0.8)
     axes.set_xticks(range(len(layers)), [f"{layer}*" if layer in inside else str(layer) for layer in layers])
     note = " (* inside a residual block)" if inside else ""
     headline(figure, title)
