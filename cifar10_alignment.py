@@ -49,7 +49,7 @@ from common.symmetry.similarity import layer_similarities
 from common.symmetry.stitching import StitchPoint
 from common.zoo import pairs as zoo_pairs
 from common.zoo.pairs import Pair
-from common.zoo.sweeps import make_result, open_run, read_records, spread
+from common.zoo.sweeps import CheckedJob, make_result, open_run, read_records, spread
 
 # the original's names; the last is the suite's own
 MEASURES = {
@@ -124,18 +124,21 @@ def untrained(args: argparse.Namespace, like: nn.Module, number: int) -> nn.Modu
 # ---- one pair --------------------------------------------------------------------------------------------------------------
 
 
-class PairJob(Job):
+class PairJob(CheckedJob):
     """The comparison of a pair of networks or, if it is None, of two untrained ones."""
 
-    def __init__(self, folder: Path, name: str, pair: Pair | None):
+    def __init__(self, folder: Path, name: str, pair: Pair | None, n_layers: int):
         super().__init__(folder, name, keeps=("pt",))
         self.pair, self.matrix = pair, folder / f"{name}.pt"
         self.title = "two untrained networks" if pair is None else f"pair {pair[0]}-{pair[1]}"
+        matrix = [[(float, None)] * n_layers] * n_layers
+        self.pattern = {"pair": pair and list(pair), **dict.fromkeys(VALUES, matrix), "dead": [[int] * n_layers] * 2}
 
 
-def make_jobs(folder: Path, pairs: list[Pair]) -> list[PairJob]:
+def make_jobs(folder: Path, pairs: list[Pair], n_layers: int) -> list[PairJob]:
     """The untrained networks, then run by run, as published."""
-    return [PairJob(folder, "untrained", None), *(PairJob(folder, f"run{i}", pair) for i, pair in enumerate(pairs))]
+    runs = [PairJob(folder, f"run{i}", pair, n_layers) for i, pair in enumerate(pairs)]
+    return [PairJob(folder, "untrained", None, n_layers), *runs]
 
 
 def run_job(
@@ -313,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         networks, points = zoo_pairs.load(args, pairs)
         test = load_images(args)
         made_from = {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": test.fingerprint()}
-        jobs = open_run(run, lambda folder: make_jobs(folder, pairs), **made_from)
+        jobs = open_run(run, lambda folder: make_jobs(folder, pairs, len(points)), **made_from)
         run.log(f"{len(pairs)} pairs, {len(points)} layers, {len(test)} images on {test.labels.device}: {args.similarity}")
         for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
             with job:

@@ -28,7 +28,7 @@ from common.models import zoo
 from common.run import options
 from common.run.clock import Clock
 from common.run.command import Command, echo
-from common.run.jobs import Job, pending
+from common.run.jobs import pending
 from common.run.memory import tune_malloc
 from common.run.metrics import Meter
 from common.run.options import at_least
@@ -39,7 +39,7 @@ from common.seeds import generator_of, seed_of
 from common.symmetry import pictures
 from common.symmetry.rotations import GROUPS, random_element, transform_layer
 from common.zoo import training
-from common.zoo.sweeps import make_result, open_run, read_records, selection_of, spread
+from common.zoo.sweeps import CheckedJob, make_result, open_run, read_records, selection_of, spread
 from common.zoo.training import RECIPES, BestEpoch, describe_epoch, evaluate, make_optimizer, n_classes, splits_of, train_epoch
 
 ARCHITECTURES = {"relu": "mCNN_k", "sigmoid": "mCNN_k_sigmoid"}
@@ -90,13 +90,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     for option, value in RECIPES[args.recipe].items():
         if getattr(args, option) is None:
             setattr(args, option, value)
+    training.check_subset(parser, args)
     return args, name
 
 
 # ---- one job: a network, or its rest behind a matrix -----------------------------------------------------------------------
 
 
-class Training(Job):
+class Training(CheckedJob):
     """The training of a network (without a group) or, from its weights, of the rest of it behind a random matrix."""
 
     def __init__(self, folder: Path, activation: str, group: str | None = None, layer: int = 0, run: int = 0):
@@ -105,6 +106,7 @@ class Training(Job):
         self.activation, self.group, self.layer, self.run = activation, group, layer, run
         self.network, self.weights = folder / f"{activation}.json", folder / f"{activation}.pt"
         self.fields = {"activation": activation, "group": group, "layer": layer, "run": run}
+        self.pattern = {**self.fields, "accuracy": float, "epochs": [dict, ...]}
 
 
 def make_jobs(args: argparse.Namespace, folder: Path) -> list[Training]:

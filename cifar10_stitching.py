@@ -35,7 +35,7 @@ from common.models import zoo
 from common.run import options
 from common.run.clock import Clock
 from common.run.command import Command, echo
-from common.run.jobs import Job, pending
+from common.run.jobs import pending
 from common.run.memory import tune_malloc
 from common.run.options import at_least, real
 from common.run.progress import bar
@@ -51,8 +51,8 @@ from common.symmetry.stitching_layers import Birkhoff, Full, Lasso, LowRank, Sti
 from common.symmetry.train import make_optimizers, published_lr, training_step
 from common.zoo import pairs as zoo_pairs
 from common.zoo.pairs import MAY_CHANGE_ON_RESUME, Pair
-from common.zoo.sweeps import make_result, open_run, read_records, selection_of
-from common.zoo.training import BestEpoch, accuracy, evaluate, splits_of
+from common.zoo.sweeps import CheckedJob, make_result, open_run, read_arrays, read_records, selection_of
+from common.zoo.training import BestEpoch, accuracy, check_subset, evaluate, splits_of
 
 # what the original's batch files pass. All of them pass a rate of 0.001, too, which it ignores: see --stitch_lr
 STANDARD: dict[str, Any] = {"stitch_repeats": 1, "stitch_epochs": 20, "nopermwarmup": True, "noschedule": True}
@@ -146,6 +146,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     pairs = args.pairs or range(args.retrain_repeats)
     if not pairs[chunk_of(args, len(pairs))]:
         parser.error(f"chunk {args.chunk} of {args.num_chunks} has none of the {len(pairs)} pairs: take fewer chunks")
+    check_subset(parser, args, validation_share(args))
     if args.arch not in zoo.CNNS:  # whose channels depend on the zoo's width
         zoo_pairs.check(parser, refuse_rank, args, zoo_pairs.points_of(args))
     return args
@@ -154,6 +155,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 def chunk_of(args: argparse.Namespace, n_pairs: int) -> slice:
     """The pairs of this job among all pairs: consecutive ones, chunks as equal as can be."""
     return slice(n_pairs * args.chunk // args.num_chunks, n_pairs * (args.chunk + 1) // args.num_chunks)
+
+
+def validation_share(args: argparse.Namespace) -> float | None:
+    """The share of the training images that validates, if it is not the usual one."""
+    return CROSSVAL_SHARE if args.alpha == "crossval" else None
 
 
 def has_warmup(args: argparse.Namespace) -> bool:
@@ -182,7 +188,7 @@ def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 # ---- pairs and jobs ------------------------------------------------------------------------------------------------------
 
 
-class StitchJob(Job):
+class StitchJob(CheckedJob):
     """The training of one stitching layer: for a pair of networks, a stitch point, and one of its runs."""
 
     def __init__(self, folder: Path, pair: Pair, point: StitchPoint, run: int):
@@ -191,6 +197,10 @@ class StitchJob(Job):
         self.key = (*pair, point.index, run)  # of its random numbers
         self.title = f"pair {pair[0]}-{pair[1]} layer {point.index}{'*' * point.inside_block} run {run}"
         self.weights = folder / f"{self.name}.pt"
+        self.fields = {"pair": list(pair), "layer": point.index, "module": point.name, "run": run}
+        self.fields |= {"channels": point.channels, "inside_block": point.inside_block}
+        numbers = ("accuracy", "val_accuracy", "penalty", "joint_parameters")
+        self.pattern = {**self.fields, **dict.fromkeys(numbers, float), "parents": [float, float], "epochs": [dict, ...]}
 
 
 def make_jobs(args: argparse.Namespace, folder: Path, pairs: list[Pair], points: list[StitchPoint]) -> list[StitchJob]:
@@ -330,10 +340,9 @@ def run_job(
     matrices = {"matrix": layer.matrix().detach().cpu(), "rounded": layer.rounded().cpu()}
     checkpoint.save(state | matrices, job.weights)
     accuracies = [parents[number] for number in job.pair]
-    record = {"pair": list(job.pair), "layer": point.index, "module": point.name, "run": job.run, "parents": accuracies}
-    record |= {"inside_block": point.inside_block, "channels": point.channels}
-    record |= {"joint_parameters": sum(p.numel() for p in layer.parameters()), "val_accuracy": metrics["best"]["val_accuracy"]}
-    return record | {"penalty": sum(accuracies) / 2 - metrics["accuracy"]} | metrics | layer.learned()
+    record = {**job.fields, **metrics, **layer.learned(), "joint_parameters": sum(p.numel() for p in layer.parameters())}
+    record |= {"parents": accuracies, "penalty": sum(accuracies) / 2 - metrics["accuracy"]}
+    return record | {"val_accuracy": metrics["best"]["val_accuracy"]}
 
 
 # ---- the sweep -----------------------------------------------------------------------------------------------------------
@@ -372,11 +381,8 @@ def report(args: argparse.Namespace, jobs: Sequence[StitchJob], data: Splits, ru
 
 def draw_matrices(jobs: Sequence[StitchJob], run: Run) -> None:
     """matrices.png: the matrices of the first pair, as trained and as rounded for evaluation."""
-    matrices = []
-    for job in reversed(jobs):
-        if (job.pair, job.run) == (jobs[0].pair, jobs[0].run):
-            state = checkpoint.read(job.weights)
-            matrices.append((f"layer {job.point.index}", state["matrix"].numpy(), state["rounded"].numpy()))
+    first_pair = [job for job in reversed(jobs) if (job.pair, job.run) == (jobs[0].pair, jobs[0].run)]
+    matrices = [(f"layer {job.point.index}", *read_arrays(job.weights, "matrix", "rounded")) for job in first_pair]
     pictures.plot_matrices(run.part / "matrices.png", run.name, matrices)
 
 
@@ -418,7 +424,7 @@ def main(argv: list[str] | None = None) -> int:
         pairs = pairs[chunk_of(args, len(pairs))]
         networks, points = zoo_pairs.load(args, pairs)
         refuse_rank(args, points)
-        data = splits_of(args, options.device_of(args), CROSSVAL_SHARE if args.alpha == "crossval" else None)
+        data = splits_of(args, options.device_of(args), validation_share(args))
         made_from = {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": data.fingerprint}
         jobs = open_run(run, lambda folder: make_jobs(args, folder / "cells", pairs, points), **made_from)
         run.log(f"{len(pairs)} pairs, {len(points)} layers, {len(jobs)} stitchings to train: {kind_of(args)}, seed {args.seed}")

@@ -6,6 +6,8 @@ Stitching and alignment (cifar10_*.py) compare its members. The published line, 
 
 leaves 0.pt to 24.pt in results/zoo/cifar10-mCNN/, each a plain state dict under the original's keys, beside a record (.json)
 and a row an epoch (.csv). The same line again trains what is missing. README.md says what each logged quantity means.
+
+Exit status 0: all models that were asked for are there, or left to other processes that are at them, as the last line says.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from common.models import cnn, zoo
 from common.run import options
 from common.run.clock import Clock
 from common.run.command import Command, echo
-from common.run.jobs import Job, failures, pending
+from common.run.jobs import failures, pending
 from common.run.lock import is_locked
 from common.run.memory import tune_malloc
 from common.run.metrics import Meter, Metrics
@@ -36,6 +38,7 @@ from common.run.state import State
 from common.run.trackers import Trackers
 from common.seeds import seed_everything, seed_of
 from common.zoo import training
+from common.zoo.sweeps import CheckedJob, fits
 from common.zoo.training import RECIPES, BestEpoch, describe_epoch, evaluate, make_optimizer, n_classes, splits_of, train_epoch
 
 # options that do not make another model
@@ -95,6 +98,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    training.check_subset(parser, args)
     return args
 
 
@@ -107,7 +111,7 @@ def models_of_chunk(args: argparse.Namespace) -> range:
 # ---- one model -----------------------------------------------------------------------------------------------------------
 
 
-class Model(Job):
+class Model(CheckedJob):
     """A model of the zoo. It is also done if only its weights are there, trained elsewhere; not if it is to be replaced."""
 
     def __init__(self, args: argparse.Namespace, index: int):
@@ -116,6 +120,7 @@ class Model(Job):
         self.trackers = Trackers(args, self.folder / f"{index}.trackers", f"{self.folder.name}-{index}")
         self.options = {name: value for name, value in vars(args).items() if name not in NOT_IN_NAME}
         self.index, self.seed, self.replaced = index, seed_of(args.seed, index), args.overwrite
+        self.pattern = {"options": dict, "data": str, "epochs": int}
 
     @property
     def done(self) -> bool:
@@ -130,9 +135,15 @@ class Model(Job):
                 if path.exists():
                     raise RunError(f"{path} is there without its model; {HINTS}")
         if self.weights.exists() and self.record.exists():
-            self._compare(self.read(), self.weights)
+            record = self.read()
+            self._compare(record, self.weights)
+            self._check_metrics(record["epochs"])
         elif self.last.exists() and not is_locked(self.lock):
-            self._compare(checkpoint.read(self.last), self.last)
+            state = checkpoint.read(self.last)
+            self._compare(state, self.last)
+            progress = state.get("progress")  # State.resume refuses what is no tuple of three numbers
+            whole = isinstance(progress, tuple) and fits(list(progress), [int, int, int])
+            self._check_metrics(progress[0] if whole else 0)
             if not (args.resume or args.retry_failed):
                 raise RunError(f"{self.last} is there, of a model in training: --resume continues it, {HINTS}")
         elif self.weights.exists() and not self.last.exists():
@@ -147,6 +158,16 @@ class Model(Job):
         if not isinstance(noted, dict):
             raise RecordError(f"{path} is of another version, or damaged: no options are noted; {HINTS}")
         refuse_differences(noted, self.options, f"{path} was made", HINTS)
+
+    def _check_metrics(self, epochs: int) -> None:
+        """Raises RecordError if the table, where it is, lacks an epoch that is done. (A resume cuts off what follows.)"""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.is_file() else []
+        rows = [line.split(",") for line in lines[: epochs + 1]]
+        whole = [row[0] for row in rows] == ["epoch", *map(str, range(1, epochs + 1))]
+        if not self.metrics.is_file() or (epochs and not (whole and len(set(map(len, rows))) == 1)):
+            raise RecordError(f"{self.metrics} is damaged; {HINTS}")
 
     def remove(self) -> None:
         """Remove the files. The record comes after the weights, which without it would look like trained elsewhere."""
@@ -205,25 +226,15 @@ def make_record(
     args: argparse.Namespace, data: Splits, job: Model, state: State, best: BestEpoch, test: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """The record of a model that is done."""
-    return {
-        "script": "train_zoo",
-        "model": job.index,
-        "seed": job.seed,
-        "options": job.options,
-        "parameters": sum(p.numel() for p in state.model.parameters()),
-        "protocol": PROTOCOLS[args.select],
-        "epochs": state.epoch,
-        "best_epoch": best.metrics["epoch"],
-        "steps": state.step,
-        "seconds": seconds,
-        "images": {split: len(getattr(data, split)) for split in ("training", "selection", "test")},
-        "training": best.metrics["train"],  # while it was trained on: augmented, and with the weights of each step
-        "validation": {"loss": best.metrics["loss"], "accuracy": best.accuracy} if args.select == "validation" else None,
-        "test": test,
-        "chance_accuracy": 1 / n_classes(args),
-        "data": data.fingerprint,
-        **environment(),
-    }
+    number_of = {split: len(getattr(data, split)) for split in ("training", "selection", "test")}
+    selected = {"loss": best.metrics["loss"], "accuracy": best.accuracy}
+    record = {"script": "train_zoo", "model": job.index, "seed": job.seed, "options": job.options}
+    record |= {"parameters": sum(p.numel() for p in state.model.parameters()), "protocol": PROTOCOLS[args.select]}
+    record |= {"epochs": state.epoch, "best_epoch": best.metrics["epoch"], "steps": state.step, "seconds": seconds}
+    record |= {"images": number_of, "chance_accuracy": 1 / n_classes(args), "data": data.fingerprint}
+    # training: while it was trained on, so augmented, and with the weights of each step
+    record |= {"training": best.metrics["train"], "validation": selected if args.select == "validation" else None, "test": test}
+    return record | environment()
 
 
 # ---- the zoo -------------------------------------------------------------------------------------------------------------
@@ -263,6 +274,9 @@ def main(argv: list[str] | None = None) -> int:
                 train(args, data, command, job)
     if failed := failures(jobs):
         echo(f"{len(failed)} of {len(jobs)} models failed ({', '.join(failed)}): --retry-failed repeats them")
+    if left := [job.name for job in jobs if not job.done and job.name not in failed]:
+        number = f"{len(left)} of {len(jobs)} models are left to other processes ({', '.join(left)})"
+        echo(f"{number}: the same line again tells when they are done")
     return 1 if failed else 0
 
 

@@ -76,6 +76,7 @@ def test_what_a_test_leaves(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert len(list(csv.DictReader(file))) == 2 * len(by_cell)  # epochs
     out = capsys.readouterr().out
     assert "chance 10" in out and "relu layer 0 orthogonal" in out
+    assert out.count("  epoch   2  step     10 ") == len(by_cell)  # a line an epoch
     assert run(line, data, tmp_path) == 2  # says how to go on
     assert run(f"{line} --resume", data, tmp_path) == 0 and "nothing to do" in capsys.readouterr().out
 
@@ -174,9 +175,18 @@ def test_damaged_files_are_refused_before_anything_is_made(
         assert [run(f"{line} --resume", data, tmp_path) for _ in range(15)] == [75] * 15  # 13 for the network, two of its rest
     part = directory(tmp_path)
     whole = files(part)
-    for name in ("relu.json", "relu.pt", "relu_orthogonal_layer_2_run_0.last.pkl"):
+    record = json.loads(whole["cells/relu.json"])
+    for name, content in (
+        ("relu.json", b"{"),
+        *(
+            ("relu.json", json.dumps(record | other).encode())
+            for other in ({"accuracy": None}, {"group": "Grelu"}, {"epochs": 2})
+        ),
+        ("relu.pt", whole["cells/relu.pt"][:1000]),
+        ("relu_orthogonal_layer_2_run_0.last.pkl", whole["cells/relu_orthogonal_layer_2_run_0.last.pkl"][:1000]),
+    ):
         path = part / "cells" / name
-        path.write_bytes(path.read_bytes()[:1000] if path.suffix != ".json" else b"{")
+        path.write_bytes(content)
         left = files(part)
         capsys.readouterr()
         assert run(f"{line} --resume", data, tmp_path) == 2

@@ -20,7 +20,7 @@ from common.run import clock
 from common.run.run import Run
 from common.symmetry.stitching import StitchedModel, stitch_points
 from common.zoo import pairs as zoo_pairs
-from common.zoo import training
+from common.zoo import sweeps, training
 from common.zoo.pairs import draw_pairs, pairs_of
 from common.zoo.training import splits_of
 from tests.command_lines import exit_status
@@ -92,6 +92,7 @@ def test_what_a_sweep_leaves(kind: str, place: Path, tmp_path: Path, capsys: pyt
     }  # fmt: skip
     out = capsys.readouterr().out
     assert f"{kind if kind != 'alternating' else 'permutation'}: penalty" in out and "chance 10" in out
+    assert out.count("  epoch   2  step     10 ") == len(order)  # a line an epoch
     assert run(f"{KINDS[kind]} --pairs 0-1 2-3 --layers 3 14", place, tmp_path) == 2
     assert run(f"{KINDS[kind]} --pairs 0-1 2-3 --layers 3 14 --resume", place, tmp_path) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -120,7 +121,7 @@ def test_pairs_are_drawn_without_repetition() -> None:
     assert len(set(more)) == 6
     with pytest.raises(InputError, match="3 networks make 6 pairs, not 7"):
         draw_pairs([0, 1, 2], 7, seed=0)
-    assert doctest.testmod(zoo_pairs) == (0, 1)
+    assert doctest.testmod(zoo_pairs) == (0, 1) and doctest.testmod(sweeps) == (0, 1)
 
 
 def test_chunks_share_the_pairs(place: Path) -> None:
@@ -137,7 +138,7 @@ def test_validation_images_are_not_trained_on(place: Path) -> None:
     for alpha, n in (("0.1", 10), ("crossval", 20)):
         line = f"--arch mCNN --dataset mnist --data-dir {place / 'data'} --birkhoff --alpha {alpha}"
         args = script.parse(script.get_parser(), line.split())
-        data = splits_of(args, torch.device("cpu"), script.CROSSVAL_SHARE if alpha == "crossval" else None)
+        data = splits_of(args, torch.device("cpu"), script.validation_share(args))
         images = [set(map(bytes, split.images.flatten(1).numpy())) for split in (data.training, data.selection)]
         assert len(images[1]) == n and len(images[0]) == 100 - n and not images[0] & images[1]
 
@@ -225,6 +226,40 @@ def test_a_sweep_resumes_where_it_stood(place: Path, tmp_path: Path, monkeypatch
     assert parts["seconds"] > 0 and "seconds" not in parts["cells"][0]  # times are not what a run comes to
     log = (directory(tmp_path / "parts") / "log").read_text()
     assert "stopped by SIGTERM" in log and log.count("% of test images (parents") == 3
+
+
+def test_damaged_records_are_refused_before_anything_is_made(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "--lasso --nopermwarmup --pairs 0-1 --layers 3 14"
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "describe", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert run(line, place, tmp_path) == 75
+    (path,) = directory(tmp_path).glob("cells/*.json")
+    record, before = json.loads(path.read_text()), {file.name for file in path.parent.iterdir()}
+    lacking = [{name: value for name, value in record.items() if name != without} for without in ("accuracy", "pair")]
+    others: list[dict[str, Any]] = [{"pair": [0, 2]}, {"penalty": None}, {"epochs": [1]}, {"sparsity": "x"}, {"parents": [1.0]}]
+    for damaged in [{}, *lacking, *(record | other for other in others)]:
+        path.write_text(json.dumps(damaged))
+        capsys.readouterr()
+        assert run(f"{line} --resume", place, tmp_path) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert "0-1_layer_14_run_0.json is damaged: " in error and "this job begins again" in error
+        assert {file.name for file in path.parent.iterdir()} == before
+    path.write_text(json.dumps(record))
+    weights = path.with_suffix(".pt").read_bytes()
+    torch.save({}, path.with_suffix(".pt"))
+    assert run(f"{line} --resume", place, tmp_path) == 2 and "it has no tensor 'matrix'" in capsys.readouterr().err
+    path.with_suffix(".pt").write_bytes(weights)
+    assert run(f"{line} --resume", place, tmp_path) == 0
+
+
+def test_all_long_loops_have_bars(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "--nopermwarmup --bn_epoch --bn_batches 2 --pairs 0-1 --layers 3 --progress"
+    assert run(line, place, tmp_path) == 0
+    error = capsys.readouterr().err
+    for title in ("networks: ", "jobs: ", "epoch 1: ", "epoch 2: ", "batch statistics: "):
+        assert title in error
 
 
 def outcome(results: Path) -> dict[str, Any]:
@@ -417,6 +452,29 @@ BAD = {
     "--arch mCNN --resume --overwrite": "choose one",
     "--arch mCNN --retry-failed --overwrite": "choose one",
 }
+
+
+DRY = {  # what is known without networks and images
+    "--arch mCNN --pairs a/b": "--pairs 'a/b' is no pair of two networks: write it like 0-1",
+    "--arch mCNN --pairs 0-1 2-2": "--pairs '2-2' is no pair of two networks",
+    "--arch mCNN --pairs 0-1 1-0 0-1": "names a pair twice",
+    "--arch mCNN --layers 3 4": "--layers 4: mCNN has 3 6 10 14",
+    "--arch resnet20 --lowrank --rank 17": "--rank 17 is above the 16 channels of layer 3",
+    "--arch resnet20 --lowrank --rank 33 --layers 56 40": "--rank 33 is above the 32 channels of layer 40",
+    "--arch mCNN --pairs 0-1 --num_chunks 4 --chunk 0": "chunk 0 of 4 has none of the 1 pairs",
+    "--arch mCNN --subset 60 --batch-size 55": "--batch-size 55 is more than the 54 training images",
+    "--arch mCNN --subset 60 --batch-size 49 --recipe crossval": "--batch-size 49 is more than the 48 training images",
+}
+
+
+@pytest.mark.parametrize("line", DRY)
+def test_a_dry_run_refuses_what_the_run_would(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(script.main, [*line.split(), "--dry-run", "--results-dir", str(tmp_path)]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("cifar10_stitching.py: error: ") and DRY[line] in error
+    again = line.replace("33", "32").replace("17", "16").replace("55", "54").replace("49", "48")
+    if again != line:  # the largest that fits
+        assert exit_status(script.main, [*again.split(), "--dry-run", "--results-dir", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("line", BAD)

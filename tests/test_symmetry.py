@@ -361,6 +361,18 @@ def test_a_step_in_bfloat16() -> None:
 # ---- batch statistics ----------------------------------------------------------------------------------------------------
 
 
+def test_reestimating_statistics_leaves_all_modes_as_they_were() -> None:
+    """Also if it fails, and in a network whose modules are not all of one mode, as that of saved models when it is stitched."""
+    stitched = stitch(mcnn(4).eval(), mcnn(4).eval(), 6, Birkhoff(8))
+    modes = [module.training for module in stitched.modules()]
+    assert set(modes) == {False, True}
+    reestimate_statistics(stitched, [images()])
+    assert [module.training for module in stitched.modules()] == modes
+    with pytest.raises(RuntimeError):
+        reestimate_statistics(stitched, [images()[:, :2]])
+    assert [module.training for module in stitched.modules()] == modes
+
+
 def test_statistics_are_those_of_the_rounded_layer_and_can_be_put_back() -> None:
     model1, model2 = trained(mcnn(4)), trained(mcnn(4))
     stitched = stitch(model1, model2, 6, Birkhoff(8)).eval()

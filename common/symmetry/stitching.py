@@ -218,12 +218,11 @@ def reestimate_statistics(model: StitchedModel, batches: Iterable[Tensor]) -> di
     tensor(0)
     """
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    was_training = model.training
-    model.train()
-    model.stitching_layer.eval()
-    for images in batches:
-        model(images)
-    model.train(was_training)
+    with _keep_modes(model):
+        model.train()
+        model.stitching_layer.eval()
+        for images in batches:
+            model(images)
     return before
 
 

@@ -60,6 +60,18 @@ def n_classes(args: argparse.Namespace) -> int:
     return images.N_CLASSES[images.BY_OPTION[args.dataset]]
 
 
+def check_subset(parser: argparse.ArgumentParser, args: argparse.Namespace, validation_share: float | None = None) -> None:
+    """End with the parser's error if --subset leaves fewer training images than --batch-size; shares as in splits_of."""
+    if args.subset is None:
+        return
+    n_validation = 0
+    if args.select == "validation":  # see images.split_validation
+        share = validation_share
+        n_validation = min(images.N_VALIDATION, args.subset // 10) if share is None else int(share * args.subset)
+    if args.batch_size > args.subset - n_validation:
+        parser.error(f"--batch-size {args.batch_size} is more than the {args.subset - n_validation} training images")
+
+
 def splits_of(args: argparse.Namespace, device: torch.device, validation_share: float | None = None) -> Splits:
     """The image set of the options: dataset, data_dir, seed, subset, select. Raises DataError, also for too few images."""
     shared = {"seed": args.seed, "subset": args.subset, "select": args.select, "validation_share": validation_share}
