@@ -18,11 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from common.gallery.files import file_stem, one_line
+from common.errors import one_line
 from common.gallery.page import address, entry, write_page
 from common.gallery.pictures import draw
 from common.gallery.runs import Run, find_runs, is_run
-from common.gallery.tables import metric_names, rows_over_seeds, varying_options, write_tables
+from common.gallery.tables import file_stem, metric_names, rows_over_seeds, varying_options, write_tables
 from common.run.command import Command, echo
 from common.run.lock import release_lock, take_lock
 from common.run.options import OneLineParser, at_least
@@ -49,6 +49,9 @@ class Collection:
     def write(self, watch: int | None) -> list[Run]:
         """Read all runs and write everything. Raises OSError, and RunError if another process is writing there."""
         runs = list(find_runs(self.root))
+        for path in (self.tables, *self.out.glob("index.html*"), *self.tables.glob("*")):
+            if path.is_symlink():
+                raise RunError(f"{path} is a link, and may lead to a file that is not to be overwritten: remove it")
         self.tables.mkdir(parents=True, exist_ok=True)
         lock = take_lock(self.tables / "lock")
         if lock is None:
@@ -107,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     if "" in (args.place, args.out):
         parser.error("an empty name is no directory")
     root, out = Path(args.place), Path(args.out or args.place)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         parser.error(f"{root} is no directory: name the one that runs are in, as --results-dir did")
     collection = Collection(root, out)
     command = Command("collect_results")
@@ -122,19 +125,19 @@ def main(argv: list[str] | None = None) -> int:
             echo(summary(collection.write(None)))
         else:
             watch(collection, args.watch, command)
-    echo(f"{out / 'index.html'}, {out / 'tables'}/")
+    echo(one_line(f"{out / 'index.html'}, {out / 'tables'}/"))
     return 0
 
 
 def watch(collection: Collection, seconds: int, command: Command) -> None:
     """Collect again and again until a signal comes. The page that is left then does not reload itself any more."""
-    echo(f"{collection.out / 'index.html'} is written every {seconds} seconds, until Ctrl-C")
+    echo(one_line(f"{collection.out / 'index.html'} is written every {seconds} seconds, until Ctrl-C"))
     while command.signal is None:
         try:
             states = [run.state for run in collection.write(seconds)]
             echo(f"{datetime.now():%H:%M:%S}  {len(states)} runs, {states.count('running')} running")
         except (OSError, RunError) as error:  # which may pass
-            echo(f"{datetime.now():%H:%M:%S}  not written: {error}")
+            echo(one_line(f"{datetime.now():%H:%M:%S}  not written: {error}"))
         until = time.monotonic() + seconds
         while command.signal is None and time.monotonic() < until:
             time.sleep(0.1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.gallery.files import open_regular
+from common.gallery.files import MAX_NAMES, read_bytes
 from common.run.records import RecordError
 
 
@@ -66,10 +66,13 @@ def key_metrics(result: Mapping[str, Any]) -> dict[str, KeyMetric]:
     """Key metrics of a result.json by name. Raises RecordError if it is not as its script writes it."""
     script = str(result.get("script"))
     try:
-        return read_key_metrics(script, result)
+        metrics = read_key_metrics(script, result)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise RecordError(f"result.json is not as {script:.100}.py writes it: {reason:.200}") from None
+    if len(metrics) > MAX_NAMES:
+        raise RecordError(f"result.json has {len(metrics)} key metrics, more than {MAX_NAMES}")
+    return metrics
 
 
 def read_key_metrics(script: str, result: Mapping[str, Any]) -> dict[str, KeyMetric]:
@@ -114,9 +117,7 @@ def value_at(result: Mapping[str, Any], path: str) -> float | None:
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file; the last one is left out if it is half-written. Raises OSError, csv.Error."""
-    with open_regular(path) as file:
-        text = file.read().decode(errors="replace")
-    rows = list(csv.DictReader(text.splitlines()))
+    rows = list(csv.DictReader(read_bytes(path).decode(errors="replace").splitlines()))
     return rows[:-1] if rows and None in (*rows[-1], *rows[-1].values()) else rows
 
 

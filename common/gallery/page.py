@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from common.gallery.files import one_line
+from common.errors import one_line
 from common.gallery.runs import Run, why_broken
 from common.gallery.tables import as_text
 from common.run.records import write_text
@@ -53,7 +53,7 @@ def full_entry(run: Run, paths: set[str], out: Path) -> dict[str, Any]:
     final = run.path.removesuffix(".part")
     results = {"seed": run.seed, **run.key_metrics, "parameters": run.parameters, "minutes": run.minutes, **run.about}
     return {
-        "key": run.path if final in paths else final, "path": run.path, "name": one_line(run.name), "script": run.script,
+        "key": run.path if final in paths else final, "path": run.path, "name": one_line(run.name, 300), "script": run.script,
         "state": run.state, "note": run.note, "log": run.log, "metric": next(iter(run.key_metrics), ""),
         "options": {name: as_text(value) for name, value in run.options.items()},
         "results": {name: text for name, value in results.items() if (text := as_text(value, name))},

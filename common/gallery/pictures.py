@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common import paper_figures
-from common.gallery.files import one_line
+from common.errors import one_line
 from common.gallery.key_metrics import value_at
 from common.gallery.runs import Run
 from common.gallery.tables import Group, as_text, group_runs, varying_options
@@ -58,7 +58,7 @@ def labels(groups: Sequence[Group], script: str) -> list[str]:
     for label, group in zip(main, groups, strict=True):
         alike = [run for other, same in zip(groups, main, strict=True) if same == label for run in other.runs]
         more = [f"{name} {as_text(group.options.get(name))}" for name in varying_options(alike)]
-        names.append(one_line(", ".join([label, *more])).replace("$", r"\$"))  # no mathematics
+        names.append(one_line(", ".join([label, *more]), 300).replace("$", r"\$"))  # no mathematics
     return names
 
 

@@ -15,7 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common.gallery.files import is_regular, one_line, open_regular, read_json
+from common.errors import one_line
+from common.gallery.files import MAX_NAMES, is_regular, open_regular, read_json
 from common.gallery.key_metrics import KeyMetric, is_number, key_metrics, last_row, read_rows, value_at
 from common.run.lock import is_locked
 from common.run.records import RecordError
@@ -62,17 +63,25 @@ class Run:
 
 def find_runs(root: Path) -> Iterator[Run]:
     """All runs below a directory, sorted by path. Links are not followed; copies of the code (slurm/) are left out."""
-    for folder, subfolders, files in os.walk(root):
-        path = Path(folder)
-        if path != root and is_run(path, files):
-            subfolders.clear()
-            yield read_run(path, root)
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        subfolders: list[str] = []
+        files: list[str] = []
+        try:
+            with os.scandir(folder) as entries:
+                for one in entries:
+                    (subfolders if one.is_dir(follow_symlinks=False) else files).append(one.name)
+        except OSError as error:
+            yield Run(str(folder.relative_to(root)), "unknown", folder, note=f"it cannot be searched: {error.strerror}")
+        if folder != root and is_run(folder, files):
+            yield read_run(folder, root)
             continue
-        subfolders[:] = sorted(
-            name for name in subfolders if not (name.startswith((".", "figures-")) or (path == root and name == "slurm"))
-        )
+        for name in sorted(subfolders, reverse=True):
+            if not (name.startswith((".", "figures-")) or (folder == root and name == "slurm")):
+                folders.append(folder / name)
         for index in sorted({match[1] for match in map(ZOO_FILE.fullmatch, files) if match}, key=int):
-            run = Run(str((path / index).relative_to(root)), "train_zoo", path)
+            run = Run(str((folder / index).relative_to(root)), "train_zoo", folder)
             contain(run, read_model, index)
             is_model = any(f"{index}.{kind}" in files for kind in ("pt", "last.pkl", "failed.json"))
             if is_model or run.result.get("script") == "train_zoo":
@@ -94,8 +103,8 @@ def contain(run: Run, read: Callable[..., None], *args: str) -> None:
 def why_broken(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, OSError):
-        return one_line(f"{os.path.basename(error.filename or 'a file')} cannot be read: {error.strerror}")
-    return one_line(str(error) if isinstance(error, RecordError) else f"{type(error).__name__}: {error}")
+        return one_line(f"{os.path.basename(error.filename or 'a file')} cannot be read: {error.strerror}", 300)
+    return one_line(error if isinstance(error, RecordError) else f"{type(error).__name__}: {error}", 300)
 
 
 def read_run(folder: Path, root: Path) -> Run:
@@ -122,10 +131,10 @@ def read_directory(run: Run) -> None:
         run.state, run.note = "finished", f"{len(failed)} of its jobs failed" if failed and isinstance(failed, dict) else ""
     elif run.folder.suffix != ".part":
         raise RecordError(f"no {RESULT} in a directory that has the name of a finished run")
-    elif is_locked(run.folder / LOCK):
+    elif LOCK in names and is_locked(run.folder / LOCK):
         run.state, run.note = "running", last_row(run.folder / METRICS, args)
     elif last_line.startswith(FAILED_LINE):
-        run.state, run.note = "failed", one_line(last_line)
+        run.state, run.note = "failed", one_line(last_line, 300)
     elif LAST in names:
         run.state, run.note = "stopped", last_row(run.folder / METRICS, args)
     else:
@@ -137,13 +146,14 @@ def read_model(run: Run, index: str) -> None:
 
     Raises OSError, RecordError and others.
     """
-    record, metrics, failure, last = (run.folder / f"{index}.{kind}" for kind in ("json", "csv", "failed.json", "last.pkl"))
+    kinds = ("json", "csv", "failed.json", "last.pkl", "lock")
+    record, metrics, failure, last, lock = (run.folder / f"{index}.{kind}" for kind in kinds)
     read_files(run, [path.name for path in (record, metrics, failure) if is_regular(path)], metrics.name)
     if os.path.lexists(last):
-        run.state = "running" if is_locked(run.folder / f"{index}.lock") else "stopped"
+        run.state = "running" if is_regular(lock) and is_locked(lock) else "stopped"
         run.note = last_row(metrics, {})
     elif os.path.lexists(failure) and not os.path.lexists(record):
-        run.state, run.note = "failed", one_line(f"failed: {read_json(failure).get('reason')}")
+        run.state, run.note = "failed", one_line(f"failed: {read_json(failure).get('reason')}", 300)
     else:
         result = read_json(record)
         if not result:
@@ -165,12 +175,14 @@ def read_files(run: Run, names: list[str], metrics: str) -> None:
 
 def add_options(run: Run, options: dict[str, Any], record: dict[str, Any], seed: str) -> None:
     """Fill in the options of a run; its script, seed, device and revision from the record that they are in."""
+    if len(options) > MAX_NAMES:
+        raise RecordError(f"{len(options)} options are more than {MAX_NAMES}")
     for name, value in options.items():
         is_fingerprint = isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value)  # of data or networks
         if name not in NOT_OPTIONS and not is_fingerprint:
             words = value if isinstance(value, list) else [value]
-            run.options[name] = " ".join(map(str, words)) if isinstance(value, list | dict) else value
-    run.script = one_line(str(record.get("script") or run.script), 80)
+            run.options[one_line(name, 80)] = " ".join(map(str, words)) if isinstance(value, list | dict) else value
+    run.script = one_line(record.get("script") or run.script, 80)
     run.seed = record[seed] if isinstance(record.get(seed), int) else None
     run.about["code"] = str(record.get("git_revision", ""))
     n_threads = record.get("cpu_threads", 0)
@@ -180,7 +192,7 @@ def add_options(run: Run, options: dict[str, Any], record: dict[str, Any], seed:
 def add_result(run: Run, result: dict[str, Any]) -> None:
     """Fill in the results of a run, if it has any. Raises RecordError for those that its script does not write."""
     run.result = result
-    run.script = one_line(str(result.get("script") or run.script), 80)
+    run.script = one_line(result.get("script") or run.script, 80)
     run.about["protocol"] = str(result.get("protocol", ""))
     parameters = value_at(result, "parameters") or value_at(result, "parameters.total")
     run.parameters = None if parameters is None else int(parameters)
@@ -196,6 +208,8 @@ def read_curves(path: Path) -> dict[str, list[float | None]]:
     except (OSError, csv.Error):
         return {}
     columns = {name: [number(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+    if len(columns) > MAX_NAMES:
+        return {}
     time = columns.get("step") or columns.get("epoch") or [None, None]
     if any(a is None or b is None or a >= b for a, b in pairwise(time)):
         return {}  # several trainings

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import statistics
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.gallery.files import one_line
+from common.errors import one_line
 from common.gallery.key_metrics import KeyMetric
 from common.gallery.runs import Run
 from common.run.records import write_table, write_text
@@ -105,9 +106,16 @@ def as_text(value: Any, name: str = "") -> str:
         return rounded(value, 3 if name == "minutes" else 12)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return one_line(str(value))
+    return one_line(value, 300)
 
 
 def rounded(value: float, digits: int) -> str:
     """A number with some significant digits, 12,346 with all before the point."""
     return f"{value:,.0f}" if 10**digits <= abs(value) < 1e12 else f"{value:.{digits}g}"
+
+
+def file_stem(text: str) -> str:
+    """A text as part of a file's name. A checksum is added to a text that had to be changed for that."""
+    if re.fullmatch(r"\w{1,80}", text, re.ASCII):
+        return text
+    return f"{re.sub(r'[^a-zA-Z0-9]+', '_', text)[:60]}-{zlib.crc32(text.encode(errors='replace')):08x}"

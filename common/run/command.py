@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -100,5 +101,6 @@ def echo(text: str) -> None:
         sys.stdout.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            print(f"cannot print: {error.strerror}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # stderr may be full, too
+                print(f"cannot print: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what is flushed at the end

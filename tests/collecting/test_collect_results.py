@@ -4,8 +4,6 @@ import argparse
 import csv
 import fcntl
 import json
-import os
-import re
 import shutil
 import signal
 import subprocess
@@ -90,55 +88,6 @@ def test_broken_results_are_rows_that_say_so(content: str, tmp_path: Path, capsy
     (run,) = (run for run in find_runs(tmp_path) if run.path.endswith("broken"))
     assert run.state == "broken" and "result.json" in run.note and run.options["type"] == "Swarm"
     assert collect(tmp_path) == 0 and "1 broken" in capsys.readouterr().out
-
-
-LAYER = {"layer": 1, "penalty": 1.0, "deviation": None, "n": 1}
-HOSTILE: dict[str, dict[str, Any]] = {
-    "options that are a list": {"args.json": {"options": []}},
-    "options in options": {"args.json": {"type": {"a": [1, {"b": None}]}, "lr": [[1]], "seed": "x"}},
-    "numbers beyond measure": {"result.json": {"parameters": 10**400, "seconds": 10**400, "model": {"accuracy": 10**400}}},
-    "options beyond measure": {"args.json": {"wc": 10**400, "epochs": 10**400, "lr": float("nan")}},
-    "surrogates": {"args.json": {"type": "\ud800"}, "result.json": {"script": "a\ud800"}},
-    "a script with a long name": {"result.json": {"script": "x" * 300}},
-    "a script that is a path": {"result.json": {"script": "../../etc"}},
-    "a script without a name": {"result.json": {"script": ""}},
-    "results that are words": {"result.json": {"seconds": "long", "parameters": [], "model": 3, "name": None}},
-    "mathematics": {"args.json": {"type": "$\\frac$"}},
-    **{
-        f"penalties of {value}": {"result.json": {"script": "cifar10_stitching", "layers": [LAYER | {"penalty": value}]}}
-        for value in ("x", None, float("nan"), float("inf"), 1.7e308, [1], True)
-    },
-    "a deep option": {"args.json": {"type": json.loads("[" * 600 + "]" * 600)}},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("files", HOSTILE.values(), ids=HOSTILE)
-def test_no_content_ends_the_collection(files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for i in range(2):  # what is read, and what is made of several
-        path = write_clustering(tmp_path / "amortised_clustering" / str(i), 0.5 + i, seed=i)
-        for name, content in files.items():
-            (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | content))
-    write_clustering(tmp_path / "amortised_clustering" / "healthy", 0.5, seed=5)
-    assert collect(tmp_path) == 0 and "no picture" not in capsys.readouterr().out
-    assert len(states(tmp_path)) == 3 and states(tmp_path)["amortised_clustering/healthy"][0] == "finished"
-    assert len(page_data(tmp_path)["runs"]) == 3 and not list(tmp_path.parent.glob("etc*"))
-
-
-def page_data(root: Path) -> dict[str, Any]:
-    return json.loads(re.search(r'id="data">(.*?)</script>', (root / "index.html").read_text(), re.S)[1])
-
-
-def test_no_name_or_kind_of_file_ends_the_collection(tmp_path: Path) -> None:
-    runs = os.fsencode(tmp_path / "amortised_clustering")
-    write_clustering(tmp_path / "amortised_clustering" / "healthy", 0.5)
-    for name in (b"\xff\xfe", b"a\nb", b"x" * 240):
-        shutil.copytree(runs + b"/healthy", runs + b"/" + name)
-        shutil.copytree(runs + b"/healthy", os.fsencode(tmp_path) + b"/script " + name + b"/1")
-    for name, content in {"args.json": b"{", "metrics.csv": b"epoch,step\n1,nan\nx,y\n", "log": b"\xed\xa0\x80"}.items():
-        (write_clustering(tmp_path / "odd" / name, 0.5) / name).write_bytes(content)
-    (tmp_path / "a file").write_text("no directory")
-    assert collect(tmp_path) == 0
-    assert sorted(state for state, _ in states(tmp_path).values()) == ["broken", *["finished"] * 9]
 
 
 def test_a_run_that_finishes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,8 +204,6 @@ def test_tables_over_seeds(tmp_path: Path) -> None:
     table = (tmp_path / "tables" / "amortised_clustering.md").read_text()
     assert "| 0.6 ± 0.26 |" in table and "| 0.683 |" in table and r"| LS\|TM \<b\> | 0.0123456 |" in table
     assert (tmp_path / "tables" / "amortised_clustering.png").stat().st_size > 10_000
-    shown = {run["name"]: run["results"] for run in page_data(tmp_path)["runs"]}
-    assert shown["swarm0"]["minutes"] == "0.342" and shown["swarm0"]["parameters"] == "9,226"
 
 
 @pytest.mark.slow
