@@ -28,6 +28,11 @@ from common.run.lock import release_lock, take_lock
 from common.run.options import OneLineParser, at_least
 from common.run.run import RunError
 
+# of the page's table of runs
+LAST_COLUMNS = ["parameters", "minutes", "device", "written"]
+ALL_COLUMNS = ["experiment", "run", "state", "seed", "metric", "value", *LAST_COLUMNS]
+ALL = {"script": "", "columns": ALL_COLUMNS, "rows": [], "pictures": []}
+
 
 def get_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="collect_results.py", description=__doc__)
@@ -62,7 +67,7 @@ class Collection:
                 "place": str(self.root),
                 "collected": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S"),
                 "watch": watch,
-                "experiments": [self.write_experiment(script, own) for script, own in by_script(runs).items()],
+                "experiments": [ALL, *(self.write_experiment(script, own) for script, own in by_script(runs).items())],
                 "runs": [entry(run, paths, self.out) for run in runs],
             }
             write_page(self.out / "index.html", data)
@@ -81,13 +86,10 @@ class Collection:
                 files = []
                 echo(one_line(f"{script}: no picture: {error}"))
             self.pictures[script] = finished, files
-        return {
-            "script": script,
-            "options": varying_options(runs),
-            "metrics": metric_names(runs),
-            "pictures": [[path.name, address(path, self.out)] for path in files],
-            "rows": write_tables(self.tables / file_stem(script), rows_over_seeds(runs)),
-        }
+        columns = ["run", "state", *varying_options(runs), "seed", *metric_names(runs), *LAST_COLUMNS]
+        rows = write_tables(self.tables / file_stem(script), rows_over_seeds(runs))
+        pictures = [[path.name, address(path, self.out)] for path in files]
+        return {"script": script, "columns": columns, "rows": rows, "pictures": pictures}
 
 
 def by_script(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from common.errors import one_line
 from common.gallery.runs import Run, why_broken
 from common.gallery.tables import as_text
 from common.run.records import write_text
@@ -51,15 +50,21 @@ def entry(run: Run, paths: set[str], out: Path) -> dict[str, Any]:
 def full_entry(run: Run, paths: set[str], out: Path) -> dict[str, Any]:
     """All cells are texts, curves have five digits. The key of a run is the path that it has when it has finished."""
     final = run.path.removesuffix(".part")
-    results = {"seed": run.seed, **run.key_metrics, "parameters": run.parameters, "minutes": run.minutes, **run.about}
-    return {
-        "key": run.path if final in paths else final, "path": run.path, "name": one_line(run.name, 300), "script": run.script,
-        "state": run.state, "note": run.note, "log": run.log, "metric": next(iter(run.key_metrics), ""),
-        "options": {name: as_text(value) for name, value in run.options.items()},
-        "results": {name: text for name, value in results.items() if (text := as_text(value, name))},
-        "curves": {name: [None if y is None else float(f"{y:.5g}") for y in values] for name, values in run.curves.items()},
-        "files": [[name, address(run.folder / name, out)] for name in run.files],
+    metric = next(iter(run.key_metrics), None)  # the first of an experiment stands for all in the table of all runs
+    cells = {
+        "experiment": run.script, "run": final.removeprefix(f"{run.script}/"), "state": run.state, **run.options,
+        "seed": run.seed, "metric": metric, "value": run.key_metrics.get(metric or ""), **run.key_metrics,
+        "parameters": run.parameters, "minutes": run.minutes, **run.about,
     }  # fmt: skip
+    return {
+        "key": run.path if final in paths else final,
+        "path": run.path,
+        "note": run.note,
+        "log": run.log,
+        "cells": {name: text for name, value in cells.items() if (text := as_text(value, name))},
+        "curves": {name: [None if y is None else float(f"{y:.5g}") for y in values] for name, values in run.curves.items()},
+        "files": {name: address(run.folder / name, out) for name in run.files},
+    }
 
 
 def address(path: Path, out: Path) -> str:

@@ -55,11 +55,6 @@ class Run:
     log: str = ""
     files: list[str] = field(default_factory=list)
 
-    @property
-    def name(self) -> str:
-        """The path, without the parts that all runs of the script share."""
-        return self.path.removeprefix(f"{self.script}/").removesuffix(".part")
-
 
 def find_runs(root: Path) -> Iterator[Run]:
     """All runs below a directory, sorted by path. Links are not followed; copies of the code (slurm/) are left out."""

@@ -66,7 +66,7 @@ def test_a_run_in_each_state(tmp_path: Path) -> None:
     assert "before it saved anything" in before["empty.part"][1] and "no result.json" in before["lost"][1]
     assert states(tmp_path)["amortised_clustering/running.part"][0] == "stopped"  # nobody holds it any more
     run = next(run for run in find_runs(tmp_path) if run.state == "stopped")
-    assert run.curves["step"] == [10, 20] and run.script == "amortised_clustering" and run.name == "running"
+    assert run.curves["step"] == [10, 20] and run.script == "amortised_clustering" and run.path.endswith("running.part")
 
 
 BROKEN = {
@@ -161,7 +161,7 @@ def test_models_of_a_zoo_are_runs(tmp_path: Path) -> None:
     (zoo / "3.pt").write_bytes(b"weights")
     (zoo / "5.failed.json").write_text("[]")
     (zoo / "2019.json").write_text('{"a": 1}')  # somebody's file
-    runs = {run.name: run for run in find_runs(tmp_path)}
+    runs = {run.path: run for run in find_runs(tmp_path)}
     assert {name: run.state for name, run in runs.items()} == {
         "zoo/cifar10-mCNN/0": "finished", "zoo/cifar10-mCNN/1": "finished", "zoo/cifar10-mCNN/2": "stopped",
         "zoo/cifar10-mCNN/3": "broken", "zoo/cifar10-mCNN/4": "failed", "zoo/cifar10-mCNN/5": "broken",

@@ -67,7 +67,7 @@ def test_no_content_costs_the_other_runs(files: dict[str, Any], tmp_path: Path, 
     assert "no picture" not in printed and max(map(len, printed.splitlines())) < 400
     assert states(tmp_path)["amortised_clustering/healthy"][0] == "finished"
     shown = page_data(tmp_path)
-    assert len(shown["runs"]) == 3 and all(len(one["options"]) < 1000 for one in shown["experiments"])
+    assert len(shown["runs"]) == 3 and all(len(one["columns"]) < 1000 for one in shown["experiments"])
     assert not list(tmp_path.parent.glob("etc*"))
 
 
@@ -160,7 +160,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
         for name in ("args.json", "result.json", "0.json")
     }  # fmt: skip
     assert "secret" not in (out / "index.html").read_text() and "0.123" not in (out / "index.html").read_text()
-    files = {run["name"]: [name for name, _ in run["files"]] for run in page_data(out)["runs"]}
+    files = {run["cells"]["run"]: run["files"] for run in page_data(out)["runs"]}
     assert "metrics.png" not in files["metrics.png"] and "metrics.png" in files["log"]
 
 
