@@ -34,7 +34,7 @@ from common.datasets import images, multitask
 from common.datasets.multitask import MultitaskSet
 from common.models import routed
 from common.models.routed import RoutedNet, SoftMixture
-from common.routing import Decision, Loss, Trajectories
+from common.routing import Decision, Loss, Trajectories, pictures
 from common.routing.measures import modules_used, policy_entropy, task_overlap
 from common.run import options
 from common.run.clock import Clock
@@ -185,7 +185,7 @@ def losses_of(
         loss_func, targets = Loss(nn.MSELoss(), reward), F.one_hot(labels, logits.shape[1]).float()
     else:
         loss_func, targets = Loss(nn.CrossEntropyLoss(), reward), labels
-    return logits, *loss_func(logits, records, targets), records
+    return logits, *loss_func(logits, targets, records), records
 
 
 def rate_share(args: argparse.Namespace, epoch: int) -> float:
@@ -197,7 +197,7 @@ def exploration_in(args: argparse.Namespace, epoch: int) -> float:
     """Exploration of an epoch (from 0)."""
     if args.exploration_end is None:
         return args.exploration
-    return routing.annealed(args.exploration, args.exploration_end, epoch / max(1, args.epochs - 1))
+    return args.exploration + (args.exploration_end - args.exploration) * (epoch / max(1, args.epochs - 1))
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def draw(data: Data, training: Training) -> None:
     plotting.plot_epochs(run.part / "metrics.png", run.name, metrics, ("loss", "accuracy", "routing_loss"), chance)
     shown = {name: traced[name] for name in list(traced)[:: max(1, len(traced) // N_SHOWN)]}
     plotting.plot_weights(run.part / "weights.png", run.name, training.traces.steps, shown, 1)
-    plotting.plot_routing_maps(run.part / "routing.png", run.name, training.extra["maps"], data.train.task_names)
+    pictures.plot_routing_maps(run.part / "routing.png", run.name, training.extra["maps"], data.train.task_names)
 
 
 def report(data: Data, training: Training) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def layers_step(net: RoutedNet, batch: int) -> Callable[[], None]:
 
     def step() -> None:
         estimates, records = net(features, tasks)
-        module_loss, routing_loss = loss_func(estimates, records, labels)
+        module_loss, routing_loss = loss_func(estimates, labels, records)
         (module_loss + routing_loss).backward()
 
     return step
@@ -117,7 +117,7 @@ def compare_with_trunk(batch: int, rounds: int) -> None:
 
     def whole() -> None:
         estimates, records = net(x, tasks)
-        module_loss, routing_loss = loss_func(estimates, records, labels)
+        module_loss, routing_loss = loss_func(estimates, labels, records)
         optimizer.zero_grad()
         (module_loss + routing_loss).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 40.0)
@@ -149,7 +149,7 @@ def kept_bytes(batch: int, depth: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         estimates, records = net(features, tasks)
-        Loss(nn.CrossEntropyLoss(), NegLossReward())(estimates, records, labels)
+        Loss(nn.CrossEntropyLoss(), NegLossReward())(estimates, labels, records)
     return sum(kept.values())
 
 

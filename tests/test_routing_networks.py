@@ -50,8 +50,8 @@ def run(line: str) -> int:
 
 
 def only(results: Path) -> Path:
-    (found,) = (results / "routing_networks").iterdir()
-    return found
+    (path,) = (results / "routing_networks").iterdir()
+    return path
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_models_of_the_original(name: str) -> None:
             made.decision.reward_func.register(made.states[:, :, 0], made.actions)
         assert torch.equal(records.actions(), v["actions"][step])
         assert_agrees(out, v["out"][step], 1e-4)
-        module_loss, routing_loss = loss_func(out, records, targets, reduce=False)
+        module_loss, routing_loss = loss_func(out, targets, records, reduce=False)
         assert_agrees(module_loss, v["module_loss"][step], 1e-4)
         if MODELS[name][1] == "REINFORCE":
             assert_agrees(routing_loss, v["routing_loss"][step], 1e-4)

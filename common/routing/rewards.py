@@ -1,52 +1,36 @@
-"""Rewards: of the whole trajectory, from the loss (final), and of single actions (per action).
+"""Rewards of whole trajectories, from the loss (final), and of single actions (per action).
 
-Final rewards map (loss (B), estimates (B, ...), targets) to (B). Per-action rewards see the actions of their decision layer,
-`register`, and answer `get_reward`, both for whole batches: distributions (N, K), actions (N) -> (N). What they remember is
-kept in buffers, so that it is saved with the model.
+Final rewards map (loss (B), estimates (B, ...), targets) to (B). Per-action rewards are told the actions of their decision
+layer (`register`) and map distributions (N, K), actions (N) to (N) (`get_reward`). They keep their statistics in buffers, which
+are saved with the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-def refuse_unknown(unknown: dict[str, Any], owner: str) -> None:
-    """Raises ValueError, naming argument and value, if there are keyword arguments that nobody takes."""
-    for name, value in unknown.items():
-        raise ValueError(f"{owner} takes no argument {name}={value!r}")
-
 
 # ---- final ---------------------------------------------------------------------------------------------------------------
 
 
 class NegLossReward(nn.Module):
-    """The negative loss of each sample, times `scale`."""
-
-    def __init__(self, scale: float = 1.0):
-        super().__init__()
-        self.scale = scale
+    """The negative loss of each sample."""
 
     def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
-        return -self.scale * loss.detach()
+        return -loss.detach()
 
 
 class CorrectClassifiedReward(nn.Module):
-    """+`scale` for a sample whose largest estimate is its class, -`scale` for others; targets are indices or one-hot."""
-
-    def __init__(self, scale: float = 1.0):
-        super().__init__()
-        self.scale = scale
+    """+1 for a sample whose largest estimate is its class, -1 otherwise; targets are indices or one-hot."""
 
     def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
         if ytrue is None:
             raise ValueError("CorrectClassifiedReward needs targets: ystrue is None")
         classes = ytrue.argmax(1) if ytrue.ndim == yest.ndim else ytrue
         right = (yest.argmax(1) == classes).flatten(1).all(1) if classes.ndim > 1 else yest.argmax(1) == classes
-        return self.scale * (2 * right.to(loss.dtype) - 1)
+        return 2 * right.to(loss.dtype) - 1
 
 
 # ---- per action ----------------------------------------------------------------------------------------------------------
