@@ -25,16 +25,18 @@ from common import matching, plotting
 from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks
 from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
-from common.run import options
+from common.precision import autocast
+from common.run import dotted, options
 from common.run.budget import BudgetedTraining
 from common.run.command import echo
 from common.run.memory import tune_malloc
 from common.run.metrics import read_metrics
 from common.run.options import at_least, real, run_id
+from common.run.progress import bar
 from common.run.run import Run
 from common.seeds import epoch_order, seed_everything
 
-NOT_IN_NAME = ("resume", "results_dir", "overwrite", "dry_run")  # options that do not make another run
+NOT_IN_NAME = options.RUN_OPTIONS  # options that do not make another run
 OWN_OPTIONS = {  # what only some types of model have a use for
     "Swarm": {"n_iter", "pooling", "non_lin"},
     "SetLinear": {"non_lin"},
@@ -75,7 +77,7 @@ def get_parser() -> argparse.ArgumentParser:
         "-bt_alpha", type=real(0, 1, above=True), default=0.9, help="learning rate factor of backtracking [%(default)s]"
     )
     paper.add_argument("-lr", type=real(0, 1, above=True), default=0.01, help="learning rate of Adam [%(default)s]")
-    paper.add_argument("-no_cuda", action="store_true", help="don't use CUDA even if it is available")
+    paper.add_argument("-no_cuda", action="store_true", help="the same as -device cpu")
     paper.add_argument("-dry_run", action="store_true", help="just print the model name and exit")
     paper.add_argument("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
     paper.add_argument("-run", type=run_id, help="run id to append to the model name; has no function otherwise")
@@ -87,9 +89,10 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")
     own.add_argument("-pooling", choices=("MEAN", "POMA"), default="MEAN", help="pooling in Swarm layers [%(default)s]")
     own.add_argument("-loss", choices=matching.LOSSES, default="hungarian", help="matching that is trained for [%(default)s]")
-    own.add_argument("-precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products [%(default)s]")
+    options.add_device_options(own, "-")
     own.add_argument("-compile", action="store_true", help="torch.compile the model (Swarm: its pointwise part)")
     own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
+    options.add_tracker_options(own, "-")
     return parser
 
 
@@ -107,7 +110,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 def log_probs(model: nn.Module, points: Tensor, mask: Tensor, precision: str) -> Tensor:
     """Log-probability of each label for each point: (N, E, 2), (N, E) -> (N, E, 10)."""
-    with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(points, precision):
         logits = model(points, mask)
     return logits.float().log_softmax(2)
 
@@ -339,7 +342,7 @@ def make_model(args: argparse.Namespace) -> nn.Module:
     model = make_set_model(args.type, 2, N_LABELS, fuse=args.compile, **{name: getattr(args, name) for name in names})
     if args.compile and args.type != "Swarm":
         model.compile(dynamic=True)
-    return model.to("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    return model.to(options.device_of(args))
 
 
 def introduce(args: argparse.Namespace, data: Data, training: BudgetedTraining, given: set[str]) -> None:
@@ -355,7 +358,7 @@ def introduce(args: argparse.Namespace, data: Data, training: BudgetedTraining, 
 
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
-    args, name, given = options.parse(parser, argv, NOT_IN_NAME)
+    args, name, given = dotted.parse(parser, argv, NOT_IN_NAME)
     check_combinations(parser, args)
     options.check(parser, args, name)
     if args.dry_run:
@@ -371,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
         training.start(args.resume)
         introduce(args, data, training, given)
         drawn_at = -math.inf
-        with tqdm(disable=None, bar_format="{desc}") as progress:
+        with bar(args, bar_format="{desc}") as progress:
             while training.goes_on(args.max_epochs):
                 finite = train_epoch(args, data, training, progress)
                 validate_epoch(args, data, training, finite)

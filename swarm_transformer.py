@@ -30,17 +30,19 @@ from common.datasets import images
 from common.datasets.images import ImageSet
 from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
 from common.models.sets import NON_LINEARITIES
-from common.run import options
+from common.precision import autocast
+from common.run import dotted, options
 from common.run.budget import BudgetedTraining
 from common.run.command import echo
 from common.run.memory import MicroBatches, tune_malloc
 from common.run.metrics import read_metrics
 from common.run.options import at_least, boolean, real, shortest
+from common.run.progress import bar
 from common.run.run import Run
 from common.seeds import epoch_order, seed_everything
 
 DATA = tuple(images.SHAPES)
-NOT_IN_NAME = ("name", "resume", "results_dir", "data_dir", "overwrite", "dry_run", "to_stdout")  # they do not make another run
+NOT_IN_NAME = (*options.RUN_OPTIONS, "name", "data_dir", "to_stdout")  # options that do not make another run
 # the published name has these fields alone; other options that are not at their defaults follow, as -option.value
 NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 NAME = re.compile(
@@ -67,7 +69,7 @@ def get_parser() -> argparse.ArgumentParser:
         "-update_interval", type=real(0, 1e6), default=10.0, help="minutes between two updates of the plots [%(default)s]"
     )
     paper.add_argument("-lr", type=real(0, 1, above=True), default=0.01, help="learning rate of Adam [%(default)s]")
-    paper.add_argument("-no_cuda", action="store_true", help="don't use CUDA even if it is available")
+    paper.add_argument("-no_cuda", action="store_true", help="the same as -device cpu")
     paper.add_argument("-name", help="a model's name, to be parsed into options")
     paper.add_argument("-dry_run", action="store_true", help="just print the model name and exit")
     paper.add_argument("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
@@ -88,11 +90,12 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("-seed", type=at_least(0), default=0, help="seed of split, weights and order of images [%(default)s]")
     own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")
     own.add_argument("-data_dir", help="where the data set lies [data, to which it is downloaded if it is not there]")
-    own.add_argument("-precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products [%(default)s]")
+    options.add_device_options(own, "-")
     own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the layers")
     own.add_argument("-max_epochs", type=at_least(1), help="largest number of epochs [no limit]")
     own.add_argument("-epoch_images", type=at_least(1), help="training images drawn for an epoch [all]")
     own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
+    options.add_tracker_options(own, "-")
     own.add_argument(
         "-n_samples", type=at_least(1, 1000), help="images drawn for samples.png [12; two of each class with -cond]"
     )
@@ -101,11 +104,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Options of a command line, those of -name among them. Ends with the parser's error if they contradict each other."""
-    tokens = options.split_command_line(parser, argv, NOT_IN_NAME)
+    tokens = dotted.split_command_line(parser, argv, NOT_IN_NAME)
     names = [value for option, value, _ in tokens if option == "-name"]
     named = named_options(parser, names[-1]) if names else []
-    args = options.parse_tokens(parser, [*named, *tokens])
-    of_name = options.parse_tokens(parser, named)
+    args = dotted.parse_tokens(parser, [*named, *tokens])
+    of_name = dotted.parse_tokens(parser, named)
     for option in {option.lstrip("-") for option, *_ in named}:
         if getattr(args, option) != getattr(of_name, option):
             parser.error(
@@ -120,7 +123,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     return args
 
 
-def named_options(parser: argparse.ArgumentParser, name: str) -> list[options.Token]:
+def named_options(parser: argparse.ArgumentParser, name: str) -> list[dotted.Token]:
     """The options that make up a run's name, also in the original's form, which has one more word at its end."""
     match = NAME.fullmatch(name)
     if match is None:
@@ -132,7 +135,7 @@ def named_options(parser: argparse.ArgumentParser, name: str) -> list[options.To
             parser.error(f"-name {name!r} does not parse: there is no option -{word}; did you mean -{meant}?")
         print(f"note: the last field of -name, {word}, is left out: no option is called so", file=sys.stderr)
         more = ""  # the original's last field, of an option that its scripts do not have
-    further = options.split_command_line(parser, [more] if more else [], NOT_IN_NAME)
+    further = dotted.split_command_line(parser, [more] if more else [], NOT_IN_NAME)
     for option, _, _ in further:
         if option.lstrip("-") in (*match.groupdict(), *NOT_IN_NAME, "h", "help"):
             parser.error(f"-name {name!r} does not parse: {option} is no part of the end of a name")
@@ -196,7 +199,7 @@ def position_cross_entropy(table: Tensor, data: ImageSet) -> float:
 
 def nats(model: ImageTransformer, batch: ImageSet, precision: str) -> Tensor:
     """Nats per value of each image (N)."""
-    with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(batch.images, precision):
         logits = model(batch.images, batch.labels if model.n_classes else None)
     return cross_entropy(logits, batch.images)
 
@@ -388,7 +391,7 @@ def make_model(args: argparse.Namespace) -> ImageTransformer:
         learn_loc=args.learn_loc,
         fuse=args.compile,
     )
-    return model.to("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    return model.to(options.device_of(args))
 
 
 def introduce(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> None:
@@ -421,7 +424,7 @@ def main(argv: list[str] | None = None) -> int:
         training.start(args.resume)
         introduce(args, data, training)
         micro, drawn_at = MicroBatches(args.bs, run.log), -math.inf
-        with tqdm(disable=None, bar_format="{desc}") as progress:
+        with bar(args, bar_format="{desc}") as progress:
             while training.goes_on(args.max_epochs or math.inf):
                 finite = train_epoch(args, data, training, micro, progress)
                 validate_epoch(args, data, training, micro, finite)

@@ -21,6 +21,7 @@ import cifar10_alignment
 import cifar10_projections
 import cifar10_stitching
 from common.errors import Failed, InputError, Interrupted
+from common.run import dotted
 from common.run import run as run_module
 from common.run.command import Command
 from common.run.lock import is_locked, take_lock
@@ -500,9 +501,7 @@ def test_overwrite_removes_no_file_in_place_of_a_run(name: str, tmp_path: Path, 
 
 def test_nothing_happens_to_a_run_that_trains(tmp_path: Path, capsys: Capture) -> None:
     line = ["-type", "Swarm", "-results_dir", str(tmp_path)]
-    args, name, _ = amortised_clustering.options.parse(
-        amortised_clustering.get_parser(), [*line, "-run", "x"], amortised_clustering.NOT_IN_NAME
-    )
+    args, name, _ = dotted.parse(amortised_clustering.get_parser(), [*line, "-run", "x"], amortised_clustering.NOT_IN_NAME)
     with Run("amortised_clustering", name, args, another="-run ID") as run:
         run.open()
         run.last.write_bytes(b"a state")

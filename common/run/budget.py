@@ -82,7 +82,7 @@ class BudgetedTraining(State):
     ):
         self.clock, self.meter, self.traces = Clock(budget), Meter(), Traces(model)
         self.best = BestModel(run, model, optimizer, horizon, alpha)
-        self.metrics = Metrics(run.part / "metrics.csv", columns)
+        self.metrics = Metrics(run.part / "metrics.csv", columns, run.trackers)
         parts: dict[str, Part] = {"optimizer": optimizer, "clock": self.clock, "best": self.best}
         parts |= {"meter": self.meter, "metrics": self.metrics, "traces": self.traces}
         super().__init__(run.last, run.options, run, data=data, model=model, **parts)
