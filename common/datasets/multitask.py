@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from common.datasets import images
 from common.datasets.images import DataError, ImageSet
 from common.seeds import generator_of
 
@@ -35,6 +37,15 @@ class MultitaskSet:
 
     def to(self, device: torch.device) -> MultitaskSet:
         return MultitaskSet(self.images.to(device), self.tasks.to(device), self.labels.to(device), self.task_names)
+
+
+def load(name: str, data_dir: str | Path, seed: int) -> tuple[MultitaskSet, MultitaskSet, str]:
+    """Training and test split of one of N_TASKS, read or downloaded, and a fingerprint of the images. Raises DataError."""
+    train, test = (images.load(name.removesuffix("-MTL"), split, data_dir, download=True) for split in images.SPLITS)
+    if name == "CIFAR100-MTL":
+        return superclasses(train), superclasses(test), train.fingerprint()
+    sizes = [PER_TASK[split] for split in images.SPLITS]
+    return one_against_rest(train, sizes[0], seed), one_against_rest(test, sizes[1], seed), train.fingerprint()
 
 
 def one_against_rest(data: ImageSet, per_task: int, seed: int) -> MultitaskSet:
