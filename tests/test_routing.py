@@ -268,6 +268,20 @@ def test_rewards_by_hand() -> None:
     assert CorrectClassifiedReward()(losses, torch.eye(2), torch.eye(2)).tolist() == [1, 1]
 
 
+def test_shared_rewards() -> None:
+    """One reward for layers of different widths keeps the caller's number of actions, or grows to the larger one."""
+    for num_actions in (5, None):
+        for widths in ((5, 3), (3, 5)):
+            reward = R.RunningAverageCollaborationReward(0.3, num_actions=num_actions)
+            layers = [R.REINFORCE(n, 6, additional_reward_func=reward) for n in widths]
+            assert reward.num_actions == num_actions and len(reward.average) == 5
+            for layer in layers:
+                xs, records = start()
+                layer(xs, records)
+            assert reward.average.sum() == pytest.approx(1)
+            assert reward.get_reward(torch.zeros(1, 5), torch.tensor([4])).shape == (1,)
+
+
 def test_bootstrap_over_widths() -> None:
     """The next state's value counts, whatever its width; where there is none, the return does; gaps are passed."""
     xs, records = start(6)
@@ -396,6 +410,47 @@ def test_given_networks() -> None:
     assert torch.equal(R.WPL(4, 6, value_net=other).value.nets[0][0].weight, other[0].weight)
 
 
+class ConvolutionalNet(nn.Module):
+    """(N, 2, 5, 5) -> (N, n_out): an input of another shape is an error."""
+
+    def __init__(self, n_out: int):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(2, 3, 3), nn.Linear(27, n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1:] == (2, 5, 5)
+        return self.linear(self.conv(x).flatten(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_for_images(kind: str) -> None:
+    """Given networks get the samples as they are; the MLPs that a layer makes itself get them flattened."""
+    layer = getattr(R, kind)
+    given: dict = {"approx_module": ConvolutionalNet(4), "in_features": 50}
+    layers = [layer(4, num_agents=2, **given), layer(4, in_features=50, num_agents=2)]
+    if layer.values == "state" and kind != "RELAX":
+        layers.append(layer(4, num_agents=2, approx_module=ConvolutionalNet(4), value_net=ConvolutionalNet(1)))
+    for layer in layers:
+        xs, records, _ = Initialization()(torch.randn(6, 2, 5, 5))
+        ys, records, actions = layer(xs, records, torch.arange(6) % 2)
+        assert ys.shape == xs.shape
+        _, loss = Loss(nn.MSELoss(), NegLossReward())(ys, xs * 0, records)
+        (loss + ys.sum()).backward()
+        assert all(p.grad is not None for p in layer.policy.parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float32])
+def test_masks_of_any_type(kind: torch.dtype) -> None:
+    xs, _ = start()
+    mask, actions = torch.arange(9) % 3 > 0, torch.arange(9) % 2
+    layer, selection = R.REINFORCE(2, 6).eval(), Selection(nn.Linear(6, 5), nn.Linear(6, 5))
+    outputs = []
+    for m in (mask, mask.to(kind)):
+        _, records = start()
+        outputs.append((layer(xs, records, mask=m)[2], records.active(), selection(xs, records, actions, m)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
 def test_lstm_cell() -> None:
     """hidden=None; the caller's mask stays; policies keep their initial weights; action 0 is an ordinary module."""
     torch.manual_seed(0)
@@ -442,6 +497,29 @@ BAD = {
     "mask has the shape (8,)": lambda: call(R.REINFORCE(4, 6), mask=MASK[1:]),
     "actions holds 2: there are 2 modules": lambda: call(Selection(nn.ReLU(), nn.Tanh()), actions=torch.full((9,), 2)),
     "actions holds -1: there are 2 modules": lambda: call(Selection(nn.ReLU(), nn.Tanh()), actions=torch.full((9,), -1)),
+    "actions has the shape (2,): the batch has 9": lambda: call(Selection(nn.ReLU(), nn.Tanh()), actions=torch.tensor([0, 1])),
+    "records are of 9 samples: the batch has 4": lambda: R.REINFORCE(4, 6)(torch.zeros(4, 6), start()[1]),
+    "records are of 9 samples: the batch has 4 losses": lambda: Loss(nn.MSELoss(), NegLossReward())(
+        torch.zeros(4, 2), torch.zeros(4, 2), start()[1]
+    ),
+    "policy_net is given, but policy_storage_type is tabular": lambda: R.REINFORCE(
+        4, 6, policy_storage_type="tabular", approx_module=nn.Linear(6, 4)
+    ),
+    "value_net is given, but policy_storage_type is tabular": lambda: R.AAC(
+        4, 6, policy_storage_type="tabular", value_net=nn.Linear(6, 1)
+    ),
+    "value_net is given, but REINFORCE estimates no values": lambda: R.REINFORCE(4, 6, value_net=nn.Linear(6, 1)),
+    "approx_module and policy_net are given": lambda: R.REINFORCE(4, approx_module=nn.Linear(6, 4), policy_net=nn.Linear(6, 4)),
+    "additional_reward_class and additional_reward_func": lambda: R.REINFORCE(
+        4, 6, additional_reward_class=CollaborationReward, additional_reward_func=CollaborationReward()
+    ),
+    "in_features is None: the control of RELAX": lambda: R.RELAX(4, approx_module=nn.Linear(6, 4)),
+    "in_features is None: an approx policy": lambda: R.AAC(4, approx_module=nn.Linear(6, 4)),
+    "num_actions is 3: the layer has 5 selections": lambda: R.REINFORCE(
+        5, 6, additional_reward_func=CollaborationReward(num_actions=3)
+    ),
+    "history_len is 0": lambda: CollaborationReward(history_len=0),
+    "history_len is -1": lambda: R.RunningAverageCollaborationReward(history_len=-1),
     "actions is None": lambda: call(Selection(nn.ReLU()), actions=None),
     "modules is empty": lambda: Selection(),
     "xs is an empty batch": lambda: Initialization()(torch.zeros(0, 6)),

@@ -105,11 +105,11 @@ class Decision(nn.Module, ABC):
     """A layer of `num_agents` agents; a sample's agent chooses one of `num_selections` modules for it.
 
     Prior actions name the agent of each sample (dispatching). Policies are networks (`policy_storage_type` approx: an MLP of
-    `in_features` inputs and `approx_hidden_dims`, or copies of `policy_net`) or tables (tabular: a row for each agent, whatever
-    the input). `value_net` is the same for the kinds that estimate values. With `detach` agents send no gradient to the input.
-    `exploration` is from 0 to 1. `additional_reward_func` rewards single actions; each layer makes its own
-    (`additional_reward_class`, `additional_reward_args`) unless it is given one. `approx_module` is the published name of
-    `policy_net`. Raises ValueError for values that make no sense together.
+    `in_features` inputs, for flattened samples, and `approx_hidden_dims`; or copies of `policy_net`, which gets samples as they
+    are) or tables (tabular: a row for each agent, whatever the input). `value_net` is the same for the kinds that estimate
+    values. With `detach` agents send no gradient to the input. `exploration` is from 0 to 1. `additional_reward_func` rewards
+    single actions; each layer makes its own (`additional_reward_class`, `additional_reward_args`) unless it is given one.
+    `approx_module` is the published name of `policy_net`. Raises ValueError for values that make no sense together.
     """
 
     values: Literal["none", "actions", "state"] = "none"  # output of the value nets: none, one for each selection, or one
@@ -139,6 +139,12 @@ class Decision(nn.Module, ABC):
                 raise ValueError(f"{name} is {value}: at least 1")
         if policy_storage_type not in ("approx", "tabular"):
             raise ValueError(f"policy_storage_type is {policy_storage_type!r}: approx or tabular")
+        for name, one, other in (
+            ("approx_module and policy_net", approx_module, policy_net),
+            ("additional_reward_class and additional_reward_func", additional_reward_class, additional_reward_func),
+        ):
+            if one is not None and other is not None:
+                raise ValueError(f"{name} are given: leave one out")
         policy_net = approx_module if policy_net is None else policy_net
         self.num_selections, self.num_agents, self.in_features = num_selections, num_agents, in_features
         self.tabular, self.detach, self.set_pg_temp = policy_storage_type == "tabular", detach, set_pg_temp
@@ -154,6 +160,8 @@ class Decision(nn.Module, ABC):
 
     def _agents(self, name: str, n_out: int, initial: float, net: nn.Module | None) -> Networks | Tables:
         """A table or network of `n_out` outputs for each agent."""
+        if self.tabular and net is not None:
+            raise ValueError(f"{name} is given, but policy_storage_type is tabular: leave one out")
         if self.tabular:
             return Tables(self.num_agents, n_out, initial)
         if net is None and (self.in_features is None or self.in_features < 1):
@@ -163,6 +171,8 @@ class Decision(nn.Module, ABC):
     def _value_agents(self, policy_net: nn.Module | None, value_net: nn.Module | None) -> nn.Module | None:
         """The value nets; where they have an output for each selection, a given policy net is copied for them, too."""
         if self.values == "none":
+            if value_net is not None:
+                raise ValueError(f"value_net is given, but {type(self).__name__} estimates no values")
             return None
         if self.values == "actions":
             value_net = policy_net if value_net is None else value_net
@@ -220,7 +230,7 @@ class Decision(nn.Module, ABC):
         if len(records) != len(xs):
             raise ValueError(f"records are of {len(records)} samples: the batch has {len(xs)}")
         mask = checked_mask(mask, len(xs))
-        inputs, agents = (xs.detach() if self.detach else xs).flatten(1), self._agent_indices(prior_actions, xs)
+        inputs, agents = xs.detach() if self.detach else xs, self._agent_indices(prior_actions, xs)
         choice = self.decide(inputs, agents) if mask is None else self.decide(inputs[mask], agents[mask])
         actions = spread(choice.action, mask)
         records.steps.append(
@@ -251,5 +261,5 @@ class Decision(nn.Module, ABC):
                 f"prior_actions is {prior_actions}: with {self.num_agents} agents, each sample needs to name its own"
             )
         agents = torch.as_tensor(prior_actions, dtype=torch.int64, device=xs.device)
-        check_index("prior_actions", agents, len(xs), self.num_agents, "agents")
+        check_index("prior_actions", agents, None, len(xs), self.num_agents, "agents")
         return agents

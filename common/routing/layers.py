@@ -53,12 +53,12 @@ class Selection(nn.Module):
     def forward(
         self, xs: Tensor, records: Trajectories, actions: Tensor | None, mask: Tensor | None = None
     ) -> tuple[Tensor, Trajectories, Tensor]:
-        """Raises ValueError for actions that are missing or name no module, and for a mask without an active sample."""
+        """Raises ValueError for actions that are missing, not (B), or name no module, and a mask without an active sample."""
         if actions is None:
             raise ValueError("actions is None: a decision needs to come before a Selection")
         mask = checked_mask(mask, len(xs))
+        check_index("actions", actions, mask, len(xs), len(self.stack or self.selectable), "modules")
         x, index = (xs, actions) if mask is None else (xs[mask], actions[mask])
-        check_index("actions", index, len(index), len(self.stack or self.selectable), "modules")
         ys = apply_grouped(list(self.selectable), x, index) if self.stack is None else self.stack(x, index)
         ys = spread(ys, mask)
         if records.gate is not None:

@@ -46,8 +46,8 @@ class Loss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Mean module loss and mean routing loss or, without `reduce`, both for each sample (B).
 
-        `external_losses` (B, ...) replace the loss of the estimates. Raises ValueError for targets that are missing and
-        rewards that are not finite.
+        `external_losses` (B, ...) replace the loss of the estimates. Raises ValueError for targets that are missing,
+        another number of losses than of trajectories, and rewards that are not finite.
         """
         if not isinstance(records, Trajectories):
             raise ValueError(f"records is a {type(records).__name__}: trajectories are needed, as Initialization makes them")
@@ -55,6 +55,8 @@ class Loss(nn.Module):
             raise ValueError("ystrue is None: targets, or external_losses, are needed")
         losses = self.loss_func(ysest, ystrue) if external_losses is None else external_losses
         module_loss = losses.flatten(1).sum(1) if losses.ndim > 1 else losses
+        if len(module_loss) != len(records):
+            raise ValueError(f"records are of {len(records)} samples: the batch has {len(module_loss)} losses")
         final = self.reward_func(module_loss, ysest, ystrue)
         if not final.isfinite().all():
             raise ValueError(f"the final rewards hold {final[~final.isfinite()][0].item()}: the loss has no finite value")

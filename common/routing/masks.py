@@ -5,12 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def check_index(argument: str, index: Tensor, batch_size: int, n: int, kind: str) -> None:
-    """Raise ValueError unless `index` is (batch_size,) and, on a CPU, holds 0 ... n - 1 alone. A GPU would have to wait."""
+def check_index(argument: str, index: Tensor, mask: Tensor | None, batch_size: int, n: int, kind: str) -> None:
+    """Raise ValueError unless `index` is (batch_size,) and holds 0 ... n - 1 for active samples.
+
+    Values are checked on CPUs only: the host would wait for a GPU.
+    """
     if index.shape != (batch_size,):
         raise ValueError(f"{argument} has the shape {tuple(index.shape)}: the batch has {batch_size} samples")
     if index.device.type == "cpu":
-        low, high = (int(bound) for bound in index.aminmax())
+        low, high = (int(bound) for bound in (index if mask is None else index[mask]).aminmax())
         if low < 0 or high >= n:
             raise ValueError(f"{argument} holds {low if low < 0 else high}: there are {n} {kind}, from 0")
 

@@ -32,15 +32,18 @@ class MLP(nn.Module):
 
 
 class Networks(nn.Module):
-    """A network for each of A agents: inputs (N, D), agents (N) -> (N, K). Copies of `net` or, without it, MLPs."""
+    """A network for each of A agents: inputs (N, ...), agents (N) -> (N, K).
+
+    Copies of `net`, which get the inputs as they are; without it MLPs, which get them flattened.
+    """
 
     def __init__(self, num_agents: int, in_dim: int, out_dim: int, hidden: Sequence[int], net: nn.Module | None = None):
         super().__init__()
         nets = (MLP(in_dim, out_dim, hidden) if net is None else copy.deepcopy(net) for _ in range(num_agents))
-        self.nets = nn.ModuleList(nets)
+        self.nets, self.flattens = nn.ModuleList(nets), net is None
 
     def forward(self, x: Tensor, agents: Tensor) -> Tensor:
-        return apply_grouped(list(self.nets), x, agents)
+        return apply_grouped(list(self.nets), x.flatten(1) if self.flattens else x, agents)
 
 
 class Tables(nn.Module):

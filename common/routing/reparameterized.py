@@ -98,8 +98,8 @@ class RELAX(Sampled):
 
         g = (f - c(z')) d log p(b) + d c(z) - d c(z'),
 
-    with d the derivative with respect to the logits. The value net c sees the input (not with tables) and the relaxed sample,
-    and minimises |g|^2 (times `value_coef`). `entropy_coef` rewards entropy of the policy, which biases g unless it is 0.
+    with d the derivative with respect to the logits. The value net c sees the flattened input (not with tables) and the relaxed
+    sample, and minimises |g|^2 (times `value_coef`). `entropy_coef` rewards entropy of the policy, which biases g unless 0.
     The gradient of the loss is g; its value has no meaning. Channels: logits, c(z), c(z').
     """
 
@@ -109,13 +109,15 @@ class RELAX(Sampled):
         self.temperature = 0.5
 
     def _value_agents(self, policy_net: nn.Module | None, value_net: nn.Module | None) -> nn.Module | None:
-        inputs = 0 if self.tabular or self.in_features is None else self.in_features
+        if not self.tabular and self.in_features is None and value_net is None:
+            raise ValueError("in_features is None: the control of RELAX needs it to make a network; or give value_net")
+        inputs = 0 if self.tabular else self.in_features or 0
         return Networks(self.num_agents, inputs + self.num_selections, 1, self.hidden, value_net)
 
     def control_value(self, x: Tensor, agents: Tensor, soft: Tensor) -> Tensor:
         """c of relaxed samples (N, K): (N)."""
         assert self.value is not None
-        return self.value(soft if self.tabular else torch.cat([x.detach(), soft], 1), agents)[:, 0]
+        return self.value(soft if self.tabular else torch.cat([x.detach().flatten(1), soft], 1), agents)[:, 0]
 
     def decide(self, x: Tensor, agents: Tensor) -> Choice:
         logits = self.policy(x, agents)
