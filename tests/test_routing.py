@@ -66,12 +66,12 @@ class Mark(nn.Module):
 def share_right(kind: str, storage: str, reward: nn.Module, seeds: int = 6, samples: int = 32) -> Tensor:
     """Three decisions of three actions, one of which is right; the share that is after 150 steps, of each seed.
 
-    Seeds are agents of their own: they share nothing but the calls. To learn from one-step targets, a table needs to be told
-    what was done before: then there is an agent for each history.
+    Seeds are agents of their own: they share nothing but the calls. A table that learns from one-step targets alone needs an
+    agent for each history of actions.
     """
     torch.manual_seed(1)
     layer = getattr(R, kind)
-    by_history = layer.bootstraps and storage == "tabular"
+    by_history = layer.bootstraps and storage == "tabular" and kind != "ActorCritic"  # whose policy learns from returns
     options = {"scale": "output"} if kind == "GumbelSoftmax" else {"exploration": 0.3} if kind in VALUE else {}
     decisions, selections = nn.ModuleList(), []
     for t in range(N_DECISIONS):
@@ -138,8 +138,8 @@ def test_targets() -> None:
         for kind in ("QLearning", "SARSA"):
             assert_agrees(getattr(R, kind)(4, 6).loss(t)[i], (q - (r + v)) ** 2, 1e-5, kind)
         log_p, value = t.state[i, t.action[i], 0], t.state[i, t.action[i], 1]
-        worth = (t.state[i, :, 0].exp() * t.state[i, :, 1]).sum()
-        expected = -log_p * (r + v - worth) + (value - (r + v)) ** 2
+        baseline = (t.state[i, :, 0].exp() * t.state[i, :, 1]).sum()
+        expected = -log_p * (t.cum_return[i] - baseline) + (value - (r + v)) ** 2
         assert_agrees(R.ActorCritic(4, 6).loss(t)[i], expected, 1e-5)
     # what the next state is worth: the best action's value, that of the action taken, the policy's mean
     known = {kind: getattr(R, kind)(4, 6).bootstrap(t.state, t.action) for kind in ("QLearning", "SARSA", "ActorCritic")}

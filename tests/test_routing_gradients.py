@@ -52,7 +52,7 @@ def assert_unbiased(gradients: Tensor, exact: Tensor) -> None:
     assert standard.max() < 0.05 * exact.abs().max(), "too few samples to tell"
 
 
-@pytest.mark.parametrize("kind", ["REINFORCE", "REINFORCEBl1", "EGreedyREINFORCE", "AAC", "EGreedyAAC"])
+@pytest.mark.parametrize("kind", ["REINFORCE", "REINFORCEBl1", "ActorCritic", "EGreedyREINFORCE", "AAC", "EGreedyAAC"])
 def test_policy_gradients_are_unbiased(kind: str) -> None:
     """Where actions are drawn from another distribution, the excursion objective of Degris et al. is meant."""
     if kind.startswith("EGreedy"):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import common.routing as R
 from common.routing import Initialization, Loss, RoutedLSTMCell, Selection
-from common.routing.decision import Decision, Step, Transition
+from common.routing.decision import Decision, Step, Transition, at_action
 from common.routing.policies import Tables
 from common.routing.reparameterized import relaxed_samples
 from tests.reference import Vectors, assert_agrees
@@ -103,7 +103,7 @@ def test_policies(kind: str, storage: str) -> None:
 
 # ---- losses --------------------------------------------------------------------------------------------------------------
 
-# targets of the kinds that are wrong in the original are other ones here: test_targets, test_baselines, test_wpl
+# losses that are wrong in the original are mended here: test_targets, test_baselines, test_wpl
 RIGHT = ("REINFORCE", "EGreedyREINFORCE", "QLearning", "AAC", "BootstrapAAC", "EGreedyAAC", "AdvantageLearning")
 
 
@@ -129,6 +129,20 @@ def test_losses(kind: str) -> None:
     if kind != "GumbelSoftmax":
         loss.sum().backward()
         close(state.grad, v[f"{kind}/grad_state_single"][:, :, : CHANNELS[kind]])
+
+
+def test_actor_critic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original's loss has the return in the policy's term, too; its baseline Q(a) and its target max Q' - r are mended."""
+    v, layer = Vectors("routing/losses"), R.ActorCritic(4, 6)
+    state = v["ActorCritic/state"][:, :, :2].clone().requires_grad_()
+    ends, actions = v["is_terminal"].bool(), v["action"]
+    monkeypatch.setattr(layer, "state_value", lambda state: at_action(state[:, :, 1], actions).detach())
+    next_value = v["ActorCritic/next_state"][:, :, 1].max(1).values * ~ends
+    reward = torch.where(ends, v["final_reward"], -v["reward"])
+    loss = layer.loss(Transition(state, actions, reward, v["cum_return"], next_value))
+    close(loss, v["ActorCritic/loss_single"])
+    loss.sum().backward()
+    close(state.grad, v["ActorCritic/grad_state_single"][:, :, :2])
 
 
 # ---- trajectories --------------------------------------------------------------------------------------------------------

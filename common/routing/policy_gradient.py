@@ -136,13 +136,17 @@ class REINFORCEBl2(REINFORCEBl1):
 
 
 class ActorCritic(ActionValues):
-    """-l d + (Q(a) - r - V')^2, d = r + V' - V: one-step actor-critic (Sutton & Barto 2018, 13.5)."""
+    """-l (G - V) + (Q(a) - r - V')^2: the policy learns from returns, the critic from one-step targets.
+
+    With r + V' in place of G (Sutton & Barto 2018, 13.5; here BootstrapAAC) the policy is biased wherever V' does not depend on
+    the action: in tables, whose only state is the agent.
+    """
 
     bootstraps = True
 
     def loss(self, t: Transition) -> Tensor:
-        target = t.reward + t.next_value
-        return -log_prob(t) * (target - self.state_value(t.state)) + self.value_loss(t, target)
+        advantage = t.cum_return - self.state_value(t.state)
+        return -log_prob(t) * advantage + self.value_loss(t, t.reward + t.next_value)
 
 
 class WPL(REINFORCEBl1):

@@ -61,7 +61,9 @@ class GumbelSoftmax(Sampled):
     The action is hard; the soft sample y, at temperature 0.1 + 9.9 exploration, passes the gradient through a factor
     1 + y(a) - const, 1 in value, on the input of the selected module (`scale` input, published), or on its output (output),
     where dL/dy(a) is the effect of a larger output. For a loss that is linear in that output, the gradient tends to half of
-    the exact one as the temperature falls: each boundary between two actions is seen from one side.
+    the exact one as the temperature falls: each boundary between two actions is seen from one side. The gradient is biased, and
+    may settle on wrong actions: in the bandit of tests/test_routing.py (three decisions, exploration 0.1, 20 seeds) networks
+    get 0.92 of the decisions right with scale output, tables 1.00; with scale input networks 0.17, tables 0.00 (chance 0.33).
     """
 
     def __init__(self, *args: Any, scale: str = "input", **options: Any):
