@@ -5,8 +5,8 @@
 RoutedAllFC of the paper: WPL with tables, 20 tasks, 20 modules of 128 -> 48 -> 48 -> 5, 3 decisions, collaboration rewards, in
 training mode. One thread; times are the process's CPU time, so that other processes disturb little; medians, and kinds in turn.
 
-(a) What is outside the convolutions (decisions, selections, loss, their backward), on given features (B, 128): "plain" loops
-    over samples (benchmarks/plain_routing.py), "layers" is common.routing.
+(a) Everything outside the convolutions (decisions, selections, loss, backward), on given features (B, 128): "plain" loops over
+    samples (benchmarks/plain_routing.py), "layers" is common.routing.
 (b) The whole step on images (64, 3, 32, 32), with clipping and SGD, against forward and backward of the trunk alone.
 (c) Bytes that a forward pass with its loss keeps for the backward pass, parameters left out, by batch and by depth.
 """

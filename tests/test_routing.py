@@ -165,9 +165,9 @@ def test_baselines() -> None:
     weight = (1 / (4 * p[row, t.action])).clamp(max=10)
     assert_agrees(R.REINFORCEBl2(4, 6).loss(t), -log_p * weight * advantage + value, 1e-5)
     R.REINFORCEBl1(4, 6).loss(t).sum().backward()
-    chosen = torch.nn.functional.one_hot(t.action, 4)
-    assert_agrees(t.state.grad[:, :, 0], -advantage.detach()[:, None] * chosen, 1e-5)
-    assert_agrees(t.state.grad[:, :, 1], 2 * (q - t.cum_return[:, None]).detach() * chosen, 1e-5)
+    taken = torch.nn.functional.one_hot(t.action, 4)
+    assert_agrees(t.state.grad[:, :, 0], -advantage.detach()[:, None] * taken, 1e-5)
+    assert_agrees(t.state.grad[:, :, 1], 2 * (q - t.cum_return[:, None]).detach() * taken, 1e-5)
     rare = torch.tensor([[[-20.0, 0.0], [0.0, 0.0]]])
     one = torch.ones(1)
     assert R.REINFORCEBl2(2, 6).loss(Transition(rare, torch.tensor([0]), one, one, one)).item() == 20 * 10 + 1

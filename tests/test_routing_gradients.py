@@ -129,7 +129,7 @@ def test_relax_of_two_decisions() -> None:
 
 
 def test_relax_leaves_policy_and_control_apart() -> None:
-    """What trains the control does not reach the policy; gradients go to the agent that decided, and scale with the loss."""
+    """The loss of the control does not reach the policy; gradients go to the agent that decided, and scale with the loss."""
     torch.manual_seed(0)
     layer = R.RELAX(K, 4, num_agents=2, entropy_coef=0.0)
     grads = {}
