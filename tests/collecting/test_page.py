@@ -41,7 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed in range(3):
             loss = 0.3 + 0.1 * seed + 0.05 * (kind == "LSTM")
             write_clustering(runs / f"-type.{kind}-seed.{seed}", loss, type=kind, seed=seed, seconds=138.249052542)
-    hostile = write_clustering(runs / HOSTILE, 10.5, type="<b>bold</b> a=b", __proto__=3, toString="x")
+    hostile = write_clustering(runs / HOSTILE, 10.5, type="<b>bold</b> a=b", __proto__=3, toString="x" * 900)
     (hostile / "log").write_text(HOSTILE_LOG)
     (write_clustering(runs / "broken", 0.5) / "result.json").write_text("{")
     write_clustering(root / "other" / "1", 0.5, n_rows=1)
@@ -152,10 +152,12 @@ def test_two_runs_side_by_side(page) -> None:
     assert not page.locator("#shown").is_visible() and not page.locator("#runs input:checked").count()
 
 
+@pytest.mark.parametrize("page", [390, 1280], indirect=True)
 def test_one_run_whose_names_and_logs_are_text(page) -> None:
     page.get_by_role("button", name=HOSTILE).click()
     assert page.inner_text("#cards h3").strip() == HOSTILE and page.locator("#shown img").count() == 2
     assert page.locator("#shown pre").text_content() == HOSTILE_LOG and page.locator("b").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
     with page.expect_navigation():
         page.locator("#shown a", has_text="args.json").click()
     assert '"type": "<b>' in page.locator("pre").text_content()
