@@ -5,6 +5,7 @@ Reading a run raises nothing. Whatever is wrong with it makes it a broken run, w
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import re
@@ -67,8 +68,11 @@ def find_runs(root: Path) -> Iterator[Run]:
             with os.scandir(folder) as entries:
                 for one in entries:
                     (subfolders if one.is_dir(follow_symlinks=False) else files).append(one.name)
+        except FileNotFoundError:  # it has gone meanwhile: a run that has finished has another name
+            pass
         except OSError as error:
             yield Run(str(folder.relative_to(root)), "unknown", folder, note=f"it cannot be searched: {error.strerror}")
+            continue
         if folder != root and is_run(folder, files):
             yield read_run(folder, root)
             continue
@@ -116,9 +120,9 @@ def read_directory(run: Run) -> None:
     """Fill in a run from its directory. Raises OSError, RecordError and others."""
     names = sorted(path.name for path in run.folder.iterdir() if is_regular(path))
     read_files(run, [*(name for name in PICTURES if name in names), *(name for name in names if name not in PICTURES)], METRICS)
+    run.log = tail(run.folder / LOG) if LOG in names else ""
     args = read_json(run.folder / ARGS)
     add_options(run, args.get("options", args), args, "seed")
-    run.log = tail(run.folder / LOG) if LOG in names else ""
     add_result(run, read_json(run.folder / RESULT))
     last_line = run.log.rstrip().rpartition("\n")[2]
     if run.result:
@@ -160,8 +164,11 @@ def read_model(run: Run, index: str) -> None:
 
 def read_files(run: Run, names: list[str], metrics: str) -> None:
     """Fill in names and age of files, and the curves of the table of metrics."""
-    run.files = names
-    changed = max((os.lstat(run.folder / name).st_mtime for name in names), default=None)
+    run.files = names[:MAX_NAMES]
+    changed = 0.0
+    for name in run.files:
+        with contextlib.suppress(FileNotFoundError):  # it has been replaced meanwhile
+            changed = max(changed, os.lstat(run.folder / name).st_mtime)
     run.about["written"] = datetime.fromtimestamp(changed).strftime("%Y-%m-%d %H:%M") if changed else ""
     run.curves = read_curves(run.folder / metrics) if metrics in names else {}
     seconds = [value for value in run.curves.get("seconds", []) if value is not None]

@@ -4,6 +4,7 @@ import argparse
 import csv
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -90,17 +91,27 @@ def test_broken_results_are_rows_that_say_so(content: str, tmp_path: Path, capsy
     assert collect(tmp_path) == 0 and "1 broken" in capsys.readouterr().out
 
 
-def test_a_run_that_finishes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moment", ["os.scandir", "runs_module.add_options"])
+def test_a_run_that_finishes_while_it_is_read(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = write_clustering(tmp_path / "amortised_clustering" / "swarm.part", 0.5)
-    add_options = runs_module.add_options
+    module, name = {"os": os, "runs_module": runs_module}[moment.partition(".")[0]], moment.partition(".")[2]
+    original = getattr(module, name)
 
-    def rename_first(*args: Any) -> None:
-        if part.exists():
+    def rename_first(*args: Any) -> Any:
+        if part.exists() and (args[0] == part or name == "add_options"):
             part.rename(part.with_suffix(""))
             raise FileNotFoundError(part)
-        add_options(*args)
+        return original(*args)
 
-    monkeypatch.setattr(runs_module, "add_options", rename_first)
+    monkeypatch.setattr(module, name, rename_first)
+    assert states(tmp_path) == {"amortised_clustering/swarm": ("finished", "")}
+
+
+def test_a_file_that_is_replaced_while_its_run_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_clustering(tmp_path / "amortised_clustering" / "swarm", 0.5)
+    monkeypatch.setattr(runs_module, "is_regular", lambda file: True)
+    os.symlink("nowhere", path / "metrics.csv.new")
+    monkeypatch.setattr(runs_module.os, "lstat", os.stat)  # fails for it, as for a file that has gone
     assert states(tmp_path) == {"amortised_clustering/swarm": ("finished", "")}
 
 
