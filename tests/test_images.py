@@ -503,10 +503,10 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_mnist(Path(root) / "MNIST" / "raw", smooth(20), smooth(10))
 
     def fail(root: str, train: bool, download: bool) -> None:
-        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+        raise RuntimeError("Error downloading a.gz:\nTried https://a/, got:\n<urlopen error [Errno -2] Name not known>\n")
 
     monkeypatch.setattr(images, "_torchvision_datasets", lambda: types.SimpleNamespace(MNIST=fail))
-    with pytest.raises(DataError, match=r"cannot be downloaded: <urlopen error .*; name a directory that has it"):
+    with pytest.raises(DataError, match=r"cannot be downloaded: Error .* got: <urlopen error .*; name a directory that has it"):
         images.load("MNIST", "train", tmp_path, download=True)
     monkeypatch.setattr(images, "_torchvision_datasets", lambda: types.SimpleNamespace(MNIST=fetch))
     for _ in range(2):

@@ -420,7 +420,7 @@ def _read(path: Path) -> bytes:
 
 
 def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _image_set(images: Tensor, labels: Tensor, classes: tuple[str, ...], image_file: Path, label_file: Path) -> ImageSet:
