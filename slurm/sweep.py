@@ -33,11 +33,11 @@ from types import ModuleType
 CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
 
-from common.errors import InputError  # noqa: E402
+from common.errors import InputError, one_line  # noqa: E402
 from common.run.command import RESUMABLE  # noqa: E402
+from common.run.dotted import split_command_line  # noqa: E402
 from common.run.figures import figures_of, last_row  # noqa: E402
 from common.run.lock import is_locked  # noqa: E402
-from common.run.options import split_command_line  # noqa: E402
 from common.run.records import read_json, write_text  # noqa: E402
 from common.run.run import ARGS, LAST, RESULT  # noqa: E402
 
@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             prepare(args.sweep, lines, args.data_dir, show=args.show)
     except (InputError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

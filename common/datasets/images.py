@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, library
 from torch.nn.functional import interpolate
 
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 SPLITS = ("train", "test")
 PUBLISHED = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
@@ -242,7 +242,7 @@ def _read_mnist(name: str, split: str, data_dir: Path) -> ImageSet | None:
 def read_idx(path: Path, n_dim: int) -> Tensor:
     """Read an idx file of bytes with `n_dim` axes, compressed or not. Raises DataError for another, or a damaged, file."""
     packed = _read(path)
-    raw: bytes | bytearray = _gunzip(packed, path) if path.suffix == ".gz" else packed
+    raw = _gunzip(packed, path) if path.suffix == ".gz" else packed
     header = 4 + 4 * n_dim
     if len(raw) < header or raw[:4] != bytes([0, 0, 8, n_dim]):
         raise DataError(f"{path} is no idx file with {n_dim} axes of bytes: it begins with {raw[:4].hex(' ') or 'nothing'}")
@@ -301,7 +301,7 @@ def _md5(raw: bytes) -> str:
     return hashlib.md5(raw, usedforsecurity=False).hexdigest()
 
 
-def _untar(raw: bytearray, path: Path, folder: str, files: Collection[str]) -> dict[str, bytes]:
+def _untar(raw: bytes, path: Path, folder: str, files: Collection[str]) -> dict[str, bytes]:
     """Read some files of `folder` from a tar archive. Raises DataError if it is damaged."""
     contents = {}
     try:
@@ -311,7 +311,7 @@ def _untar(raw: bytearray, path: Path, folder: str, files: Collection[str]) -> d
                 if file in files and member.isfile() and not member.issparse():  # a sparse file may claim any size
                     contents[file] = archive.extractfile(member).read()  # type: ignore[union-attr]
     except Exception as error:  # damaged bytes fail in many ways
-        raise DataError(f"{path} is damaged: {_one_line(error)}; fetch it again") from None
+        raise DataError(f"{path} is damaged: {_reason(error)}; fetch it again") from None
     return contents
 
 
@@ -331,7 +331,7 @@ def _cifar_arrays(
             raise ValueError(f"data of shape {tuple(images.shape)}, {len(classes)} classes")
         return images.view(-1, *SHAPES[name]), torch.tensor(labels, dtype=torch.int64), classes
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-        raise DataError(f"{source} is no {name}: {_one_line(error)}") from None
+        raise DataError(f"{source} is no {name}: {_reason(error)}") from None
 
 
 class _ArrayUnpickler(pickle._Unpickler):
@@ -383,7 +383,7 @@ def _unpickle(raw: bytes, what: str) -> dict[str, Any]:
     try:
         content = _ArrayUnpickler(io.BytesIO(raw), encoding="latin1").load()  # texts of Python 2, and the bytes of arrays
     except Exception as error:  # damaged and foreign bytes fail in many ways
-        raise DataError(f"{what} cannot be read: {_one_line(error)}") from None
+        raise DataError(f"{what} cannot be read: {_reason(error)}") from None
     if not isinstance(content, dict):
         raise DataError(f"{what} holds no dictionary")
     return content
@@ -395,21 +395,21 @@ def _unpickle(raw: bytes, what: str) -> dict[str, Any]:
 @functools.cache
 def _note(text: str) -> None:
     """Print a line on stderr, once."""
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {one_line(text)}", file=sys.stderr)
 
 
-def _gunzip(packed: bytes, path: Path) -> bytearray:
+def _gunzip(packed: bytes, path: Path) -> bytes:
     """Unpack a gzip file to its end, where its CRC-32 and length stand. Raises DataError if they differ."""
     try:
         with gzip.open(io.BytesIO(packed)) as file:
-            raw = bytearray()
-            while len(raw) <= MAX_BYTES and (part := file.read(2**20)):
-                raw += part
+            raw = io.BytesIO()
+            while raw.tell() <= MAX_BYTES and (part := file.read(2**20)):
+                raw.write(part)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged: {_one_line(error)}; fetch it again") from None
-    if len(raw) > MAX_BYTES:
+        raise DataError(f"{path} is damaged: {_reason(error)}; fetch it again") from None
+    if raw.tell() > MAX_BYTES:
         raise DataError(f"{path} unpacks to more than {MAX_BYTES:,} bytes: fetch it again, or unpack it if that is right")
-    return raw
+    return raw.getvalue()
 
 
 def _read(path: Path) -> bytes:
@@ -419,7 +419,7 @@ def _read(path: Path) -> bytes:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -443,7 +443,7 @@ def _download(name: str, data_dir: Path) -> None:
         for train in (True, False):
             getattr(datasets, name)(str(data_dir), train=train, download=True)
     except (OSError, RuntimeError) as error:
-        reason = f"is in none of {_places(name, data_dir)}, and cannot be downloaded: {_one_line(error)}"
+        reason = f"is in none of {_places(name, data_dir)}, and cannot be downloaded: {_reason(error)}"
         raise DataError(f"{name} {reason}; name a directory that has it") from None
 
 
