@@ -15,6 +15,7 @@ the exercise sheet step by step, prints what it finds, and leaves its pictures i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
 import sys
@@ -27,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from tqdm import tqdm
 
 from common.plotting import PALETTE, save_figure
-from common.run import options
+from common.run import dotted, options
 from common.run.command import echo
 from common.run.options import at_least, real
 from common.run.run import Run
@@ -37,7 +39,7 @@ from common.run.run import Run
 N_OBJECTS = 10
 SUBSET = (3, 5)  # class 0 has 3 objects at 1/3, class 1 has 5 at 1/5
 MLP_HIDDEN = 20
-NOT_IN_NAME = ("results_dir", "show", "overwrite", "dry_run")  # options that do not make another run
+NOT_IN_NAME = (*options.RUN_OPTIONS, "show")  # options that do not make another run
 SWEEP_WIDTHS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 
@@ -54,6 +56,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--show", action="store_true", help="show the pictures in windows, too")
     parser.add_argument("--overwrite", action="store_true", help="replace a run of the same options")
     parser.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="small networks are faster on a CPU [%(default)s]"
+    )
+    options.add_tracker_options(parser)
     return parser
 
 
@@ -130,7 +136,7 @@ def train(model: nn.Module, steps: int = 4000, batch_size: int = 128, lr: float 
     """Train on fresh data in every step, so on an endless data set; the trained model and the loss of each step."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     history = []
-    for _ in range(steps):
+    for _ in tqdm(range(steps), type(model).__name__, disable=None, leave=False):
         X, y = make_data(batch_size)
         loss = F.binary_cross_entropy(model(X), y)
         optimizer.zero_grad()
@@ -185,7 +191,7 @@ def train_together(models: list[nn.Module], steps: int, batch_size: int, lr: flo
 
     batched = vmap(probabilities, in_dims=(0, None))
     optimizer = torch.optim.Adam(params.values(), lr=lr)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), f"{len(models)} models", disable=None, leave=False):
         X, y = make_data(batch_size)
         p = batched(params, X)  # (number of models, N, 1)
         loss = F.binary_cross_entropy(p, y.expand_as(p), reduction="none").mean((1, 2)).sum()
@@ -236,7 +242,7 @@ def draw_batch(X: Tensor, y: Tensor, path: Path) -> None:
     """A batch, an instance a row, the classes one above the other."""
     order = y.flatten().argsort(stable=True)
     figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
-    image = axes.imshow(X[order, :, 0].numpy(), cmap="viridis", aspect="auto", interpolation="nearest")
+    image = axes.imshow(X[order, :, 0].cpu().numpy(), cmap="viridis", aspect="auto", interpolation="nearest")
     axes.axhline(len(X) / 2 - 0.5, color="white", linewidth=2)
     axes.set(title="a batch: class 0 above the line, class 1 below", xlabel="object", ylabel="instance")
     figure.colorbar(image, label="value")
@@ -320,6 +326,13 @@ def sweep_table(swept: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def track(run: Run, histories: dict[str, list[float]]) -> None:
+    """The losses of every 100th step for TensorBoard and Weights & Biases, where they are asked for."""
+    for name, history in histories.items():
+        for step in range(0, len(history), 100):
+            run.trackers.log({"loss": history[step]}, step, group=name.replace(" ", "_"))
+
+
 def exercise(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     """Every step of the sheet in its order; what goes into result.json."""
     torch.manual_seed(args.seed)
@@ -346,7 +359,9 @@ def exercise(args: argparse.Namespace, run: Run) -> dict[str, Any]:
             f"   {name:>8}: {count_params(model):5} parameters, loss {loss:.2e}, accuracy {accuracy:.4f} over all 372 instances"
         )
 
-    draw_losses({"DeepSet": deep_set_history, "MLP": mlp_history}, run.path / "losses.png")
+    histories = {"DeepSet": deep_set_history, "MLP": mlp_history}
+    track(run, histories)
+    draw_losses(histories, run.path / "losses.png")
 
     run.log("4. The symmetry holds exactly: one instance, its objects in other orders")
     table, result["largest_difference"] = compare_permutations({"DeepSet": deep_set, "MLP": mlp})
@@ -379,6 +394,7 @@ def exercise(args: argparse.Namespace, run: Run) -> dict[str, Any]:
         "   That sees only the sum and the number of the objects, and they are 3/3 = 5/5 = 1 and 10 in both classes. The set\n"
         f"   network is given {class_0:.5f} for class 0 and {class_1:.5f} for class 1, and cannot tell what is the same."
     )
+    track(run, {"DeepSet with linear elements": linear_history})
     histories = {"DeepSet": deep_set_history, "DeepSet with linear elements": linear_history}
     draw_losses(histories, run.path / "linear.png")
     return result
@@ -386,18 +402,20 @@ def exercise(args: argparse.Namespace, run: Run) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
-    args = options.parse_tokens(parser, options.split_command_line(parser, argv, NOT_IN_NAME))
+    args = dotted.parse_tokens(parser, dotted.split_command_line(parser, argv, NOT_IN_NAME))
     if args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size} is odd: half of a batch is of each class")
     name = "-".join(options.not_defaults(parser, args, NOT_IN_NAME)) or "default"
     options.check(parser, args, name)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     files = ("*.png",)
     with Run("deepsets_exercise", name, args, another="--seed N", may_change=NOT_IN_NAME, files=files) as run:
         run.open()
-        result = exercise(args, run)
+        # the context makes every call a little slower
+        with torch.device("cuda") if args.device == "cuda" else contextlib.nullcontext():
+            result = exercise(args, run)
         status = run.finish({"script": "deepsets_exercise", "name": run.name, "seed": args.seed, **result})
     echo(f"pictures: {', '.join(str(path) for path in sorted(run.final.glob('*.png')))}")
     if args.show:

@@ -30,17 +30,18 @@ from common.datasets import images
 from common.datasets.images import ImageSet
 from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
 from common.models.sets import NON_LINEARITIES
-from common.run import options
+from common.precision import autocast
+from common.run import dotted, options
 from common.run.budget import BudgetedTraining
 from common.run.command import echo
 from common.run.memory import MicroBatches, tune_malloc
-from common.run.metrics import read_metrics
 from common.run.options import at_least, boolean, real, shortest
+from common.run.progress import bar
 from common.run.run import Run
 from common.seeds import epoch_order, seed_everything
 
 DATA = tuple(images.SHAPES)
-NOT_IN_NAME = ("name", "resume", "results_dir", "data_dir", "overwrite", "dry_run", "to_stdout")  # they do not make another run
+NOT_IN_NAME = (*options.RUN_OPTIONS, "name", "data_dir", "to_stdout")  # options that do not make another run
 # the published name has these fields alone; other options that are not at their defaults follow, as -option.value
 NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 NAME = re.compile(
@@ -67,7 +68,7 @@ def get_parser() -> argparse.ArgumentParser:
         "-update_interval", type=real(0, 1e6), default=10.0, help="minutes between two updates of the plots [%(default)s]"
     )
     paper.add_argument("-lr", type=real(0, 1, above=True), default=0.01, help="learning rate of Adam [%(default)s]")
-    paper.add_argument("-no_cuda", action="store_true", help="don't use CUDA even if it is available")
+    paper.add_argument("-no_cuda", action="store_true", help="the same as -device cpu")
     paper.add_argument("-name", help="a model's name, to be parsed into options")
     paper.add_argument("-dry_run", action="store_true", help="just print the model name and exit")
     paper.add_argument("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
@@ -88,11 +89,12 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("-seed", type=at_least(0), default=0, help="seed of split, weights and order of images [%(default)s]")
     own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")
     own.add_argument("-data_dir", help="where the data set lies [data, to which it is downloaded if it is not there]")
-    own.add_argument("-precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products [%(default)s]")
+    options.add_device_options(own, "-")
     own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the layers")
     own.add_argument("-max_epochs", type=at_least(1), help="largest number of epochs [no limit]")
     own.add_argument("-epoch_images", type=at_least(1), help="training images drawn for an epoch [all]")
     own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
+    options.add_tracker_options(own, "-")
     own.add_argument(
         "-n_samples", type=at_least(1, 1000), help="images drawn for samples.png [12; two of each class with -cond]"
     )
@@ -101,11 +103,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Options of a command line, those of -name among them. Ends with the parser's error if they contradict each other."""
-    tokens = options.split_command_line(parser, argv, NOT_IN_NAME)
+    tokens = dotted.split_command_line(parser, argv, NOT_IN_NAME)
     names = [value for option, value, _ in tokens if option == "-name"]
     named = named_options(parser, names[-1]) if names else []
-    args = options.parse_tokens(parser, [*named, *tokens])
-    of_name = options.parse_tokens(parser, named)
+    args = dotted.parse_tokens(parser, [*named, *tokens])
+    of_name = dotted.parse_tokens(parser, named)
     for option in {option.lstrip("-") for option, *_ in named}:
         if getattr(args, option) != getattr(of_name, option):
             parser.error(
@@ -120,7 +122,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     return args
 
 
-def named_options(parser: argparse.ArgumentParser, name: str) -> list[options.Token]:
+def named_options(parser: argparse.ArgumentParser, name: str) -> list[dotted.Token]:
     """The options that make up a run's name, also in the original's form, which has one more word at its end."""
     match = NAME.fullmatch(name)
     if match is None:
@@ -132,7 +134,7 @@ def named_options(parser: argparse.ArgumentParser, name: str) -> list[options.To
             parser.error(f"-name {name!r} does not parse: there is no option -{word}; did you mean -{meant}?")
         print(f"note: the last field of -name, {word}, is left out: no option is called so", file=sys.stderr)
         more = ""  # the original's last field, of an option that its scripts do not have
-    further = options.split_command_line(parser, [more] if more else [], NOT_IN_NAME)
+    further = dotted.split_command_line(parser, [more] if more else [], NOT_IN_NAME)
     for option, _, _ in further:
         if option.lstrip("-") in (*match.groupdict(), *NOT_IN_NAME, "h", "help"):
             parser.error(f"-name {name!r} does not parse: {option} is no part of the end of a name")
@@ -155,12 +157,12 @@ def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 
 @dataclass(frozen=True)
 class Data:
-    """The three splits, on the device, and the nats per value of models that know little, to judge by."""
+    """The three splits, on the device, and baselines in nats per value."""
 
     training: ImageSet
     validation: ImageSet
     test: ImageSet
-    levels: dict[str, dict[str, float]]  # {"validation": {"chance": ..., "by position": ...}, "test": ...}
+    baselines: dict[str, dict[str, float]]  # {"validation": {"chance": ..., "by position": ...}, "test": ...}
     fingerprint: str  # of the training images before validation took its part
 
 
@@ -171,11 +173,11 @@ def load_data(name: str, data_dir: str | None, seed: int, device: torch.device) 
     )
     training, validation = images.split_validation(everything, seed)
     table = log_histograms(training)
-    levels = {
+    baselines = {
         split: {"chance": math.log(N_VALUES), "by position": position_cross_entropy(table, of)}
         for split, of in (("validation", validation), ("test", test))
     }
-    return Data(training, validation, test, levels, everything.fingerprint())
+    return Data(training, validation, test, baselines, everything.fingerprint())
 
 
 def log_histograms(data: ImageSet) -> Tensor:
@@ -196,7 +198,7 @@ def position_cross_entropy(table: Tensor, data: ImageSet) -> float:
 
 def nats(model: ImageTransformer, batch: ImageSet, precision: str) -> Tensor:
     """Nats per value of each image (N)."""
-    with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(batch.images, precision):
         logits = model(batch.images, batch.labels if model.n_classes else None)
     return cross_entropy(logits, batch.images)
 
@@ -249,7 +251,7 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
 
         progress.set_description_str(
             f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(batches)}  loss {loss:.3f}  best validation "
-            f"{training.best.loss:.3f} (by position {data.levels['validation']['by position']:.3f})  "
+            f"{training.best.loss:.3f} (by position {data.baselines['validation']['by position']:.3f})  "
             f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
             refresh=False,
         )
@@ -274,10 +276,10 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
         "lr": training.learning_rate,
     }
     verdict = training.conclude_epoch(row)
-    levels = data.levels["validation"]
+    baselines = data.baselines["validation"]
     training.run.log(
         f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
-        f"validation {val_loss:.4f} (by position {levels['by position']:.4f}, chance {levels['chance']:.4f}) | "
+        f"validation {val_loss:.4f} (by position {baselines['by position']:.4f}, chance {baselines['chance']:.4f}) | "
         f"{row['val_bits']:.4f} bits per dimension | lr {row['lr']:.4g}{verdict}"
     )
 
@@ -287,13 +289,9 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
 
 def draw(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> None:
     """metrics.png, weights.png, samples.png."""
-    run, traces, n_steps = training.run, training.traces, -(-epoch_size(args, data) // args.bs)
-    levels = {"by position": data.levels["validation"]["by position"]}  # with chance, far away, the curve would look flat
-    metrics, path = read_metrics(training.metrics.path), run.part / "metrics.png"
-    plotting.plot_metrics(
-        path, run.name, metrics, traces.steps, traces.numbers, n_steps, {"val_loss": levels}, "nats per value"
-    )
-    plotting.plot_weights(run.part / "weights.png", run.name, traces.steps, traces.by_parameter(), n_steps)
+    run, steps_per_epoch = training.run, -(-epoch_size(args, data) // args.bs)
+    baselines = {"by position": data.baselines["validation"]["by position"]}  # beside chance the curve would look flat
+    training.draw(steps_per_epoch, {"val_loss": baselines}, "nats per value")
     plotting.plot_images(run.part / "samples.png", run.name, samples(args, data, training.model))
 
 
@@ -324,13 +322,14 @@ def samples(args: argparse.Namespace, data: Data, model: ImageTransformer) -> li
     ]
 
 
-def measured(losses: Tensor, levels: dict[str, float]) -> dict[str, Any]:
-    """The figures of a split: nats per value, bits per dimension, and the levels to judge them by."""
-    return {"images": len(losses), "nats": losses.mean().item(), "bits": losses.mean().item() / math.log(2), "levels": levels}
+def metrics_of(losses: Tensor, baselines: dict[str, float]) -> dict[str, Any]:
+    """The metrics of a split: nats per value, bits per dimension, and the baselines in nats."""
+    nats = losses.mean().item()
+    return {"images": len(losses), "nats": nats, "bits": nats / math.log(2), "levels": baselines}
 
 
 def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, micro: MicroBatches) -> dict[str, Any]:
-    """The final figures of the best model: on the validation images, which chose it, and, once, on the test images."""
+    """The metrics of the best model: on the validation images, which chose it, and, once, on the test images."""
     training.best.load()
     validation, test = (
         micro.as_fits(partial(evaluate, training.model, split, args.precision)) for split in (data.validation, data.test)
@@ -352,23 +351,21 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, mic
         "epochs": training.epoch,
         "steps": training.step,
         "seconds": training.clock.used(),
-        "validation": measured(validation, data.levels["validation"]),
-        "test": measured(test, data.levels["test"]),
+        "validation": metrics_of(validation, data.baselines["validation"]),
+        "test": metrics_of(test, data.baselines["test"]),
         "test_by_class": by_class,
     }
 
 
 def report_table(result: dict[str, Any]) -> str:
-    """The final figures as text."""
-    by_class = {f"test, {name}": of for name, of in result["test_by_class"].items()}
+    """The final metrics as text."""
+    by_class = {f"test, {name}": metrics for name, metrics in result["test_by_class"].items()}
     width = max(map(len, ("validation", *by_class)))
     lines = [f"{'':>{width}} {'images':>7}  {'nats per value':>14} {'(by position, chance)':>22}  {'bits per dimension':>18}"]
-    for split in ("validation", "test"):
-        of = result[split]
-        levels = f"({of['levels']['by position']:.4f}, {of['levels']['chance']:.4f})"
-        lines.append(f"{split:>{width}} {of['images']:>7}  {of['nats']:>14.4f} {levels:>22}  {of['bits']:>18.4f}")
-    for label, of in by_class.items():
-        lines.append(f"{label:>{width}} {of['images']:>7}  {of['nats']:>14.4f} {'':>22}  {of['nats'] / math.log(2):>18.4f}")
+    for name, metrics in {"validation": result["validation"], "test": result["test"], **by_class}.items():
+        nats, baselines = metrics["nats"], metrics.get("levels")
+        beside = f"({baselines['by position']:.4f}, {baselines['chance']:.4f})" if baselines else ""
+        lines.append(f"{name:>{width}} {metrics['images']:>7}  {nats:>14.4f} {beside:>22}  {nats / math.log(2):>18.4f}")
     return "\n".join(lines)
 
 
@@ -388,7 +385,7 @@ def make_model(args: argparse.Namespace) -> ImageTransformer:
         learn_loc=args.learn_loc,
         fuse=args.compile,
     )
-    return model.to("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    return model.to(options.device_of(args))
 
 
 def introduce(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> None:
@@ -400,8 +397,8 @@ def introduce(args: argparse.Namespace, data: Data, training: BudgetedTraining) 
         f"{len(data.training)} training images, {-(-epoch_size(args, data) // args.bs)} steps an epoch; "
         f"{len(data.validation)} validation images, chosen by the seed; {len(data.test)} test images"
     )
-    for split, levels in data.levels.items():
-        log(f"{split}: " + ", ".join(f"{name} {nats:.4f} nats per value" for name, nats in levels.items()))
+    for split, baselines in data.baselines.items():
+        log(f"{split}: " + ", ".join(f"{name} {nats:.4f} nats per value" for name, nats in baselines.items()))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -409,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser, argv)
     name = name_of(parser, args)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     tune_malloc()
     with Run("swarm_transformer", name, args, another="-seed N", may_change=NOT_IN_NAME, quiet=True) as run:
@@ -421,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
         training.start(args.resume)
         introduce(args, data, training)
         micro, drawn_at = MicroBatches(args.bs, run.log), -math.inf
-        with tqdm(disable=None, bar_format="{desc}") as progress:
+        with bar(args, bar_format="{desc}") as progress:
             while training.goes_on(args.max_epochs or math.inf):
                 finite = train_epoch(args, data, training, micro, progress)
                 validate_epoch(args, data, training, micro, finite)

@@ -1,4 +1,7 @@
-"""The exceptions that end a command, or a job of it, in an orderly way: common/run/command.py maps them to exit statuses."""
+"""The exceptions that end a command, or a job of it, in an orderly way, and their messages.
+
+common/run/command.py maps them to exit statuses.
+"""
 
 
 class InputError(ValueError):
@@ -11,3 +14,9 @@ class Failed(Exception):
 
 class Interrupted(Exception):
     """A signal has come, and what is needed to resume is saved. The message says where the work stands."""
+
+
+def one_line(text: object, limit: int = 600) -> str:
+    """A text for a message: on one line, printable, and shortened in its middle to about `limit` characters."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-limit // 2 :]}"

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from common.run import options
+from common.run import dotted, options
 
 # what can be no run's name: not one component of a path, not printable, too long, or the suite's own
 BAD_NAMES = (
@@ -42,20 +42,20 @@ NAMES = {  # the original's examples
 
 @pytest.mark.parametrize("line", NAMES)
 def test_names(parser: argparse.ArgumentParser, line: str) -> None:
-    args, name, _ = options.parse(parser, line.split(), ("resume",))
+    args, name, _ = dotted.parse(parser, line.split(), ("resume",))
     assert name == NAMES[line] and options.why_no_name(name) is None
-    pasted, again, _ = options.parse(parser, [name], ("resume",))  # a name is a command line
+    pasted, again, _ = dotted.parse(parser, [name], ("resume",))  # a name is a command line
     assert again == name
     assert {**vars(pasted), "resume": None} == {**vars(args), "resume": None}
 
 
 def test_spellings(parser: argparse.ArgumentParser) -> None:
     for spelling in ("-bs 50 -lr 1e-3", "-bs.50 -lr.1e-3", "-bs=50 -lr=1e-3", "-bs.50-lr.1e-3"):
-        args, _, given = options.parse(parser, spelling.split(), ())
+        args, _, given = dotted.parse(parser, spelling.split(), ())
         assert (args.bs, args.lr, given) == (50, 1e-3, {"bs", "lr"})
-    args, _, _ = options.parse(parser, ["-resume=r/-bs.3-lr.1/best.pkl", "-run.x"], ("resume",))
+    args, _, _ = dotted.parse(parser, ["-resume=r/-bs.3-lr.1/best.pkl", "-run.x"], ("resume",))
     assert (args.resume, args.run, args.bs) == ("r/-bs.3-lr.1/best.pkl", "x", None)
-    args, _, _ = options.parse(parser, ["-n", "3", "-run", "a-b.c", "-no_cuda"], ())
+    args, _, _ = dotted.parse(parser, ["-n", "3", "-run", "a-b.c", "-no_cuda"], ())
     assert (args.n, args.run, args.no_cuda, args.n_hidden) == (3, "a-b.c", True, None)
 
 
@@ -72,7 +72,7 @@ def test_spellings(parser: argparse.ArgumentParser) -> None:
 def test_values_that_are_in_no_name_are_not_cut_up(
     parser: argparse.ArgumentParser, word: str, resume: str, bs: int | None
 ) -> None:
-    args, name, given = options.parse(parser, [word], ("resume",))
+    args, name, given = dotted.parse(parser, [word], ("resume",))
     assert (args.resume, args.bs) == (resume, bs)
     assert name == ("-bs.7" if bs else "") and given == ({"resume", "bs"} if bs else {"resume"})
 
@@ -94,17 +94,22 @@ def test_values_that_are_in_no_name_are_not_cut_up(
         ("-lr inf", "inf is out of range"),
         ("-lr -1e-3", "-1e-3 is out of range: at least 0"),
         ("-lr fast", "'fast' is not a number"),
+        ("-lr --", "'-lr=--' is neither an option nor a value"),
+        ("-run=--", "'-run=--' is neither an option nor a value"),
+        ("\x1b[31m\u200b", "unknown option '\\x1b[31m\\u200b'"),
+        (f"-n {5000 * 'x'}", "xxx' is not a whole number"),
     ],
 )
 def test_wrong_command_lines(parser: argparse.ArgumentParser, line: str, message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
-        options.parse(parser, line.split(), ())
+        dotted.parse(parser, line.split(), ())
     assert_refused(stopped.value.code, message, capsys)
 
 
 def assert_refused(status: object, message: str, capsys: pytest.CaptureFixture) -> None:
     error = capsys.readouterr().err
-    assert status == 2 and message in error and error.count("\n") == 1 and error.startswith("test.py: error: ")
+    assert status == 2 and message in error and error.startswith("test.py: error: ")
+    assert error.count("\n") == 1 and error[:-1].isprintable() and len(error) < 700
 
 
 @pytest.mark.parametrize(
@@ -114,6 +119,7 @@ def assert_refused(status: object, message: str, capsys: pytest.CaptureFixture) 
         ("-overwrite -resume auto", "a", "choose one"),
         ("-overwrite -retry_failed", "a", "choose one"),
         ("-device cuda", "a", "finds no GPU"),
+        ("-no_cuda -device cuda", "a", "leave one out"),
     ],
 )
 def test_what_no_script_can_do(

@@ -16,7 +16,9 @@ import sys
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from common.errors import Failed, InputError, Interrupted
+from tqdm import tqdm
+
+from common.errors import Failed, InputError, Interrupted, one_line
 from common.run.memory import is_out_of_memory
 
 REFUSED, RESUMABLE = 2, 75
@@ -58,7 +60,7 @@ class Command:
         if isinstance(error, InputError):
             self._refuse(error)
         if isinstance(error, Failed):
-            print(f"{self.script}.py: failed: {error}", file=sys.stderr)
+            print(f"{self.script}.py: failed: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
         if isinstance(error, OSError) and self.begun:
             what = f"cannot write {error.filename or 'a file'}: {error.strerror}"
@@ -77,7 +79,7 @@ class Command:
             raise Interrupted(where)
 
     def _refuse(self, reason: object) -> NoReturn:
-        print(f"{self.script}.py: error: {reason}", file=sys.stderr)
+        print(f"{self.script}.py: error: {one_line(reason)}", file=sys.stderr)
         sys.exit(REFUSED)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -90,8 +92,13 @@ class Command:
 
 
 def echo(text: str) -> None:
-    """Print. A reader who has gone (`| head`) is no failure."""
+    """Print, above progress bars. A reader who has gone (`| head`) is no failure, and neither is a full or closed stdout."""
+    if sys.stdout is None:
+        return
     try:
-        print(text, flush=True)
-    except BrokenPipeError:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"cannot print: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what is flushed at the end

@@ -87,7 +87,7 @@ def pending(command: Command, jobs: Sequence[J], *, retry_failed: bool = False, 
     that did. Each is to be used in a `with`.
     """
     reasons: dict[str, str] = {}
-    for i, job in enumerate(tqdm(jobs, disable=None if bar else True), 1):
+    for i, job in enumerate(tqdm(jobs, "jobs", disable=False if bar else None, leave=False), 1):
         command.check_signal(f"before {job.name}")
         if not job.take():
             command.log(f"{job.name} is left to another process, which is at it")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError
+from common.run.trackers import Trackers
 
 N_TRACED = 13  # entries of each parameter
 N_RECORDS = 1000  # kept in memory and drawn
@@ -48,11 +49,14 @@ class Meter:
 class Metrics:
     """metrics.csv, a row an epoch. What was written after the state that a run resumes from is cut off by the next row."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...]):
-        self.path, self.columns, self.size = path, columns, 0
+    def __init__(self, path: Path, columns: tuple[str, ...], trackers: Trackers | None = None):
+        self.path, self.columns, self.trackers, self.size = path, columns, trackers, 0
 
-    def append(self, row: Mapping[str, float | int | str]) -> None:
-        """Add a row and make sure that it is on the disk. Raises OSError if it cannot be written."""
+    def append(self, row: Mapping[str, float | int]) -> None:
+        """Add a row, make sure that it is on the disk, and pass it on to the trackers. Raises OSError if it cannot be written.
+
+        The file takes the values of its columns alone, the trackers take all.
+        """
         text = io.StringIO()
         table = csv.writer(text)
         if self.size == 0:
@@ -66,6 +70,8 @@ class Metrics:
             file.flush()
             os.fsync(file.fileno())
             self.size = file.tell()
+        if self.trackers is not None:
+            self.trackers.log(row, int(row["epoch"]))
 
     def state_dict(self) -> dict[str, int]:
         return {"metrics_size": self.size}
@@ -85,6 +91,12 @@ def read_metrics(path: Path) -> dict[str, list[float]]:
     return {column: [float(row[column]) for row in rows] for column in reader.fieldnames or []}
 
 
+def spread_evenly(n: int) -> Tensor:
+    """Up to 13 of n indices, the first and the last among them."""
+    count = min(N_TRACED, n)
+    return torch.arange(count) * (n - 1) // max(1, count - 1)
+
+
 class Traces:
     """Metrics by step, and up to 13 entries of each learned parameter. Thinned out evenly above 1,000 records."""
 
@@ -95,8 +107,7 @@ class Traces:
         self.weights: list[Tensor] = []  # (number of traced entries)
         parameters = {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
         self.parameters = list(parameters.values())
-        # as many as 13 entries, spread evenly over the flattened tensor
-        self.picked = [torch.linspace(0, p.numel() - 1, min(N_TRACED, p.numel())).long() for p in self.parameters]
+        self.picked = [spread_evenly(p.numel()) for p in self.parameters]
         self.names = list(parameters)
 
     def record(self, step: int, numbers: Mapping[str, float]) -> None:

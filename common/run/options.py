@@ -1,8 +1,4 @@
-"""Command lines: options with their ranges, the dotted spelling, and the name that a command line gives to its run.
-
-A run is named after its command line with the spaces escaped by dots, so options may also be typed in that form:
-`-bs.50` is `-bs 50`, and the name of a run, pasted whole, is the command line that made it.
-"""
+"""Command lines: options that many scripts have, types of options with their ranges, and names of runs."""
 
 from __future__ import annotations
 
@@ -12,12 +8,20 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, one_line
+from common.precision import PRECISIONS
+from common.run import trackers
+from common.run.command import echo
+
+# options that do not change what a run computes: they are not in its name, and may change when it is resumed
+RUN_OPTIONS = (
+    "results_dir", "resume", "retry_failed", "overwrite", "dry_run", "progress", "device", "tensorboard", "wandb_project",
+)  # fmt: skip
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -26,72 +30,18 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, **options: object):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore[arg-type]
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else args
+        for word in words:
+            if word == "--" or word.endswith("=--"):  # argparse would drop it, also where a value belongs
+                self.error(f"{word!r} is neither an option nor a value")
+        return super().parse_args(words, namespace)
+
+    def print_help(self, file: object = None) -> None:
+        echo(self.format_help().rstrip("\n"))
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-Token = tuple[str, str | None, str]  # option, value or None, and what its part of the name is
-
-
-def split_command_line(parser: argparse.ArgumentParser, argv: list[str] | None, unnamed: Container[str]) -> list[Token]:
-    """Cut a command line (sys.argv if None) into its options, whatever way they are spelled.
-
-    `-bs 50`, `-bs=50` and `-bs.50` are the same option; `-bs.50-lr.0.1` is two. Values may begin with a dash. Options in
-    `unnamed` (results_dir, say) are in no run's name, so their values go on to the end of the word: `-results_dir=my-lr.0.1`.
-    Ends with the parser's error for words that are no option.
-    """
-    actions = parser._option_string_actions  # the one place where argparse keeps what options there are
-    joined = "|".join(re.escape(option) for option in sorted(actions, key=len, reverse=True))
-    option_starts = re.compile(rf"(?=(?:{joined})(?:[.=-]|$))")
-    tokens: list[Token] = []
-    words = list(sys.argv[1:] if argv is None else argv)
-    while words:
-        word = words.pop(0)
-        start = re.match(rf"({joined})([.=-])", word)
-        if start is not None and word not in actions and not (actions[start[1]].dest in unnamed and start[2] in ".="):
-            word, *rest = [part for part in option_starts.split(word) if part]
-            words[:0] = ["".join(rest)] if rest else []
-        option, equals, value = word.partition("=") if "=" in word else (word, "", "")
-        if option not in actions:
-            option, equals, value = word.partition(".")
-        if option not in actions:
-            parser.error(f"unknown option {word!r}: -h lists the options")
-        if actions[option].nargs == 0:
-            if equals:
-                parser.error(f"{option} takes no value, but {word!r} gives one")
-            tokens.append((option, None, option))
-        elif equals:
-            tokens.append((option, value, word))
-        elif not words or words[0] in actions:
-            parser.error(f"{option} needs a value")
-        else:
-            value = words.pop(0)
-            tokens.append((option, value, f"{option}.{value}"))
-    return tokens
-
-
-def parse_tokens(parser: argparse.ArgumentParser, tokens: list[Token]) -> argparse.Namespace:
-    """The options of a command line that is cut up."""
-    return parser.parse_args([option if value is None else f"{option}={value}" for option, value, _ in tokens])
-
-
-def parse(
-    parser: argparse.ArgumentParser, argv: list[str] | None, unnamed: Container[str]
-) -> tuple[argparse.Namespace, str, set[str]]:
-    """Parse a command line (sys.argv if None) into options, the run's name, and the options that were given.
-
-    The name holds the words as they were typed, in their order, defaults left out (as published), without the options in
-    `unnamed`, which say where and how to run, not what.
-    """
-    tokens = split_command_line(parser, argv, unnamed)
-    options = parse_tokens(parser, tokens)
-    named = [token for token in tokens if parser._option_string_actions[token[0]].dest not in unnamed]
-    name = "".join(text for _, _, text in named)
-    again = split_command_line(parser, [name], unnamed) if name else []
-    if [token[:2] for token in named] != [token[:2] for token in again]:
-        parser.error(f"the run would be called {name!r}, which reads like other options: choose other values")
-    given = {option.lstrip("-") for option, _, _ in tokens}
-    return options, name, given
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def not_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace, left_out: Container[str]) -> list[str]:
@@ -112,10 +62,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) 
     if getattr(args, "overwrite", False) and (getattr(args, "resume", None) == "auto" or getattr(args, "retry_failed", False)):
         typed = "retry-failed" if getattr(args, "retry_failed", False) else "resume"
         parser.error(f"{dash}{typed} continues what is there, {dash}overwrite replaces it: choose one")
+    if getattr(args, "no_cuda", False) and args.device == "cuda":
+        parser.error("-no_cuda means -device cpu, but -device cuda was given: leave one out")
     if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
         parser.error(f"{dash}device cuda: PyTorch finds no GPU here")
+    try:
+        trackers.check(args, dash)
+    except InputError as error:
+        parser.error(str(error))
     if reason := why_no_name(name):
-        parser.error(f"the run would be called {name!r:.300}: {reason}")
+        parser.error(f"the run would be called {name!r}: {reason}")
 
 
 def why_no_name(name: str) -> str | None:
@@ -147,6 +103,28 @@ def add_run_options(group: argparse._ArgumentGroup, what: str = "run") -> None:
     group.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help=f"continue a {what} that was interrupted")
     group.add_argument("--overwrite", action="store_true", help=f"replace a {what} of the same name")
     group.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
+
+
+def add_device_options(group: argparse._ArgumentGroup, dash: str = "--") -> None:
+    """Options of the device and its arithmetic."""
+    group.add_argument(f"{dash}device", choices=("cpu", "cuda"), help="[cuda when available]")
+    group.add_argument(
+        f"{dash}precision", choices=PRECISIONS, default="fp32", help="of products and convolutions [%(default)s]"
+    )
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device of the options; without one, a GPU where there is one."""
+    if getattr(args, "no_cuda", False):
+        return torch.device("cpu")
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def add_tracker_options(group: argparse._ArgumentGroup, dash: str = "--") -> None:
+    """Options of programs that show metrics."""
+    project = "-wandb_project" if dash == "-" else "--wandb-project"
+    group.add_argument(f"{dash}tensorboard", action="store_true", help="log metrics to TensorBoard, in the run's directory")
+    group.add_argument(project, metavar="STR", help="log metrics to this project of Weights & Biases")
 
 
 def at_least(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:

@@ -29,14 +29,16 @@ import torch
 from common import parallel
 from common.checkpoint import sync_directory
 from common.errors import InputError, Interrupted
+from common.run import trackers
 from common.run.command import Command, echo
 from common.run.lock import is_locked, release_lock, take_lock
 from common.run.options import refuse_differences, why_no_name
 from common.run.records import RecordError, read_json, write_json
 
 ARGS, BEST, LAST, RESULT, LOCK = "args.json", "best.pkl", "last.pkl", "result.json", "lock"  # a result means finished
+PICTURES = ("metrics.png", "weights.png", "samples.png")
 # what any script may leave
-FILES = (ARGS, BEST, LAST, RESULT, LOCK, "log", "metrics.csv", "metrics.png", "weights.png", "samples.png", "*.new")
+FILES = (ARGS, BEST, LAST, RESULT, LOCK, "log", "metrics.csv", "*.new", *PICTURES, *trackers.FILES)
 REPLACED = "replaced"  # in a new run's directory: the run that it replaces, on its way out
 FAILED_LINE = "failed: "  # begins the last line of the log of a run that ended in an error
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +74,7 @@ class Run(Command):
         self.final, self.part = parent / name, parent / f"{name}.part"
         self.resumes = getattr(args, "resume", None) == "auto" or getattr(args, "retry_failed", False)
         self.another, self.hints = another, f"{self.dash}overwrite replaces it, {another} starts another"
-        self.quiet = quiet
+        self.quiet, self.trackers = quiet, trackers.Trackers(args, self.part, name)
         if not hasattr(args, "resume"):  # nothing is saved on the way: signals end it as they end any program
             self.next, self.signals = "the same line begins again", ()
         self.status = "new"  # or "unfinished" (there is a last.pkl to resume from), or "finished"
@@ -254,6 +256,7 @@ class Run(Command):
                 self._log = open(self.part / "log", "a" if begun else "w", encoding="utf-8", errors="backslashreplace")
             if begun:
                 self._write("started again")
+            self.trackers.open()
         except OSError as error:
             raise RunError(
                 f"cannot write to {error.filename or self.part}: {error.strerror}; name another place for results"
@@ -290,6 +293,7 @@ class Run(Command):
 
     def finish(self, result: dict[str, Any]) -> int:
         """Write the result, last of all, and give the directory its name. Returns the exit status: 1 if a job failed."""
+        self.trackers.close()
         write_json(self.part / RESULT, result)
         self._rename(self.part, self.final)  # still locked: nobody else can take it for a run to be resumed
         self.close()
@@ -297,7 +301,8 @@ class Run(Command):
         return 1 if result.get("failed") else 0
 
     def close(self) -> None:
-        """Let go of the log and the lock (which also end with the process)."""
+        """Let go of trackers, log and lock (which also end with the process)."""
+        self.trackers.close()
         if self._log is not None:
             with contextlib.suppress(OSError):  # of lines that a full disk has not taken
                 self._log.close()
