@@ -287,6 +287,7 @@ def test_fused_is_the_same() -> None:
         ({"pooling": "MAX"}, "unknown pooling 'MAX'"),
         ({"dropout": 1.0}, "dropout 1.0"),
         ({"n_dim": 3}, "n_dim 3"),
+        ({"fuse": True, "fast": False}, "needs fast=True"),
     ],
 )
 def test_wrong_options(options: dict, message: str) -> None:

@@ -85,6 +85,8 @@ class SwarmLayer(nn.Module):
             raise ValueError(f"POMA pooling takes {2 * POMA_SLICES} hidden units for itself: n_hidden {n_hidden} is too small")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout {dropout} is not in [0, 1)")
+        if fuse and not fast:
+            raise ValueError("fuse=True compiles the fast iterations: it needs fast=True")
         n_pooled = n_hidden - 2 * POMA_SLICES if pooling == "POMA" else n_hidden
         self.cell = SwarmCell(n_in, n_hidden, n_pooled, n_dim)
         self.ffwd = {1: nn.Conv1d, 2: nn.Conv2d}[n_dim](2 * n_hidden, n_out, 1)
