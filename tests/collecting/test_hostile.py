@@ -93,8 +93,8 @@ def test_no_name_or_kind_of_file_costs_the_other_runs(tmp_path: Path) -> None:
     (zoo / f"{'9' * 240}.json").write_text("{}")
     (tmp_path / "a folder" / "result.json").mkdir(parents=True)
     assert collect(tmp_path) == 0 and healthy.exists()
-    found = sorted(state for state, _ in states(tmp_path).values())
-    assert found == [*["broken"] * 3, *["failed"] * 4, *["finished"] * 9, "stopped"]
+    outcome = sorted(state for state, _ in states(tmp_path).values())
+    assert outcome == [*["broken"] * 3, *["failed"] * 4, *["finished"] * 9, "stopped"]
     assert states(tmp_path)["pipes/args.json.part"] == ("broken", "args.json cannot be read: it is no regular file")
 
 
@@ -110,11 +110,11 @@ def test_directories_of_any_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     try:
         assert collect(tmp_path) == 0
-        found = {run.path[-5:]: (run.state, run.note) for run in find_runs(tmp_path)}
+        outcome = {run.path[-5:]: (run.state, run.note) for run in find_runs(tmp_path)}
     finally:
         subprocess.run(["rm", "-r", tmp_path / "d", tmp_path / ("d" * 200)], check=True)  # pytest cannot
     too_long = ("broken", "it cannot be searched: File name too long")
-    assert found == {"thy/1": ("finished", ""), "d/run": ("finished", ""), "ddddd": too_long}
+    assert outcome == {"thy/1": ("finished", ""), "d/run": ("finished", ""), "ddddd": too_long}
 
 
 @pytest.mark.parametrize("name", ["result.json", "args.json", "metrics.csv"])
@@ -149,11 +149,11 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (runs / "0.pt").write_bytes(b"")
     root, out = tmp_path / "results", tmp_path / "out"
     assert collect(root, "--out", str(out)) == 0
-    found = {path.rpartition("/")[2]: state for path, state in states(root).items()}
+    outcome = {path.rpartition("/")[2]: state for path, state in states(root).items()}
     lock.close()
-    assert found.pop("log.part")[0] == found.pop("lock.part")[0] == "failed"
-    assert {found.pop(name) for name in ("metrics.csv.part", "metrics.png.part", "last.pkl.part")} == {("finished", "")}
-    assert found == {
+    assert outcome.pop("log.part")[0] == outcome.pop("lock.part")[0] == "failed"
+    assert {outcome.pop(name) for name in ("metrics.csv.part", "metrics.png.part", "last.pkl.part")} == {("finished", "")}
+    assert outcome == {
         name.removesuffix(".json") if name == "0.json" else f"{name}.part": (
             "broken", f"{name} cannot be read: it is a link, and links are not followed"
         )
