@@ -1,4 +1,4 @@
-"""Pictures of several runs as papers show them, drawn from those that have finished: loss over training time, accuracy over seeds.
+"""Pictures of several finished runs, as papers show them: loss over training time, accuracy over seeds.
 
 Penalties by layer and heat maps are drawn by `--compare` of the scripts themselves.
 """
