@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import IO, Any
 
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, warn
 
 DIRECTORY = 0x10  # a flag of records of a zip archive: torch.load takes memory as it is for the content of such a record
 
@@ -27,6 +26,8 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises OSError (a full disk, for example) with the old file untouched and nothing left next to it.
     """
     new = path.with_name(path.name + ".new")
+    if new.is_symlink():  # it would be written through
+        new.unlink()
     try:
         with open(new, "wb") as file:
             write(file)
@@ -72,7 +73,7 @@ def read(path: str | Path) -> Any:
     except Exception as error:  # damaged and foreign bytes fail in many ways
         raise CheckpointError(f"{path} is damaged, or no checkpoint of this suite") from error
     if intact is None:
-        print(f"note: {path} has no checksums, so damage to it cannot be noticed", file=sys.stderr)
+        warn(f"note: {path} has no checksums, so damage to it cannot be noticed")
     return state
 
 
