@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from common import parallel, plotting
 from common.datasets import images
-from common.datasets.images import DataError, ImageSet
+from common.datasets.images import ImageSet
 from common.errors import InputError
 from common.models.resnet import BLOCKS, CifarResNet
 from common.precision import PRECISIONS, autocast
@@ -41,12 +41,14 @@ from common.run.run import Run
 from common.run.schedule import warmup_cosine
 from common.run.state import State, refuse_infinity
 from common.seeds import generator_of, seed_everything
-from common.ssl import evaluation, models, pictures
-from common.ssl.duet import DUET, TARGETS, jensen_shannon
-from common.ssl.essl import ESSL, ESSL_CODES
+from common.ssl import evaluation, pictures
+from common.ssl.data import Data, load_splits
+from common.ssl.duet import DUET, TARGETS, check_structure
+from common.ssl.essl import ESSL, check_code
+from common.ssl.models import SavedModels, load_for_images, published_stem
 from common.ssl.simclr import SimCLR
 from common.ssl.steps import Batch, as_floats
-from common.ssl.views import CIRCULAR, CODES, NEEDS_RGB, PARAMETRISED, Stack
+from common.ssl.views import CIRCULAR, CODES, NEEDS_RGB, PARAMETRISED
 
 ENCODERS = ("Cifar10_ResNet", *(f"{lifted}cifar10_{name}" for lifted in ("", "lifted_") for name in BLOCKS))
 NOT_IN_NAME = (*options.RUN_OPTIONS, "dataset_root", "save_dir", "linear_probe", "knn")  # options that do not make another run
@@ -54,6 +56,9 @@ FILES = ("*.pt", "marginals.png")
 DRAW_SECONDS = 600.0  # between two drawings of metrics.png
 N_SHOWN, N_SWEPT = 12, 500  # images in samples.png, and in the heat map
 PROBES = ("linear_probe", "knn")
+PROTOCOL = (
+    "the model of the last epoch, measured on the test images; a tenth of the training images chose the linear probe's penalty"
+)
 Model = DUET | SimCLR | ESSL
 Means = dict[str, dict[str, float]]  # of metrics, by split and name
 
@@ -110,8 +115,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     args.dataset = args.dataset or "cifar10"
     if args.tx is None:
         parser.error(f"--tx is missing: choose from {' '.join(CODES)}")
-    check_encoder(parser, args)
-    check_transformations(parser, args)
+    check_model(parser, args)
     n_classes = images.N_CLASSES[images.BY_OPTION[args.dataset]]
     args.num_classes = args.num_classes or n_classes
     if args.num_classes < n_classes:
@@ -125,34 +129,28 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     return args, name
 
 
-def check_encoder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with the parser's error for an encoder or transformations that cannot be had, or a method cannot use."""
     if args.encoder.startswith("lifted_"):
         parser.error(f"--encoder {args.encoder} wants 54 input channels, from a lift of images that was never published")
     if args.encoder == "Cifar10_ResNet":
         parser.error("--encoder Cifar10_ResNet is the class of the others, without a depth: choose cifar10_resnet20, ...")
-    features = 8 * args.encoder_width
-    if args.model == "duet" and args.duet_bins and features % args.duet_bins:
+    features, structured = 8 * args.encoder_width, args.model == "duet" and args.duet_bins > 0
+    if structured and features % args.duet_bins:
         parser.error(f"--duet-bins {args.duet_bins} does not divide the encoder's {features} features")
-
-
-def check_transformations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    structured = args.model == "duet" and args.duet_bins > 0
     if args.equi_tx is None and (structured or args.model == "essl"):
         parser.error(f"--equi-tx is missing: {args.model} needs to know the structure of which transformation to learn")
-    if structured:
-        if args.equi_tx not in PARAMETRISED:
-            parser.error(f"--equi-tx {args.equi_tx} has no parameter to structure by: choose from {' '.join(PARAMETRISED)}")
-        if not Stack(args.tx, args.image_size).applies(args.equi_tx):
-            parser.error(
-                f"--equi-tx {args.equi_tx} is not one of --tx {' '.join(args.tx)}: duet can only learn what is applied"
-            )
-    if args.model == "essl" and args.equi_tx not in ESSL_CODES:
-        parser.error(f"--equi-tx {args.equi_tx} is nothing that essl can predict: choose from {' '.join(ESSL_CODES)}")
-    if args.dataset in ("mnist", "fashionmnist"):
-        used = args.tx if args.model == "simclr" else (*args.tx, args.equi_tx)
-        coloured = [code for code in used if code in NEEDS_RGB]
-        if coloured:
-            parser.error(f"{coloured[0]} changes colours: the images of {args.dataset} have one channel")
+    try:
+        if structured:
+            check_structure(args.equi_tx, args.tx)
+        elif args.model == "essl":
+            check_code(args.equi_tx)
+    except ValueError as error:
+        parser.error(f"--equi-tx {error}")
+    used = args.tx if args.model == "simclr" else (*args.tx, args.equi_tx)
+    coloured = [code for code in used if code in NEEDS_RGB]
+    if coloured and images.SHAPES[images.BY_OPTION[args.dataset]][0] == 1:
+        parser.error(f"{coloured[0]} changes colours: the images of {args.dataset} have one channel")
 
 
 def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
@@ -168,35 +166,13 @@ def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 # ---- data and model ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Data:
-    """Both splits, on the device, as large as the transformations are to see them."""
-
-    training: ImageSet
-    test: ImageSet
-    fingerprint: str
-
-
 def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     """The data set, at a side of --image-size, or 8/7 of it with --center-crop (as published: 36 for 32). Raises DataError."""
-
-    def fetch() -> list[ImageSet]:
-        return [images.load(images.BY_OPTION[args.dataset], split, args.dataset_root, download=True) for split in images.SPLITS]
-
-    parallel.main_first(fetch, InputError, OSError)
-    training, test = fetch()
-    fingerprint = training.fingerprint() + test.fingerprint()
-    if args.subset:
-        if args.subset > len(training):
-            raise DataError(f"--subset {args.subset} is more than the {len(training)} training images of {args.dataset}")
-        training = training[torch.randperm(len(training), generator=torch.Generator().manual_seed(args.seed))[: args.subset]]
-    if min(len(training), len(test), args.batch_size) < max(2, parallel.world_size()):
-        raise DataError(
-            f"{args.dataset} has {len(training)} training and {len(test)} test images, --batch-size {args.batch_size}: "
-            f"too few for {parallel.world_size()} processes"
-        )
     side = args.image_size * 256 // 224 if args.center_crop else args.image_size
-    return Data(images.resize(training, side).to(device), images.resize(test, side).to(device), fingerprint)
+    if args.batch_size < parallel.world_size():
+        raise InputError(f"--batch-size {args.batch_size} is too small for {parallel.world_size()} processes")
+    name = images.BY_OPTION[args.dataset]
+    return load_splits(name, args.dataset_root, side, device, subset=args.subset, seed=args.seed)
 
 
 def make_model(args: argparse.Namespace, device: torch.device) -> Model:
@@ -237,6 +213,8 @@ class Training(State):
         self.baselines = model.baselines(min(args.batch_size, len(data.training)))
         columns = (f"{split}_{name}" for split in images.SPLITS for name in self.baselines)
         self.metrics = Metrics(run.part / "metrics.csv", ("epoch", "step", "seconds", "lr", *columns), run.trackers)
+        stem = published_stem(args.dataset, args.model, args.equi_tx, args.duet_target)
+        self.saved = SavedModels(Path(args.save_dir or run.part), stem, run.name)
         parts = {name: getattr(self, name) for name in ("optimizer", "clock", "meter", "metrics", "traces")}
         super().__init__(run.last, run.options, run, data=data.fingerprint, model=model, **parts)
 
@@ -324,8 +302,8 @@ def log_epoch(training: Training, means: Means, seconds: dict[str, float]) -> No
     """Log the metrics of an epoch, each with its baseline, a line a split, and add them to metrics.csv and the traces."""
     lr = training.optimizer.param_groups[0]["lr"]
     row = {"epoch": training.epoch, "step": training.step, "seconds": training.clock.used(), "lr": lr, "train_lr": lr}
+    chance = {name: f" (chance {value:.3g})" for name, value in training.baselines.items() if value is not None}
     for split, values in means.items():
-        chance = {name: f" (chance {level:.3g})" for name, level in training.baselines.items() if level is not None}
         metrics = ", ".join(f"{name}: {value:.3f}{chance.get(name, '')}" for name, value in values.items())
         rate = f", lr: {lr:g}" if split == "train" else ""
         training.run.log(f"[{split.capitalize():<5} epoch {training.epoch} in {seconds[split]:.2f}s]  {metrics}{rate}")
@@ -337,179 +315,97 @@ def log_epoch(training: Training, means: Means, seconds: dict[str, float]) -> No
 # ---- what is left of a run -----------------------------------------------------------------------------------------------
 
 
-def model_files(args: argparse.Namespace, run: Run) -> tuple[Path, str]:
-    """The folder of saved models, and the published beginning of their names."""
-    equi = f"_{args.equi_tx}" if args.equi_tx else ""
-    more = {"duet": f"_eq-{args.equi_tx}_target-{args.duet_target}", "essl": f"_eq-{args.equi_tx}", "simclr": ""}
-    folder = Path(args.save_dir) if args.save_dir else run.part
-    return folder, f"encoder_{args.dataset}_{args.model}{equi}{more[args.model]}"
-
-
 def save_model(args: argparse.Namespace, training: Training, when: str) -> None:
-    """Save the model with its options; those of earlier epochs go, unless all are to be kept."""
-    run, (folder, stem) = training.run, model_files(args, training.run)
-    path = folder / f"{stem}_{when}.pt"
-    models.save(training.model, path, vars(args), training.step)
-    for old in models.saved_models(folder, stem):
-        if old != path and not args.keep_all:
-            old.unlink()
-    run.log(f"Model saved as {path if args.save_dir or when != 'final' else run.final / path.name}")
+    path = training.saved.save(training.model, when, vars(args), training.step, keep_all=args.keep_all)
+    training.run.log(f"Model saved as {path if args.save_dir or when != 'final' else training.run.final / path.name}")
 
 
 def draw_curves(training: Training) -> None:
     """metrics.png, and weights.png (of convolutions and linear maps: a panel a tensor)."""
     run, metrics, accuracy = training.run, read_metrics(training.metrics.path), "track_head_top_1_mean"
-    measures = [name for name in training.baselines if "top_5" not in name]
-    plotting.plot_epochs(
-        run.part / "metrics.png", run.name, metrics, measures, {accuracy: {"chance": training.baselines[accuracy]}}
-    )
+    measures, chance = [name for name in training.baselines if "top_5" not in name], {"chance": training.baselines[accuracy]}
+    plotting.plot_epochs(run.part / "metrics.png", run.name, metrics, measures, {accuracy: chance})
     traced = training.traces.by_parameter()
     weights = {name: values for name, values in traced.items() if training.model.get_parameter(name).ndim > 1}
     plotting.plot_weights(run.part / "weights.png", run.name, training.traces.steps, weights, 1)
 
 
-def draw_marginals(args: argparse.Namespace, data: Data, model: Model, run: Run) -> dict[str, Any] | None:
-    """marginals.png: the group marginal of test images as the transformation goes through its range; and its metrics."""
-    code, bins = args.equi_tx or next((code for code in args.tx if code in PARAMETRISED), None), args.duet_bins
-    if code not in PARAMETRISED or not bins or model.base_network.n_features % bins:
-        return None
-    shown = data.test.images[:N_SWEPT]
-    parameters, learned = evaluation.marginals_by_parameter(model.base_network, shown, args.image_size, code, bins)
-    learned, target = learned.cpu(), TARGETS[args.duet_target](torch.tensor(parameters), bins)
-    pictures.plot_marginals(run.part / "marginals.png", run.name, code, parameters, learned.numpy(), target.numpy())
-    divergence = jensen_shannon(learned.log(), target).item()
-    uniform = jensen_shannon(torch.zeros_like(target), target).item()
-    return {"code": code, "divergence_from_target": divergence, "divergence_of_uniform": uniform, "images": len(shown)}
-
-
 def report(args: argparse.Namespace, data: Data, training: Training) -> dict[str, Any]:
     """The final metrics of the last model, and pictures of what it learned."""
     run, model = training.run, training.model.eval()
+    encoder, size = model.base_network, args.image_size
     if training.epoch:
         draw_curves(training)
-    marginals = draw_marginals(args, data, model, run)
+    marginals, code = None, args.equi_tx or next((code for code in args.tx if code in PARAMETRISED), None)
+    if code in PARAMETRISED and args.duet_bins and encoder.n_features % args.duet_bins == 0:
+        path, shown = run.part / "marginals.png", data.test.images[:N_SWEPT]
+        marginals = pictures.draw_marginals(path, run.name, encoder, shown, size, code, args.duet_bins, args.duet_target)
     indices = training_batches(args, data.training, 0)[0][:N_SHOWN]
     pixels, generator = as_floats(data.training.images[indices]), generator_of(args.seed, 3)
     pictures.plot_views(run.part / "samples.png", run.name, pixels, model.stack, args.equi_tx, generator)
     # a run for debugging looks at few images here, too
     limit = args.debug_steps * args.batch_size if args.debug_steps else None
     train_set, test_set = data.training[:limit], data.test[:limit]
-    result = {
-        "script": "train_ssl",
-        "name": run.name,
-        "seed": args.seed,
-        "protocol": "the model of the last epoch, measured on the test images; a tenth of the training images chose the linear "
-        "probe's penalty",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": str(data.test.images.device),
-        "processes": parallel.world_size(),
-        "epochs": training.epoch,
-        "steps": training.step,
-        "seconds": training.clock.used(),
-        "training_images": len(train_set),
-        "test_images": len(test_set),
-        "test": training.extra["tested"],
-        "chance_top_1": 100 / args.num_classes,
-        "marginals": marginals,
-    }
-
-    def walk(parts: Sequence[Any]) -> Iterable[Any]:
-        return bar(args, parts, "measuring the encoder")
-
-    splits = evaluation.represent_splits(model.base_network, train_set, test_set, args.image_size, walk)
+    result = {"script": "train_ssl", "name": run.name, "seed": args.seed, "protocol": PROTOCOL}
+    result |= {"parameters": sum(p.numel() for p in model.parameters()), "device": str(data.test.images.device)}
+    result |= {"processes": parallel.world_size(), "epochs": training.epoch, "steps": training.step}
+    result |= {"seconds": training.clock.used(), "training_images": len(train_set), "test_images": len(test_set)}
+    result |= {"test": training.extra["tested"], "chance_top_1": 100 / args.num_classes, "marginals": marginals}
+    walk = partial(bar, args, title="measuring the encoder")
+    splits = evaluation.represent_splits(encoder, train_set, test_set, size, walk)
     result["linear_probe"] = evaluation.linear_probe(*splits, args.num_classes, args.seed, walk)
     result["knn"] = evaluation.nearest_neighbours(*splits, args.num_classes)
     if "rot" in (*args.tx, args.equi_tx):
-        bins = args.duet_bins if marginals is not None and marginals["code"] == "rot" else 0
-        rotated = train_set.images[:10_000], test_set.images, args.image_size
-        result["rotation_error_degrees"] = evaluation.rotation_errors(model.base_network, *rotated, bins, args.seed, walk)
+        bins = args.duet_bins if marginals is not None and code == "rot" else 0
+        rotated = train_set.images[:10_000], test_set.images, size
+        result["rotation_error_degrees"] = evaluation.rotation_errors(encoder, *rotated, bins, args.seed, walk)
     return result
-
-
-def report_table(result: dict[str, Any]) -> str:
-    """The final metrics as text."""
-    chance = f"(chance {result['chance_top_1']:.3g})"
-    rows = {
-        "test images": result["test_images"],
-        "online linear head, top-1": f"{result['test']['track_head_top_1_mean']:.2f} % {chance}",
-        "linear probe, top-1": f"{result['linear_probe']['top_1']:.2f} % {chance}",
-        "nearest neighbours, top-1": f"{result['knn']['top_1']:.2f} % {chance}",
-    }
-    for how, error in result.get("rotation_error_degrees", {}).items():
-        means = f"{error['mean']:.1f} degrees in the mean, {error['median']:.1f} in the median (chance 90)"
-        rows[f"rotation, by the {how}"] = means
-    if result["marginals"]:
-        learned, uniform = (result["marginals"][name] for name in ("divergence_from_target", "divergence_of_uniform"))
-        rows["divergence of marginals from target"] = f"{learned:.4f} nats (of a uniform one {uniform:.4f})"
-    return "\n".join(f"{name:>34}: {value}" for name, value in rows.items())
 
 
 # ---- saved encoders ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A saved encoder that is to be measured, and the file of its metrics."""
-
-    kind: str  # linear_probe or knn
-    path: Path
-    encoder: CifarResNet
-    args: argparse.Namespace  # with data set and sizes of images of its training
-    out: Path
-
-
-def read_probe(args: argparse.Namespace, kind: str) -> Probe:
-    """Read an encoder. Raises InputError if it is none, does not fit the data, or was measured before."""
-    path = Path(getattr(args, kind))
-    saved = models.read_saved(path)
-    encoder, noted = models.encoder_of(saved, path), saved["options"]
-    for name, values in (("dataset", images.BY_OPTION), ("image_size", range(8, 513)), ("center_crop", (False, True))):
-        if name not in noted or noted[name] not in values:
-            raise InputError(f"{path} is of another version: its option {name} is {noted.get(name, 'missing')!r}")
-    dataset = args.dataset or noted["dataset"]
-    channels = images.SHAPES[images.BY_OPTION[dataset]][0]
-    if channels != encoder.conv1.in_channels:
-        raise InputError(f"{path} takes {encoder.conv1.in_channels} channels, images of {dataset} have {channels}")
-    out = path.with_name(f"{path.stem}_{kind}_{dataset}.json")
-    if out.exists() and not args.overwrite:
-        raise InputError(f"{out} is there: --overwrite replaces it")
-    sizes = {name: noted[name] for name in ("image_size", "center_crop")}
-    return Probe(kind, path, encoder, argparse.Namespace(**{**vars(args), "dataset": dataset, **sizes}), out)
-
-
-def measure(probe: Probe, command: Command) -> None:
-    """Print the accuracy of a saved encoder, and write it beside the file."""
-    args, kind = probe.args, probe.kind.replace("_", " ")
+def measure(args: argparse.Namespace, kind: str, path: Path, encoder: CifarResNet, out: Path, command: Command) -> None:
+    """Print the accuracy of a saved encoder, and write it to `out`."""
+    title = kind.replace("_", " ")
 
     def walk(parts: Sequence[Any]) -> Iterator[Any]:
-        for part in bar(args, parts, kind):
-            command.check_signal(f"before {probe.path} was measured")
+        for part in bar(args, parts, title):
+            command.check_signal(f"before {path} was measured")
             yield part
 
     device, n_classes = options.device_of(args), images.N_CLASSES[images.BY_OPTION[args.dataset]]
-    data = load_data(args, device)
-    splits = evaluation.represent_splits(probe.encoder.to(device), data.training, data.test, args.image_size, walk)
-    if probe.kind == "linear_probe":
+    image_sets = load_data(args, device)
+    training, test = image_sets.training, image_sets.test
+    splits = evaluation.represent_splits(encoder.to(device), training, test, args.image_size, walk)
+    if kind == "linear_probe":
         metrics = evaluation.linear_probe(*splits, n_classes, args.seed, walk)
     else:
         metrics = evaluation.nearest_neighbours(*splits, n_classes)
-    echo(f"{probe.path}: {kind} top-1 {metrics['top_1']:.2f} % (chance {100 / n_classes:.3g})")
-    result = {"file": str(probe.path), "dataset": args.dataset, "seed": args.seed, "chance_top_1": 100 / n_classes}
-    write_json(probe.out, result | {"training_images": len(data.training), "test_images": len(data.test), **metrics})
-    echo(f"written to {probe.out}")
+    echo(f"{path}: {title} top-1 {metrics['top_1']:.2f} % (chance {100 / n_classes:.3g})")
+    result = {"file": str(path), "dataset": args.dataset, "seed": args.seed, "chance_top_1": 100 / n_classes}
+    write_json(out, result | {"training_images": len(training), "test_images": len(test), **metrics})
+    echo(f"written to {out}")
 
 
 def evaluate_saved(args: argparse.Namespace) -> int:
     """--linear-probe and --knn. All files are read before anything is computed."""
+    probes = []
     with Command("train_ssl") as command:
         command.next = "the same line begins again"
         if parallel.launched():
             raise InputError("--linear-probe and --knn are for one process: leave torchrun out")
-        for probe in [read_probe(args, kind) for kind in PROBES if getattr(args, kind) is not None]:
+        for kind, path in ((kind, Path(getattr(args, kind))) for kind in PROBES if getattr(args, kind) is not None):
+            encoder, its_images = load_for_images(path, args.dataset)
+            out = path.with_name(f"{path.stem}_{kind}_{its_images['dataset']}.json")
+            if out.exists() and not args.overwrite:
+                raise InputError(f"{out} is there: --overwrite replaces it")
+            probes.append((argparse.Namespace(**{**vars(args), **its_images}), kind, path, encoder, out))
+        for probe in probes:
             if args.dry_run:
-                echo(str(probe.out))
+                echo(str(probe[-1]))
             else:
-                measure(probe, command)
+                measure(*probe, command)
     return 0
 
 
@@ -519,20 +415,13 @@ def evaluate_saved(args: argparse.Namespace) -> int:
 def start(args: argparse.Namespace, data: Data, training: Training) -> None:
     """Begin or resume the run, once nothing can be refused any more, and log what was derived from the options."""
     run, begun = training.run, training.run.status == "unfinished"
-    place = *model_files(args, run), run.name
-
-    def check_save_dir() -> None:
-        place[0].mkdir(parents=True, exist_ok=True)
-        if not args.overwrite:
-            models.check_owner(*place, begun=begun)
-
     if begun:
         training.resume()
     if args.save_dir:
-        parallel.main_says(check_save_dir, InputError, OSError)
+        parallel.main_says(lambda: training.saved.check(begun=begun, overwrite=args.overwrite), InputError, OSError)
     run.open()
     if args.save_dir:
-        parallel.main_says(lambda: models.claim(*place, begun=begun, overwrite=args.overwrite), InputError, OSError)
+        parallel.main_says(lambda: training.saved.claim(begun=begun, overwrite=args.overwrite), InputError, OSError)
     training.save()
     side = data.training.images.shape[3]
     run.log(
@@ -565,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
         save_model(args, training, "final")
         with training.clock.paused():
             result = report(args, data, training)
-        run.log(report_table(result))
+        run.log(evaluation.as_table(result))
         status = run.finish(result)
     looks = run.where_to_look(views="samples.png", marginals="marginals.png")
     echo(f"after {result['seconds'] / 60:.1f} minutes of training:\n{looks}")

@@ -108,6 +108,16 @@ def duet_loss(
     return loss, dict(zip(METRICS, (loss, nce, weight * divergence, divergence), strict=True))
 
 
+def check_structure(structure: str, codes: Sequence[str]) -> None:
+    """Raises ValueError for a code that has no parameter, or whose parameter views of `codes` do not have."""
+    if structure not in PARAMETRISED:
+        raise ValueError(f"{structure} has no parameter to structure by: choose from {' '.join(PARAMETRISED)}")
+    if not Stack(codes, size=1).applies(structure):
+        raise ValueError(
+            f"{structure} is not one of the transformations {' '.join(codes)}: DUET can only learn what is applied"
+        )
+
+
 @dataclass(frozen=True)
 class DUETBatch(Batch):
     """Two views, and the parameters of the structure (n, 1) that made them."""
@@ -139,10 +149,7 @@ class DUET(nn.Module):
         super().__init__()
         features = encoder.n_features
         self.stack = Stack(codes, size)
-        if structure not in PARAMETRISED:
-            raise ValueError(f"{structure!r} has no parameter to structure by: choose from {' '.join(PARAMETRISED)}")
-        if not self.stack.applies(structure):
-            raise ValueError(f"{structure!r} is not one of the transformations {' '.join(codes)}")
+        check_structure(structure, codes)
         if bins < 1 or features % bins:
             raise ValueError(f"{features} features do not divide into {bins} bins")
         if target not in TARGETS:

@@ -29,6 +29,12 @@ MAX_DEGREES = 90.0
 METRICS = ("loss_mean", "nce_loss_mean", "essl_loss_mean", "essl_top_1_mean", "essl_top_5_mean")  # the last two of classes
 
 
+def check_code(code: str) -> None:
+    """Raises ValueError for a code that ESSL does not predict."""
+    if code not in ESSL_CODES:
+        raise ValueError(f"{code} is nothing that ESSL can predict: choose from {' '.join(ESSL_CODES)}")
+
+
 def draw_values(code: str, n: int, generator: torch.Generator) -> Tensor:
     """Degrees, or colour factors, for n images: (n). Zeros, undrawn, for codes with classes."""
     if code not in VALUE_CODES:
@@ -46,6 +52,7 @@ def make_task(code: str, images: Tensor, values: Tensor) -> tuple[Tensor, Tensor
     Classes: all variants of every image, one after the other (4B for quarter turns, else 2B), and their labels. Values: each
     image once, and degrees / 180 or the colour factor (B, 1). Raises ValueError for a code that ESSL does not predict.
     """
+    check_code(code)
     match code:
         case "rot":
             return tf.rotate(images, values), values[:, None] / 180
@@ -60,10 +67,8 @@ def make_task(code: str, images: Tensor, values: Tensor) -> tuple[Tensor, Tensor
             variants = [images, images.flip(3)]
         case "flv":
             variants = [images, images.flip(2)]
-        case "gra":
+        case _:  # "gra"
             variants = [images, tf.grey(images).expand_as(images)]
-        case _:
-            raise ValueError(f"ESSL does not predict {code!r}: choose from {' '.join(ESSL_CODES)}")
     labels = torch.arange(len(variants), device=images.device).repeat_interleave(len(images))
     return torch.cat(variants), labels
 
@@ -118,8 +123,7 @@ class ESSL(nn.Module):
         self, encoder: CifarResNet, codes: Sequence[str], size: int, *, n_classes: int, predicted: str, weight: float = 0.4
     ):
         super().__init__()
-        if predicted not in ESSL_CODES:
-            raise ValueError(f"ESSL does not predict {predicted!r}: choose from {' '.join(ESSL_CODES)}")
+        check_code(predicted)
         self.stack, self.half_stack = Stack(codes, size), Stack(codes, size // 2, resized=True)
         self.predicted, self.weight = predicted, weight
         self.base_network = encoder

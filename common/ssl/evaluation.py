@@ -175,3 +175,24 @@ def ridge(z: Tensor, y: Tensor, penalty: float = 1e-3) -> Tensor:
     x = with_one(z).double()
     gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     return torch.linalg.solve(gram, x.T @ y.double() / len(x)).to(z.dtype)
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------------
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """The metrics of an encoder as text: those in the result.json of its run."""
+    chance = f"(chance {result['chance_top_1']:.3g})"
+    rows = {
+        "test images": result["test_images"],
+        "online linear head, top-1": f"{result['test']['track_head_top_1_mean']:.2f} % {chance}",
+        "linear probe, top-1": f"{result['linear_probe']['top_1']:.2f} % {chance}",
+        "nearest neighbours, top-1": f"{result['knn']['top_1']:.2f} % {chance}",
+    }
+    for how, error in result.get("rotation_error_degrees", {}).items():
+        means = f"{error['mean']:.1f} degrees in the mean, {error['median']:.1f} in the median (chance 90)"
+        rows[f"rotation, by the {how}"] = means
+    if result["marginals"]:
+        learned, uniform = (result["marginals"][name] for name in ("divergence_from_target", "divergence_of_uniform"))
+        rows["divergence of marginals from target"] = f"{learned:.4f} nats (of a uniform one {uniform:.4f})"
+    return "\n".join(f"{name:>34}: {value}" for name, value in rows.items())

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from common import checkpoint
+from common.datasets import images
 from common.errors import InputError
 from common.models.resnet import CifarResNet
 
@@ -30,14 +31,63 @@ def projection_head(features: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-# ---- one saved model -----------------------------------------------------------------------------------------------------
+# ---- saved models ----------------------------------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, path: Path, options: dict[str, Any], steps: int) -> None:
-    """Write a model of DUET, SimCLR or ESSL after `steps` steps, with the options of its training. Raises OSError."""
-    weights = {name: value.cpu() for name, value in model.state_dict().items()}
-    state = {"model": weights, "encoder": model.base_network.options, "options": options, "steps": steps}  # type: ignore[union-attr]
-    checkpoint.save(state, path)
+def published_stem(dataset: str, model: str, equi_tx: str | None, target: str) -> str:
+    """The published beginning of the names of a run's models."""
+    equi = f"_{equi_tx}" if equi_tx else ""
+    more = {"duet": f"_eq-{equi_tx}_target-{target}", "essl": f"_eq-{equi_tx}", "simclr": ""}
+    return f"encoder_{dataset}_{model}{equi}{more[model]}"
+
+
+class SavedModels:
+    """The models of one run in a folder, <stem>_<when>.pt.
+
+    Published names say little of a run, so a file <stem>.run says whose they are.
+    """
+
+    def __init__(self, folder: Path, stem: str, run_name: str):
+        self.folder, self.stem, self.run_name, self.owner = folder, stem, run_name, folder / f"{stem}.run"
+
+    def paths(self) -> list[Path]:
+        """All models that are there."""
+        models = (path for path in self.folder.glob(f"{self.stem}_*.pt"))
+        return sorted(path for path in models if re.fullmatch(r"\d{4,}|final", path.stem[len(self.stem) + 1 :]))
+
+    def check(self, *, begun: bool, overwrite: bool = False) -> None:
+        """Make the folder. Raises InputError if models of another run are there; a run that has not `begun` has none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            return
+        models = self.paths()
+        if models and not (begun and self.owner.exists()):
+            raise InputError(f"{models[0]} is there, of another run: overwrite it, or save elsewhere")
+        name = self.owner.read_text(errors="replace") if self.owner.exists() else ""
+        if name not in ("", self.run_name):
+            raise InputError(f"{self.owner} says that the run {name!r} saves there: choose another place")
+
+    def claim(self, *, begun: bool, overwrite: bool) -> None:
+        """Note whose the models are; `overwrite` removes those of other runs. Raises InputError, OSError."""
+        for old in (self.owner, *self.paths()) if overwrite else ():
+            old.unlink(missing_ok=True)
+        try:
+            with open(self.owner, "x") as file:  # of two that start at once, one alone can
+                file.write(self.run_name)
+        except FileExistsError:
+            self.check(begun=begun)
+            self.owner.write_text(self.run_name)  # it is empty if a kill came between the two
+
+    def save(self, model: nn.Module, when: str, options: dict[str, Any], steps: int, *, keep_all: bool) -> Path:
+        """Write a model after `steps` steps, with the options of its training; older ones go. Raises OSError."""
+        path = self.folder / f"{self.stem}_{when}.pt"
+        weights = {name: value.cpu() for name, value in model.state_dict().items()}
+        encoder: Any = model.base_network
+        checkpoint.save({"model": weights, "encoder": encoder.options, "options": options, "steps": steps}, path)
+        for old in self.paths():
+            if old != path and not keep_all:
+                old.unlink()
+        return path
 
 
 def read_saved(path: str | Path) -> dict[str, Any]:
@@ -52,6 +102,24 @@ def read_saved(path: str | Path) -> dict[str, Any]:
 def load_encoder(path: str | Path) -> CifarResNet:
     """The encoder of a saved model, on the CPU, ready for use (in evaluation mode). Raises InputError if there is none."""
     return encoder_of(read_saved(path), path)
+
+
+def load_for_images(path: Path, dataset: str | None) -> tuple[CifarResNet, dict[str, Any]]:
+    """The encoder of a saved model, and the options of the images that it takes: dataset, image_size and center_crop.
+
+    `dataset` replaces the one that it was trained with. Raises InputError also if it has other channels.
+    """
+    saved = read_saved(path)
+    encoder, options = encoder_of(saved, path), saved["options"]
+    known = {"dataset": tuple(images.BY_OPTION), "image_size": range(8, 513), "center_crop": (False, True)}
+    for name, values in known.items():
+        if type(options.get(name)) is not type(values[0]) or options[name] not in values:
+            raise InputError(f"{path} is of another version: its option {name} is {options.get(name, 'missing')!r}")
+    own = {name: options[name] for name in known} | ({"dataset": dataset} if dataset else {})
+    channels = images.SHAPES[images.BY_OPTION[own["dataset"]]][0]
+    if channels != encoder.conv1.in_channels:
+        raise InputError(f"{path} takes {encoder.conv1.in_channels} channels, images of {own['dataset']} have {channels}")
+    return encoder, own
 
 
 def encoder_of(state: dict[str, Any], path: str | Path) -> CifarResNet:
@@ -75,37 +143,3 @@ def encoder_of(state: dict[str, Any], path: str | Path) -> CifarResNet:
     if not all(parameter.isfinite().all() for parameter in encoder.parameters()):
         raise InputError(f"{path} has weights that are not finite")
     return encoder.eval()
-
-
-# ---- the models of a run in a folder ---------------------------------------------------------------------------------------
-
-
-def saved_models(folder: Path, stem: str) -> list[Path]:
-    """The models that a run has saved in a folder under a published name."""
-    return sorted(path for path in folder.glob(f"{stem}_*.pt") if re.fullmatch(r"\d{4,}|final", path.stem[len(stem) + 1 :]))
-
-
-def check_owner(folder: Path, stem: str, run_name: str, *, begun: bool) -> None:
-    """Check that the models in a folder are of this run alone: published names say little.
-
-    A file <stem>.run says whose they are. A run that has not `begun` has none. Raises InputError if another run's are there.
-    """
-    owner, models = folder / f"{stem}.run", saved_models(folder, stem)
-    if models and not (begun and owner.exists()):
-        raise InputError(f"{models[0]} is there, of another run: overwrite it, or save elsewhere")
-    name = owner.read_text(errors="replace") if owner.exists() else ""
-    if name not in ("", run_name):
-        raise InputError(f"{owner} says that the run {name!r} saves there: choose another place")
-
-
-def claim(folder: Path, stem: str, run_name: str, *, begun: bool, overwrite: bool) -> None:
-    """Note that the models in a folder are of this run; `overwrite` removes those of others. Raises InputError, OSError."""
-    owner = folder / f"{stem}.run"
-    for old in (owner, *saved_models(folder, stem)) if overwrite else ():
-        old.unlink(missing_ok=True)
-    try:
-        with open(owner, "x") as file:  # of two that start at once, one alone can
-            file.write(run_name)
-    except FileExistsError:
-        check_owner(folder, stem, run_name, begun=begun)
-        owner.write_text(run_name)  # it is empty if a kill came between the two

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import plotting
 from common.plotting import ImageGrid, headline, save_figure
+from common.ssl import evaluation
+from common.ssl.duet import TARGETS, jensen_shannon
 from common.ssl.views import PARAMETRISED, Stack, clean_view
 
 
@@ -27,6 +30,18 @@ def plot_views(path: Path, title: str, pixels: Tensor, stack: Stack, code: str |
         names = [f"{first:.2f}, {second:.2f}" for first, second in zip(*parameters, strict=True)]
         caption += f", with their parameters of {code}"
     plotting.plot_images(path, title, [ImageGrid(caption, mosaic, len(pixels), names)])
+
+
+def draw_marginals(
+    path: Path, title: str, encoder: nn.Module, images: Tensor, size: int, code: str, bins: int, target: str
+) -> dict[str, Any]:
+    """Draw the group marginal of uint8 images (N, C, H, H) as a transformation goes through its range. Returns its metrics."""
+    parameters, learned = evaluation.marginals_by_parameter(encoder, images, size, code, bins)
+    learned, targets = learned.cpu(), TARGETS[target](torch.tensor(parameters), bins)
+    plot_marginals(path, title, code, parameters, learned.numpy(), targets.numpy())
+    divergence = jensen_shannon(learned.log(), targets).item()
+    uniform = jensen_shannon(torch.zeros_like(targets), targets).item()
+    return {"code": code, "divergence_from_target": divergence, "divergence_of_uniform": uniform, "images": len(images)}
 
 
 def plot_marginals(
