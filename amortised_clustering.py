@@ -14,10 +14,15 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,7 +35,6 @@ from common.run import dotted, options
 from common.run.budget import BudgetedTraining
 from common.run.command import echo
 from common.run.memory import tune_malloc
-from common.run.metrics import read_metrics
 from common.run.options import at_least, real, run_id
 from common.run.progress import bar
 from common.run.run import Run
@@ -137,23 +141,23 @@ def validate(model: nn.Module, tasks: ClusteringTasks, batches: list[Tensor], pr
     """The model's measures of every validation task, in the order of the batches."""
     model.eval()
     parts = []
-    for chosen in batches:
-        points, labels, mask = clustering.padded_batch(tasks, chosen)
+    for indices in batches:
+        points, labels, mask = clustering.padded_batch(tasks, indices)
         parts.append(measure(log_probs(model, points, mask, precision), labels, mask))
     model.train()
     return joined(parts)
 
 
-def references(tasks: ClusteringTasks, batches: list[Tensor], seed: int) -> dict[str, dict[str, Tensor]]:
-    """The same measures for chance (all labels equally likely, ties broken at random) and for the true mixture's posterior."""
+def measure_baselines(tasks: ClusteringTasks, batches: list[Tensor], seed: int) -> dict[str, dict[str, Tensor]]:
+    """The same measures for chance (equal probabilities, random ties) and the oracle (posterior of the true mixture)."""
     gen = torch.Generator().manual_seed(seed)
     parts: dict[str, list[dict[str, Tensor]]] = {"chance": [], "oracle": []}
-    for chosen in batches:
-        points, labels, mask = clustering.padded_batch(tasks, chosen)
+    for indices in batches:
+        points, labels, mask = clustering.padded_batch(tasks, indices)
         noise = 1e-6 * torch.rand(*mask.shape, N_LABELS, generator=gen).to(points.device)
         parts["chance"].append(measure(noise.log_softmax(2), labels, mask))
-        parts["oracle"].append(measure(clustering.log_posterior(tasks, chosen, points), labels, mask))
-    return {name: joined(of) for name, of in parts.items()}
+        parts["oracle"].append(measure(clustering.log_posterior(tasks, indices, points), labels, mask))
+    return {name: joined(measures) for name, measures in parts.items()}
 
 
 def means(measured: dict[str, Tensor]) -> dict[str, float]:
@@ -166,20 +170,20 @@ def means(measured: dict[str, Tensor]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Data:
-    """Tasks, cut into batches of training and validation, and the levels to judge a model by."""
+    """Tasks, cut into batches of training and validation, and baselines."""
 
     tasks: ClusteringTasks
     training: list[Tensor]
     validation: list[Tensor]
-    references: dict[str, dict[str, Tensor]]  # "chance" and "oracle": measures of each validation task
-    levels: dict[str, dict[str, float]]  # their means
+    by_task: dict[str, dict[str, Tensor]]  # measures of "chance" and "oracle" for each validation task
+    baselines: dict[str, dict[str, float]]  # their means
 
 
 def make_data(n_tasks: int, batch_size: int, seed: int, device: torch.device) -> Data:
     tasks = clustering.make_tasks(n_tasks, seed).to(device)
     training, validation = (clustering.batches_by_size(tasks, part, batch_size) for part in clustering.split(n_tasks))
-    measured = references(tasks, validation, seed)
-    return Data(tasks, training, validation, measured, {name: means(of) for name, of in measured.items()})
+    by_task = measure_baselines(tasks, validation, seed)
+    return Data(tasks, training, validation, by_task, {name: means(measures) for name, measures in by_task.items()})
 
 
 def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, progress: tqdm) -> bool:
@@ -199,7 +203,7 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
 
         progress.set_description_str(
             f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(data.training)}  loss {value:.3f}  best validation "
-            f"{training.best.loss:.3f} (oracle {data.levels['oracle']['cross_entropy']:.3f})  "
+            f"{training.best.loss:.3f} (oracle {data.baselines['oracle']['cross_entropy']:.3f})  "
             f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
             refresh=False,
         )
@@ -224,7 +228,7 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
         "lr": training.learning_rate,
     }
     verdict = training.conclude_epoch(row)
-    chance, oracle = data.levels["chance"], data.levels["oracle"]
+    chance, oracle = data.baselines["chance"], data.baselines["oracle"]
     training.run.log(
         f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
         f"validation {row['val_loss']:.4f} (oracle {oracle['cross_entropy']:.4f}, chance {chance['cross_entropy']:.4f}) | "
@@ -238,24 +242,40 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
 
 def draw(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> None:
     """metrics.png, weights.png, samples.png."""
-    levels = {
-        column: {name: data.levels[name][measure] for name in ("chance", "oracle")}
+    baselines = {
+        column: {name: data.baselines[name][measure] for name in ("chance", "oracle")}
         for column, measure in (("val_loss", "cross_entropy"), ("val_accuracy", "accuracy"))
     }
-    run, traces, n_steps = training.run, training.traces, len(data.training)
-    metrics = read_metrics(training.metrics.path)
-    plotting.plot_metrics(
-        run.part / "metrics.png",
-        run.name,
-        metrics,
-        traces.steps,
-        traces.numbers,
-        n_steps,
-        levels,
-        "cross entropy (nats per point)",
-    )
-    plotting.plot_weights(run.part / "weights.png", run.name, traces.steps, traces.by_parameter(), n_steps)
-    plotting.plot_clusterings(run.part / "samples.png", run.name, samples(args, data, training.model))
+    training.draw(len(data.training), baselines, "cross entropy (nats per point)")
+    plot_clusterings(training.run.part / "samples.png", training.run.name, samples(args, data, training.model))
+
+
+def plot_clusterings(
+    path: Path,
+    title: str,
+    tasks: Sequence[tuple[NDArray[np.floating], NDArray[np.integer], NDArray[np.integer], str]],
+) -> None:
+    """Scatter plots of some tasks: predicted labels above, true ones below, in matching colours.
+
+    Each task is (points (E, 2), predicted (E), true (E), caption); predicted labels are already renamed to the true clusters
+    that they are matched with. Far outliers are left outside the frame.
+    """
+    figure = Figure(figsize=(4.2 * len(tasks), 8.6), layout="constrained")
+    plotting.headline(figure, title)
+    panels = figure.subplots(2, len(tasks), squeeze=False)
+    colours = np.array(plotting.PALETTE)
+    for column, (points, predicted, true, caption) in enumerate(tasks):
+        low, high = np.percentile(points, [0.5, 99.5], axis=0)
+        margin = 0.08 * (high - low)
+        for panel, labels in zip(panels[:, column], (predicted, true), strict=True):
+            panel.scatter(points[:, 0], points[:, 1], c=colours[labels], s=9, linewidths=0)
+            panel.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+            panel.set_xlabel("first coordinate")
+        panels[0, column].set_title(f"predicted: {caption}", fontsize=9)
+        panels[1, column].set_title("true clusters", fontsize=9)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("second coordinate")
+    plotting.save_figure(figure, path)
 
 
 @torch.no_grad()
@@ -263,10 +283,10 @@ def samples(args: argparse.Namespace, data: Data, model: nn.Module) -> list[tupl
     """Three validation tasks, always the same: with few, some and many clusters."""
     _, validation = clustering.split(len(data.tasks))
     by_clusters = validation[data.tasks.n_clusters[validation.to(data.tasks.points.device)].argsort(stable=True).cpu()]
-    chosen = by_clusters[torch.linspace(0, len(by_clusters) - 1, min(3, len(by_clusters))).long()]
+    shown = by_clusters[torch.linspace(0, len(by_clusters) - 1, min(3, len(by_clusters))).long()]
     model.eval()
     drawn = []
-    for task in chosen.split(1):
+    for task in shown.split(1):
         points, labels, mask = clustering.padded_batch(data.tasks, task)
         predicted = log_probs(model, points, mask, args.precision).argmax(2)
         counts = matching.contingency(predicted, labels, mask, N_LABELS)
@@ -277,22 +297,22 @@ def samples(args: argparse.Namespace, data: Data, model: nn.Module) -> list[tupl
             f"{int(data.tasks.n_clusters[task])} clusters, {points.shape[1]} points,\n"
             f"accuracy {matching.matched_accuracy(counts).item():.2f} (oracle {oracle_accuracy:.2f})"
         )
-        shown = (points[0], cluster_of_label[predicted[0]], labels[0])
-        drawn.append((*(tensor.cpu().numpy() for tensor in shown), caption))
+        arrays = (tensor.cpu().numpy() for tensor in (points[0], cluster_of_label[predicted[0]], labels[0]))
+        drawn.append((*arrays, caption))
     model.train()
     return drawn
 
 
 def report(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> dict[str, Any]:
-    """The final figures: the best model's measures on the validation tasks, by number of clusters, beside the references."""
+    """The best model's measures on the validation tasks, by number of clusters, beside the baselines."""
     training.best.load()
-    measured = {"model": validate(training.model, data.tasks, data.validation, args.precision), **data.references}
+    measured = {"model": validate(training.model, data.tasks, data.validation, args.precision), **data.by_task}
     n_clusters = data.tasks.n_clusters.cpu()[torch.cat(data.validation)]
     by_clusters = {}
     for number in sorted(set(n_clusters.tolist())):
-        of_number = n_clusters == number
-        figures = {name: means({m: v[of_number] for m, v in values.items()}) for name, values in measured.items()}
-        by_clusters[str(number)] = {"tasks": int(of_number.sum()), **figures}
+        mask = n_clusters == number
+        metrics = {name: means({m: v[mask] for m, v in values.items()}) for name, values in measured.items()}
+        by_clusters[str(number)] = {"tasks": int(mask.sum()), **metrics}
     return {
         "script": "amortised_clustering",
         "name": training.run.name,
@@ -310,7 +330,7 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> 
 
 
 def report_table(result: dict[str, Any]) -> str:
-    """The final figures as text: a row for each number of clusters."""
+    """The final metrics as text: a row for each number of clusters."""
     names = ("model", "chance", "oracle")
     lines = [
         " " * 16 + "".join(f"| {title:^23}" for title in MEASURES.values()),
@@ -362,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     check_combinations(parser, args)
     options.check(parser, args, name)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     tune_malloc()
     with Run("amortised_clustering", name, args, another="-run ID", may_change=NOT_IN_NAME, quiet=True) as run:

@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
     name = "-".join(options.not_defaults(parser, args, NOT_IN_NAME)) or "default"
     options.check(parser, args, name)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     files = ("*.png",)
     with Run("deepsets_exercise", name, args, another="--seed N", may_change=NOT_IN_NAME, files=files) as run:

@@ -1,7 +1,7 @@
 """Routing networks: learning which modules each task goes through (Rosenbaum, Klinger & Riemer, ICLR 2018, arXiv 1711.01239).
 
 A convolutional trunk is shared by all tasks; each fully connected layer behind it has several modules, and a router decides
-which one a sample goes through, paid by the loss that the sample ends with: common/routing has the method,
+which one a sample goes through. The router's reward is the sample's negative loss. common/routing has the method,
 common/models/routed.py the networks. The experiment as published, on CIFAR-100 in 20 tasks, and a short one on MNIST in ten:
 
     python routing_networks.py
@@ -15,17 +15,14 @@ README.md says what each logged quantity means.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.special import stdtrit
 from torch import Tensor, nn
 
 import common.routing as routing
@@ -34,7 +31,9 @@ from common.datasets import images, multitask
 from common.datasets.multitask import MultitaskSet
 from common.models import routed
 from common.models.routed import RoutedNet, SoftMixture
-from common.routing import Decision, Loss, Trajectories
+from common.precision import autocast
+from common.routing import Decision, Loss, Trajectories, pictures
+from common.routing.comparison import comparison_table, interval
 from common.routing.measures import modules_used, policy_entropy, task_overlap
 from common.run import options
 from common.run.clock import Clock
@@ -42,6 +41,7 @@ from common.run.command import Command, echo
 from common.run.memory import tune_malloc
 from common.run.metrics import Meter, Metrics, Traces, read_metrics
 from common.run.options import at_least, real
+from common.run.progress import bar
 from common.run.records import read_results, write_text
 from common.run.run import Run, environment
 from common.run.state import State, refuse_infinity
@@ -51,14 +51,14 @@ DECISIONS = (
     "WPL", "REINFORCE", "REINFORCEBl1", "REINFORCEBl2", "EGreedyREINFORCE", "ActorCritic", "AAC", "BootstrapAAC", "EGreedyAAC",
     "QLearning", "SARSA", "AdvantageLearning", "BootstrapAdvantageLearning", "GumbelSoftmax", "RELAX",
 )  # fmt: skip
-LEARNED = ("routed-all-fc", "dispatched", "single-agent")  # models that decide
-MAX_NORM = 40.0  # of the gradient, of modules and of routers apart
-NOT_IN_NAME = ("data_dir", "results_dir", "device", "resume", "overwrite", "dry_run", "compare")  # they make no other run
+LEARNED = ("routed-all-fc", "dispatched", "single-agent")  # models with decisions
+MAX_NORM = 40.0  # of the gradients of modules and of routers, each clipped by itself
+NOT_IN_NAME = (*options.RUN_OPTIONS, "data_dir", "compare")  # options that do not make another run
 COLUMNS = (
     "epoch", "step", "seconds", "lr", "exploration", "train_loss", "train_accuracy", "train_routing_loss", "test_loss",
     "test_accuracy", "test_routing_loss", "policy_entropy", "modules_used", "task_overlap",
 )  # fmt: skip
-EVALUATED_AT_ONCE = 500
+EVALUATION_BATCH = 500
 N_SHOWN = 12  # parameters in weights.png: there may be hundreds
 
 
@@ -68,7 +68,8 @@ def get_parser() -> argparse.ArgumentParser:
     paper = parser.add_argument_group("options of the paper")
     paper.add_argument("--data", choices=tuple(multitask.N_TASKS), default="CIFAR100-MTL", help="tasks [%(default)s]")
     paper.add_argument("--model", choices=routed.MODELS, default="routed-all-fc", help="[%(default)s]")
-    paper.add_argument("--decision", choices=DECISIONS, default="WPL", help="how routers learn [%(default)s]")
+    learning = "how routers learn; GumbelSoftmax has a biased gradient, as published [%(default)s]"
+    paper.add_argument("--decision", choices=DECISIONS, default="WPL", help=learning)
     paper.add_argument("--modules", type=at_least(1, 10**4), metavar="N", help="in each layer [as many as tasks]")
     paper.add_argument("--agents", type=at_least(1, 10**4), metavar="N", help="of dispatched [as many as tasks]")
     paper.add_argument("--depth", type=at_least(1, 100), default=3, metavar="N", help="fully connected layers [%(default)s]")
@@ -88,8 +89,8 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--loss", choices=("mse", "cross-entropy"), default="mse", help="mse: of one-hot labels [%(default)s]")
     own.add_argument("--reward", choices=("loss", "correct"), default="loss", help="-loss, or +1 and -1 [%(default)s]")
     own.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd", help="[%(default)s]")
-    own.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of products and convolutions [%(default)s]")
-    own.add_argument("--device", choices=("cpu", "cuda"), help="[cuda when available]")
+    options.add_device_options(own)
+    options.add_tracker_options(own)
     own.add_argument("--data-dir", metavar="PATH", default="data", help="where the data set lies, or is saved [%(default)s]")
     options.add_run_options(own)
     own.add_argument("--compare", nargs="+", metavar="RUN", help="instead of training: a table of finished runs")
@@ -97,7 +98,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, str]:
-    """Options that can work together, what was left open filled in, and the run's name; or the parser's error."""
+    """The options, completed, and the run's name. Ends with the parser's error for options that exclude each other."""
     args = parser.parse_args(argv)
     n_tasks = multitask.N_TASKS[args.data]
     if args.model.startswith("per-task") and args.modules not in (None, n_tasks):
@@ -121,19 +122,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
 
 
 class Data:
-    """Both splits on the device, and what pixels are scaled with."""
+    """Both splits on the device, and mean and deviation of the training pixels."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        """Read, or download, what the options name. Raises DataError."""
-        name = args.data.removesuffix("-MTL")
-        train, test = (images.load(name, split, args.data_dir, download=True) for split in images.SPLITS)
-        self.fingerprint = train.fingerprint()
-        if args.data == "CIFAR100-MTL":
-            tasks = multitask.superclasses(train), multitask.superclasses(test)
-        else:
-            sizes = (multitask.PER_TASK[split] for split in images.SPLITS)
-            tasks = (multitask.one_against_rest(*own, args.seed) for own in zip((train, test), sizes, strict=True))
-        self.train, self.test = (split.to(device) for split in tasks)
+        """Read or download the data set. Raises DataError."""
+        train, test, self.fingerprint = multitask.load(args.data, args.data_dir, args.seed)
+        self.train, self.test = train.to(device), test.to(device)
         pixels = self.train.images.float() / 255
         self.mean, self.deviation = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
         self.n_tasks, self.n_labels = multitask.N_TASKS[args.data], multitask.N_LABELS[args.data]
@@ -153,7 +147,7 @@ def make_model(args: argparse.Namespace, data: Data) -> RoutedNet | SoftMixture:
     _, channels, side, _ = data.train.images.shape
 
     def make_decision(n: int, in_features: int, n_agents: int, storage: str) -> Decision:
-        # on the output, where the factor's gradient is what more of the module would change
+        # on the output, the gradient of the factor is the effect of a larger output of the module
         more = {"scale": "output"} if args.decision == "GumbelSoftmax" else {}
         reward = routing.CollaborationReward(args.collaboration, num_actions=n)
         decision = getattr(routing, args.decision)
@@ -165,19 +159,19 @@ def make_model(args: argparse.Namespace, data: Data) -> RoutedNet | SoftMixture:
 
 
 def make_optimizer(args: argparse.Namespace, model: RoutedNet | SoftMixture) -> torch.optim.Optimizer:
-    """Two groups: modules with the trunk, and routers. The weights of soft-mixture learn as modules do."""
+    """Two groups: the trunk and modules, and the routers. The weights of soft-mixture are in the first."""
     routers = model.routing_parameters() if isinstance(model, RoutedNet) else []
-    of_routers = {id(parameter) for parameter in routers}
-    modules = [parameter for parameter in model.parameters() if id(parameter) not in of_routers]
+    router_ids = {id(parameter) for parameter in routers}
+    modules = [parameter for parameter in model.parameters() if id(parameter) not in router_ids]
     kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
     return kind([{"params": modules, "lr": args.lr}, {"params": routers, "lr": args.routing_lr}], fused=True)
 
 
-def losses_of(
+def forward(
     args: argparse.Namespace, model: nn.Module, x: Tensor, tasks: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Trajectories]:
-    """One batch through the network: logits (B, labels), module loss, routing loss, and its trajectories."""
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16"):
+    """One batch through the network: logits (B, labels), mean module loss, mean routing loss, and the trajectories."""
+    with autocast(x, args.precision):
         logits, records = model(x, tasks)
     logits = logits.float()
     reward = routing.NegLossReward() if args.reward == "loss" else routing.CorrectClassifiedReward()
@@ -185,11 +179,11 @@ def losses_of(
         loss_func, targets = Loss(nn.MSELoss(), reward), F.one_hot(labels, logits.shape[1]).float()
     else:
         loss_func, targets = Loss(nn.CrossEntropyLoss(), reward), labels
-    return logits, *loss_func(logits, records, targets), records
+    return logits, *loss_func(logits, targets, records), records
 
 
-def rate_share(args: argparse.Namespace, epoch: int) -> float:
-    """The share of the full rates in an epoch (from 0): all, a third, a tenth, as published."""
+def lr_factor(args: argparse.Namespace, epoch: int) -> float:
+    """Factor of both learning rates in an epoch (from 0): 1, a third, a tenth, as published."""
     return 1.0 if epoch < args.drop_after else 1 / 3 if epoch < 2 * args.drop_after else 0.1
 
 
@@ -197,43 +191,44 @@ def exploration_in(args: argparse.Namespace, epoch: int) -> float:
     """Exploration of an epoch (from 0)."""
     if args.exploration_end is None:
         return args.exploration
-    return routing.annealed(args.exploration, args.exploration_end, epoch / max(1, args.epochs - 1))
+    return args.exploration + (args.exploration_end - args.exploration) * (epoch / max(1, args.epochs - 1))
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 
 class Training(State):
-    """The state of a training, with its parts. `extra`: "tested", metrics of the last test, and "maps" of all epochs."""
+    """The state of a training. `extra` has "tested", metrics of the last test, and "maps" of all epochs."""
 
     model: RoutedNet | SoftMixture
 
     def __init__(self, run: Run, model: RoutedNet | SoftMixture, optimizer: torch.optim.Optimizer, data: str):
         self.run, self.optimizer = run, optimizer
         self.clock, self.meter, self.traces = Clock(), Meter(), Traces(model)
-        self.metrics = Metrics(run.part / "metrics.csv", COLUMNS)
+        self.metrics = Metrics(run.part / "metrics.csv", COLUMNS, run.trackers)
         parts = {name: getattr(self, name) for name in ("optimizer", "clock", "meter", "metrics", "traces")}
         super().__init__(run.last, run.options, run, data=data, model=model, **parts)
 
 
-def batches_of(args: argparse.Namespace, data: Data, epoch: int) -> list[Tensor]:
-    """The batches of an epoch: a function of seed and epoch alone. A last one of a single image is left out, for batch norm."""
+def epoch_batches(args: argparse.Namespace, data: Data, epoch: int) -> list[Tensor]:
+    """Batches of indices, a function of seed and epoch. A last batch of one image is left out, for batch norm."""
     order = torch.randperm(len(data.train), generator=generator_of(args.seed, 0, epoch)).to(data.train.labels.device)
     return [batch for batch in order.split(args.batch_size) if len(batch) > 1]
 
 
 def train_epoch(args: argparse.Namespace, data: Data, training: Training) -> None:
-    """Train on the batches of the epoch that are left."""
+    """Train on the remaining batches of the epoch."""
     model, optimizer = training.model, training.optimizer
     model.train()
     if args.exploration_end is not None:
         routing.set_exploration(model, exploration_in(args, training.epoch))
     for group, rate in zip(optimizer.param_groups, (args.lr, args.routing_lr), strict=True):
-        group["lr"] = rate * rate_share(args, training.epoch)
-    for indices in batches_of(args, data, training.epoch)[training.batch :]:
-        torch.manual_seed(seed_of(args.seed, 1, training.epoch, training.batch))  # of what routers draw
+        group["lr"] = rate * lr_factor(args, training.epoch)
+    batches = epoch_batches(args, data, training.epoch)
+    for indices in bar(args, batches[training.batch :], f"epoch {training.epoch + 1} of {args.epochs}", unit=" steps"):
+        torch.manual_seed(seed_of(args.seed, 1, training.epoch, training.batch))  # of the actions that routers draw
         x, tasks, labels = data.batch(data.train, indices)
-        logits, module_loss, routing_loss, _ = losses_of(args, model, x, tasks, labels)
+        logits, module_loss, routing_loss, _ = forward(args, model, x, tasks, labels)
         optimizer.zero_grad()
         (module_loss + routing_loss).backward()
         for group in optimizer.param_groups:
@@ -246,52 +241,53 @@ def train_epoch(args: argparse.Namespace, data: Data, training: Training) -> Non
 
 @torch.no_grad()
 def evaluate(args: argparse.Namespace, data: Data, training: Training) -> dict[str, Any]:
-    """Metrics of the test images, greedy decisions: means, accuracy by task, a routing map (tasks, modules) for each layer."""
+    """Metrics of the test images with greedy decisions: means, accuracy by task, a routing map (tasks, modules) by layer."""
     model, meter = training.model.eval(), Meter()
-    right = torch.zeros(data.n_tasks, device=data.test.labels.device)
+    correct = torch.zeros(data.n_tasks, device=data.test.labels.device)
     maps: list[Tensor] = []
-    for indices in torch.arange(len(data.test), device=right.device).split(EVALUATED_AT_ONCE):
+    for indices in bar(args, torch.arange(len(data.test), device=correct.device).split(EVALUATION_BATCH), "test"):
         training.check_signal()
         x, tasks, labels = data.batch(data.test, indices)
-        logits, module_loss, routing_loss, records = losses_of(args, model, x, tasks, labels)
+        logits, module_loss, routing_loss, records = forward(args, model, x, tasks, labels)
         hits = (logits.argmax(1) == labels).float()
-        right.index_add_(0, tasks, hits)
+        correct.index_add_(0, tasks, hits)
         metrics = {"loss": module_loss, "accuracy": hits.mean(), "routing_loss": routing_loss}
         meter.add(len(indices), metrics | {"policy_entropy": policy_entropy(records, module_loss)})
-        used = [choice.float() for choice in model.routing(records, tasks)]
-        new = [torch.zeros(data.n_tasks, use.shape[1], device=use.device).index_add(0, tasks, use) for use in used]
+        routes = [route.float() for route in model.routing(records, tasks)]  # (B, modules) for each layer
+        new = [torch.zeros(data.n_tasks, route.shape[1], device=x.device).index_add(0, tasks, route) for route in routes]
         maps = [old + more for old, more in zip(maps, new, strict=True)] if maps else new
     per_task = torch.bincount(data.test.tasks, minlength=data.n_tasks)
     maps = [counts / per_task[:, None] for counts in maps]
     return meter.means() | {
         "modules_used": statistics.fmean(modules_used(m) for m in maps),
         "task_overlap": statistics.fmean(task_overlap(m) for m in maps),
-        "accuracy_by_task": dict(zip(data.test.task_names, (right / per_task).tolist(), strict=True)),
+        "accuracy_by_task": dict(zip(data.test.task_names, (correct / per_task).tolist(), strict=True)),
         "maps": [counts.tolist() for counts in maps],
     }
 
 
 def train(args: argparse.Namespace, data: Data, training: Training) -> None:
-    """Train until the epochs are over: each ends with a test and is a row of metrics.csv."""
+    """Train until the epochs are over; each ends with a test and a row of metrics.csv."""
     while training.epoch < args.epochs:
+        epoch = training.epoch + 1
         try:
             train_epoch(args, data, training)
             tested = evaluate(args, data, training)
         except ValueError as error:  # of rewards
             if "no finite value" in str(error):
-                refuse_infinity(math.nan, f"epoch {training.epoch + 1}")
+                refuse_infinity(math.nan, f"epoch {epoch}")
             raise
         means = training.meter.means()
-        refuse_infinity(means["loss"] + means["routing_loss"], f"epoch {training.epoch + 1}")
+        refuse_infinity(means["loss"] + means["routing_loss"], f"epoch {epoch}")
         training.extra["maps"] = [*training.extra.get("maps", []), tested.pop("maps")]
         training.extra["tested"] = tested
-        row: dict[str, float | int] = {"epoch": training.epoch + 1, "step": training.step, "seconds": training.clock.used()}
+        row: dict[str, float | int] = {"epoch": epoch, "step": training.step, "seconds": training.clock.used()}
         row |= {"lr": training.optimizer.param_groups[0]["lr"], "exploration": exploration_in(args, training.epoch)}
         row |= {f"train_{name}": value for name, value in means.items()}
         row |= {name if name in COLUMNS else f"test_{name}": tested[name] for name in tested if isinstance(tested[name], float)}
         training.run.log(epoch_line(row, 1 / data.n_labels))
         training.metrics.append(row)
-        training.traces.record(training.epoch + 1, {})
+        training.traces.record(epoch, {})
         training.meter.reset()
         training.end_epoch()
     training.save()
@@ -306,27 +302,27 @@ def epoch_line(row: dict[str, float | int], chance: float) -> str:
     )
 
 
-# ---- what is left of a run -----------------------------------------------------------------------------------------------
+# ---- results of a run ----------------------------------------------------------------------------------------------------
 
 
 def n_parameters(model: RoutedNet | SoftMixture) -> dict[str, int]:
-    """How many parameters there are, and how many of them route."""
+    """Number of parameters, in total and in routers."""
     routers = sum(parameter.numel() for parameter in model.routing_parameters())
     return {"total": sum(parameter.numel() for parameter in model.parameters()), "routers": routers}
 
 
 def draw(data: Data, training: Training) -> None:
-    """metrics.png, weights.png, and routing.png: which task goes through which module, over time."""
+    """Draw metrics.png, weights.png, and routing.png: modules by task over the epochs."""
     run, metrics, traced = training.run, read_metrics(training.metrics.path), training.traces.by_parameter()
     chance = {"accuracy": {"chance": 1 / data.n_labels}}
     plotting.plot_epochs(run.part / "metrics.png", run.name, metrics, ("loss", "accuracy", "routing_loss"), chance)
     shown = {name: traced[name] for name in list(traced)[:: max(1, len(traced) // N_SHOWN)]}
     plotting.plot_weights(run.part / "weights.png", run.name, training.traces.steps, shown, 1)
-    plotting.plot_routing_maps(run.part / "routing.png", run.name, training.extra["maps"], data.train.task_names)
+    pictures.plot_routing_maps(run.part / "routing.png", run.name, training.extra["maps"], data.train.task_names)
 
 
 def report(data: Data, training: Training) -> dict[str, Any]:
-    """The final metrics of the last epoch."""
+    """result.json: metrics of the last epoch."""
     return {
         "script": "routing_networks",
         "name": training.run.name,
@@ -357,23 +353,16 @@ def report_table(result: dict[str, Any]) -> str:
 # ---- several runs --------------------------------------------------------------------------------------------------------
 
 
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of the two-sided 95 % confidence interval by Student's t; None for a single value."""
-    n = len(values)
-    if n < 2:
-        return values[0], None
-    return statistics.fmean(values), float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
-
-
 def compare(args: argparse.Namespace) -> int:
-    """--compare: runs that differ by their seed alone are one row; the table, table.md and comparison.png."""
+    """--compare: write table.md and comparison.png, with a row for runs that differ only by their seed."""
     with Command("routing_networks"):
-        results, rows = read_results(args.compare, "routing_networks"), []
-        groups = {label: list(group) for label, group in itertools.groupby(sorted(results, key=label_of), label_of)}
-        for label, group in groups.items():
-            mean, half = interval([100 * result["test"]["accuracy"] for result in group])
-            row = {"label": label, "n": len(group), "accuracy": mean, "half": half}
-            rows.append(row | {"chance": 100 * group[0]["chance_accuracy"]})
+        results = read_results(args.compare, "routing_networks")
+        groups = {label: [r for r in results if label_of(r) == label] for label in sorted(map(label_of, results))}
+        rows = []
+        for label, runs in groups.items():
+            mean, half = interval([100 * run["test"]["accuracy"] for run in runs])
+            chance = 100 * runs[0]["chance_accuracy"]
+            rows.append({"label": label, "n": len(runs), "accuracy": mean, "half": half, "chance": chance})
         folder = Path(args.results_dir) / "routing_networks" / f"figures-{results[0]['options']['data']}"
         folder.mkdir(parents=True, exist_ok=True)
         text = comparison_table(groups)
@@ -388,27 +377,6 @@ def label_of(result: dict[str, Any]) -> str:
     return "-".join(part for part in result["name"].split("-") if not part.startswith("seed."))
 
 
-def with_interval(values: Sequence[float]) -> str:
-    mean, half = interval(values)
-    return f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
-
-
-def comparison_table(groups: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: one table of all tasks together, and the accuracy of each task."""
-    lines = ["| run | n | accuracy % (95 %) | parameters | modules used | overlap | minutes |", "| --- " * 7 + "|"]
-    for label, results in groups.items():
-        accuracy = with_interval([100 * result["test"]["accuracy"] for result in results])
-        used, overlap = (statistics.fmean(r["test"][name] for r in results) for name in ("modules_used", "task_overlap"))
-        minutes = statistics.fmean(result["seconds"] for result in results) / 60
-        metrics = f"{results[0]['parameters']['total']:,} | {used:.2f} | {overlap:.2f} | {minutes:.1f}"
-        lines.append(f"| {label} | {len(results)} | {accuracy} | {metrics} |")
-    for label, results in groups.items():
-        lines += ["", f"{label}, accuracy % by task (chance {100 * results[0]['chance_accuracy']:g}):", ""]
-        runs = [result["test"]["accuracy_by_task"] for result in results]
-        lines.append("; ".join(f"{task} {with_interval([100 * run[task] for run in runs])}" for task in runs[0]))
-    return "\n".join(lines)
-
-
 # ---- one run from start to end -------------------------------------------------------------------------------------------
 
 
@@ -418,7 +386,7 @@ def introduce(args: argparse.Namespace, data: Data, training: Training) -> None:
     log(
         f"{args.model}: {counts['total']:,} parameters, {counts['routers']:,} of them in routers; {data.n_tasks} tasks of "
         f"{data.n_labels} labels, {len(data.train)} training and {len(data.test)} test images; "
-        f"{len(batches_of(args, data, 0))} steps an epoch on {data.test.labels.device}, seed {args.seed}"
+        f"{len(epoch_batches(args, data, 0))} steps an epoch on {data.test.labels.device}, seed {args.seed}"
     )
     if training.step:
         log(f"resumed in epoch {training.epoch + 1} after step {training.step}")
@@ -434,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
         print(name)
         return 0
     with Run("routing_networks", name, args, another="--seed N", may_change=NOT_IN_NAME, files=("routing.png",)) as run:
-        data = Data(args, torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        data = Data(args, options.device_of(args))
         model = make_model(args, data)
         training = Training(run, model, make_optimizer(args, model), data.fingerprint)
         if run.status == "unfinished":

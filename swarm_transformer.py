@@ -35,7 +35,6 @@ from common.run import dotted, options
 from common.run.budget import BudgetedTraining
 from common.run.command import echo
 from common.run.memory import MicroBatches, tune_malloc
-from common.run.metrics import read_metrics
 from common.run.options import at_least, boolean, real, shortest
 from common.run.progress import bar
 from common.run.run import Run
@@ -158,12 +157,12 @@ def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 
 @dataclass(frozen=True)
 class Data:
-    """The three splits, on the device, and the nats per value of models that know little, to judge by."""
+    """The three splits, on the device, and baselines in nats per value."""
 
     training: ImageSet
     validation: ImageSet
     test: ImageSet
-    levels: dict[str, dict[str, float]]  # {"validation": {"chance": ..., "by position": ...}, "test": ...}
+    baselines: dict[str, dict[str, float]]  # {"validation": {"chance": ..., "by position": ...}, "test": ...}
     fingerprint: str  # of the training images before validation took its part
 
 
@@ -174,11 +173,11 @@ def load_data(name: str, data_dir: str | None, seed: int, device: torch.device) 
     )
     training, validation = images.split_validation(everything, seed)
     table = log_histograms(training)
-    levels = {
+    baselines = {
         split: {"chance": math.log(N_VALUES), "by position": position_cross_entropy(table, of)}
         for split, of in (("validation", validation), ("test", test))
     }
-    return Data(training, validation, test, levels, everything.fingerprint())
+    return Data(training, validation, test, baselines, everything.fingerprint())
 
 
 def log_histograms(data: ImageSet) -> Tensor:
@@ -252,7 +251,7 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
 
         progress.set_description_str(
             f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(batches)}  loss {loss:.3f}  best validation "
-            f"{training.best.loss:.3f} (by position {data.levels['validation']['by position']:.3f})  "
+            f"{training.best.loss:.3f} (by position {data.baselines['validation']['by position']:.3f})  "
             f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
             refresh=False,
         )
@@ -277,10 +276,10 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
         "lr": training.learning_rate,
     }
     verdict = training.conclude_epoch(row)
-    levels = data.levels["validation"]
+    baselines = data.baselines["validation"]
     training.run.log(
         f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
-        f"validation {val_loss:.4f} (by position {levels['by position']:.4f}, chance {levels['chance']:.4f}) | "
+        f"validation {val_loss:.4f} (by position {baselines['by position']:.4f}, chance {baselines['chance']:.4f}) | "
         f"{row['val_bits']:.4f} bits per dimension | lr {row['lr']:.4g}{verdict}"
     )
 
@@ -290,13 +289,9 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
 
 def draw(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> None:
     """metrics.png, weights.png, samples.png."""
-    run, traces, n_steps = training.run, training.traces, -(-epoch_size(args, data) // args.bs)
-    levels = {"by position": data.levels["validation"]["by position"]}  # with chance, far away, the curve would look flat
-    metrics, path = read_metrics(training.metrics.path), run.part / "metrics.png"
-    plotting.plot_metrics(
-        path, run.name, metrics, traces.steps, traces.numbers, n_steps, {"val_loss": levels}, "nats per value"
-    )
-    plotting.plot_weights(run.part / "weights.png", run.name, traces.steps, traces.by_parameter(), n_steps)
+    run, steps_per_epoch = training.run, -(-epoch_size(args, data) // args.bs)
+    baselines = {"by position": data.baselines["validation"]["by position"]}  # beside chance the curve would look flat
+    training.draw(steps_per_epoch, {"val_loss": baselines}, "nats per value")
     plotting.plot_images(run.part / "samples.png", run.name, samples(args, data, training.model))
 
 
@@ -327,13 +322,14 @@ def samples(args: argparse.Namespace, data: Data, model: ImageTransformer) -> li
     ]
 
 
-def measured(losses: Tensor, levels: dict[str, float]) -> dict[str, Any]:
-    """The figures of a split: nats per value, bits per dimension, and the levels to judge them by."""
-    return {"images": len(losses), "nats": losses.mean().item(), "bits": losses.mean().item() / math.log(2), "levels": levels}
+def metrics_of(losses: Tensor, baselines: dict[str, float]) -> dict[str, Any]:
+    """The metrics of a split: nats per value, bits per dimension, and the baselines in nats."""
+    nats = losses.mean().item()
+    return {"images": len(losses), "nats": nats, "bits": nats / math.log(2), "levels": baselines}
 
 
 def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, micro: MicroBatches) -> dict[str, Any]:
-    """The final figures of the best model: on the validation images, which chose it, and, once, on the test images."""
+    """The metrics of the best model: on the validation images, which chose it, and, once, on the test images."""
     training.best.load()
     validation, test = (
         micro.as_fits(partial(evaluate, training.model, split, args.precision)) for split in (data.validation, data.test)
@@ -355,23 +351,21 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, mic
         "epochs": training.epoch,
         "steps": training.step,
         "seconds": training.clock.used(),
-        "validation": measured(validation, data.levels["validation"]),
-        "test": measured(test, data.levels["test"]),
+        "validation": metrics_of(validation, data.baselines["validation"]),
+        "test": metrics_of(test, data.baselines["test"]),
         "test_by_class": by_class,
     }
 
 
 def report_table(result: dict[str, Any]) -> str:
-    """The final figures as text."""
-    by_class = {f"test, {name}": of for name, of in result["test_by_class"].items()}
+    """The final metrics as text."""
+    by_class = {f"test, {name}": metrics for name, metrics in result["test_by_class"].items()}
     width = max(map(len, ("validation", *by_class)))
     lines = [f"{'':>{width}} {'images':>7}  {'nats per value':>14} {'(by position, chance)':>22}  {'bits per dimension':>18}"]
-    for split in ("validation", "test"):
-        of = result[split]
-        levels = f"({of['levels']['by position']:.4f}, {of['levels']['chance']:.4f})"
-        lines.append(f"{split:>{width}} {of['images']:>7}  {of['nats']:>14.4f} {levels:>22}  {of['bits']:>18.4f}")
-    for label, of in by_class.items():
-        lines.append(f"{label:>{width}} {of['images']:>7}  {of['nats']:>14.4f} {'':>22}  {of['nats'] / math.log(2):>18.4f}")
+    for name, metrics in {"validation": result["validation"], "test": result["test"], **by_class}.items():
+        nats, baselines = metrics["nats"], metrics.get("levels")
+        beside = f"({baselines['by position']:.4f}, {baselines['chance']:.4f})" if baselines else ""
+        lines.append(f"{name:>{width}} {metrics['images']:>7}  {nats:>14.4f} {beside:>22}  {nats / math.log(2):>18.4f}")
     return "\n".join(lines)
 
 
@@ -403,8 +397,8 @@ def introduce(args: argparse.Namespace, data: Data, training: BudgetedTraining) 
         f"{len(data.training)} training images, {-(-epoch_size(args, data) // args.bs)} steps an epoch; "
         f"{len(data.validation)} validation images, chosen by the seed; {len(data.test)} test images"
     )
-    for split, levels in data.levels.items():
-        log(f"{split}: " + ", ".join(f"{name} {nats:.4f} nats per value" for name, nats in levels.items()))
+    for split, baselines in data.baselines.items():
+        log(f"{split}: " + ", ".join(f"{name} {nats:.4f} nats per value" for name, nats in baselines.items()))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -412,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser, argv)
     name = name_of(parser, args)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     tune_malloc()
     with Run("swarm_transformer", name, args, another="-seed N", may_change=NOT_IN_NAME, quiet=True) as run:

@@ -1,7 +1,7 @@
-"""A routed network sample by sample, as one writes it first (and the original does): oracle of tests, base of benchmarks.
+"""A routed network sample by sample, as the original has it: reference of tests, baseline of benchmarks.
 
-Loops over samples, with an object for each; decisions are WPL with tables, an agent a task, and collaboration rewards. It uses
-the parameters of a RoutedNet, so that outputs, losses and gradients can be compared.
+Loops over samples, with an object for each; decisions are WPL with tables, an agent for each task, and collaboration rewards.
+It uses the parameters of a RoutedNet, so that outputs, losses and gradients can be compared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common.routing import WPL
 
 @dataclass
 class PlainRecord:
-    """What one sample has seen: for each decision its layer's number, log-probabilities (K), values (K) and action."""
+    """The steps of one sample: index of the layer, log-probabilities (K), values (K) and action of each decision."""
 
     task: int
     steps: list[tuple[int, Tensor, Tensor, int]] = field(default_factory=list)

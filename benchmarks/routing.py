@@ -5,8 +5,8 @@
 RoutedAllFC of the paper: WPL with tables, 20 tasks, 20 modules of 128 -> 48 -> 48 -> 5, 3 decisions, collaboration rewards, in
 training mode. One thread; times are the process's CPU time, so that other processes disturb little; medians, and kinds in turn.
 
-(a) What is outside the convolutions (decisions, selections, loss, their backward), on given features (B, 128): "plain" loops
-    over samples (benchmarks/plain_routing.py), "layers" is common.routing.
+(a) Everything outside the convolutions (decisions, selections, loss, backward), on given features (B, 128): "plain" loops over
+    samples (benchmarks/plain_routing.py), "layers" is common.routing.
 (b) The whole step on images (64, 3, 32, 32), with clipping and SGD, against forward and backward of the trunk alone.
 (c) Bytes that a forward pass with its loss keeps for the backward pass, parameters left out, by batch and by depth.
 """
@@ -67,7 +67,7 @@ def layers_step(net: RoutedNet, batch: int) -> Callable[[], None]:
 
     def step() -> None:
         estimates, records = net(features, tasks)
-        module_loss, routing_loss = loss_func(estimates, records, labels)
+        module_loss, routing_loss = loss_func(estimates, labels, records)
         (module_loss + routing_loss).backward()
 
     return step
@@ -117,7 +117,7 @@ def compare_with_trunk(batch: int, rounds: int) -> None:
 
     def whole() -> None:
         estimates, records = net(x, tasks)
-        module_loss, routing_loss = loss_func(estimates, records, labels)
+        module_loss, routing_loss = loss_func(estimates, labels, records)
         optimizer.zero_grad()
         (module_loss + routing_loss).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 40.0)
@@ -149,7 +149,7 @@ def kept_bytes(batch: int, depth: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         estimates, records = net(features, tasks)
-        Loss(nn.CrossEntropyLoss(), NegLossReward())(estimates, records, labels)
+        Loss(nn.CrossEntropyLoss(), NegLossReward())(estimates, labels, records)
     return sum(kept.values())
 
 

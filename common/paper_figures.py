@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from common.plotting import PALETTE, PRINT, REFERENCE, VALIDATION, draw_curve, draw_levels, headline, save_figure
+from common.plotting import BASELINE, PALETTE, PRINT, VALIDATION, draw_baselines, draw_curve, headline, save_figure
 
 
 def layer_labels(layers: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -33,7 +33,7 @@ def plot_penalties(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) ->
         deviations = [row["deviation"] or 0.0 for row in own.values()]
         heights = [row["penalty"] for row in own.values()]
         axes.bar(places, heights, width, yerr=deviations, capsize=2, label=kind, color=PALETTE[i % len(PALETTE)])
-    axes.axhline(0, color=REFERENCE, linewidth=0.8)
+    axes.axhline(0, color=BASELINE, linewidth=0.8)
     axes.set_xticks(range(len(layers)), [f"{layer}*" if layer in inside else str(layer) for layer in layers])
     note = " (* inside a residual block)" if inside else ""
     headline(figure, title)
@@ -134,7 +134,7 @@ def plot_over_time(
         axes.plot(grid, mean, color=colour, linewidth=2, linestyle=("-", "--", ":")[i // len(PALETTE) % 3], label=name)
     low, high = (of(of(values) for *_, values in curves) for of in (min, max))
     margin = 0.05 * (high - low)
-    draw_levels(axes, levels)
+    draw_baselines(axes, levels)
     axes.set(xlabel="minutes of training", ylabel=measure, ylim=(low - margin, high + margin) if margin else None)
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right center")

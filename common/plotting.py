@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, traces of weights, and what a model makes: labels of clustering tasks, images.
+"""The style of all pictures, and those of many scripts: learning curves, traces of weights, grids of images.
 
 All are drawn from plain numbers and written in one step, without a display.
 """
@@ -19,9 +19,7 @@ from common.checkpoint import atomic_write
 
 # Okabe and Ito's palette, told apart by colour-blind people, plus a grey and a brown
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#8C8C8C", "#7B3F00")
-TRAINING, VALIDATION, REFERENCE = PALETTE[1], PALETTE[0], "#666666"
-
-
+TRAINING, VALIDATION, BASELINE = PALETTE[1], PALETTE[0], "#666666"
 SCREEN, PRINT = 110, 220  # dots per inch
 
 
@@ -40,10 +38,10 @@ def draw_curve(axes: Axes, x: Sequence[float], y: Sequence[float], **style: obje
     axes.plot(x, np.where(np.isfinite(y), y, np.nan), marker="o" if len(x) < 15 else "", markersize=4, **style)  # type: ignore[arg-type]
 
 
-def draw_levels(axes: Axes, levels: Mapping[str, float]) -> None:
-    """Levels to judge curves by."""
-    for (name, level), line in zip(levels.items(), ("--", ":"), strict=False):
-        axes.axhline(level, color=REFERENCE, linestyle=line, linewidth=1.2, label=f"{name} {level:.3f}")
+def draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
+    """Horizontal lines with their names and values."""
+    for (name, value), line in zip(baselines.items(), ("--", ":"), strict=False):
+        axes.axhline(value, color=BASELINE, linestyle=line, linewidth=1.2, label=f"{name} {value:.3f}")
 
 
 def plot_metrics(
@@ -53,16 +51,15 @@ def plot_metrics(
     steps: Sequence[int],
     by_step: Mapping[str, Sequence[float]],
     steps_per_epoch: float,
-    references: Mapping[str, Mapping[str, float]],
+    baselines: Mapping[str, Mapping[str, float]],
     loss_name: str,
 ) -> None:
     """Learning curves: loss by epoch and by minutes trained, the learning rate, and further measures.
 
     `metrics` are the columns of metrics.csv (step, seconds, train_loss, val_loss, lr, and more), `by_step` the training loss
-    and perhaps more at some `steps`. `references` are the levels to judge a column by, as {"val_loss": {"oracle": 0.1,
-    "chance": 2.3}}; the columns that have some are drawn.
+    and perhaps more at some `steps`. Columns that have `baselines`, as {"val_loss": {"oracle": 0.1, "chance": 2.3}}, are drawn.
     """
-    measures = [column for column in references if column != "val_loss"]
+    measures = [column for column in baselines if column != "val_loss"]
     traced = [name for name in by_step if name != "loss"]
     n_panels = 3 + len(measures) + len(traced)
     rows = (n_panels + 1) // 2
@@ -80,11 +77,11 @@ def plot_metrics(
     draw_curve(by_minute, [s / 60 for s in metrics["seconds"]], metrics["val_loss"], color=VALIDATION, label="validation")
     by_minute.set(xlabel="minutes trained", ylabel=loss_name)
     for panel in (by_epoch, by_minute):
-        draw_levels(panel, references.get("val_loss", {}))
+        draw_baselines(panel, baselines.get("val_loss", {}))
     for panel, column in zip(panels[3:], measures, strict=False):
         draw_curve(panel, epochs, metrics[column], color=VALIDATION, label="validation")
         panel.set(xlabel="epoch", ylabel=column.removeprefix("val_").replace("_", " "))
-        draw_levels(panel, references.get(column, {}))
+        draw_baselines(panel, baselines.get(column, {}))
     draw_curve(rate, epochs, metrics["lr"], color=PALETTE[2])
     rate.set(xlabel="epoch", ylabel="learning rate", yscale="log")
     for panel, name in zip(panels[3 + len(measures) :], traced, strict=False):
@@ -120,34 +117,6 @@ def plot_weights(
         panel.grid(alpha=0.25)
     for panel in panels[len(weights) :]:
         panel.set_axis_off()
-    save_figure(figure, path)
-
-
-def plot_clusterings(
-    path: Path,
-    title: str,
-    tasks: Sequence[tuple[NDArray[np.floating], NDArray[np.integer], NDArray[np.integer], str]],
-) -> None:
-    """Scatter plots of some tasks: predicted labels above, true ones below, in matching colours.
-
-    Each task is (points (E, 2), predicted (E), true (E), caption); predicted labels are already renamed to the true clusters
-    that they are matched with. Far outliers are left outside the frame.
-    """
-    figure = Figure(figsize=(4.2 * len(tasks), 8.6), layout="constrained")
-    headline(figure, title)
-    panels = figure.subplots(2, len(tasks), squeeze=False)
-    colours = np.array(PALETTE)
-    for column, (points, predicted, true, caption) in enumerate(tasks):
-        low, high = np.percentile(points, [0.5, 99.5], axis=0)
-        margin = 0.08 * (high - low)
-        for panel, labels in zip(panels[:, column], (predicted, true), strict=True):
-            panel.scatter(points[:, 0], points[:, 1], c=colours[labels], s=9, linewidths=0)
-            panel.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
-            panel.set_xlabel("first coordinate")
-        panels[0, column].set_title(f"predicted: {caption}", fontsize=9)
-        panels[1, column].set_title("true clusters", fontsize=9)
-    for panel in panels[:, 0]:
-        panel.set_ylabel("second coordinate")
     save_figure(figure, path)
 
 
@@ -203,11 +172,11 @@ def plot_epochs(
     title: str,
     metrics: Mapping[str, Sequence[float]],
     measures: Sequence[str],
-    references: Mapping[str, Mapping[str, float]],
+    baselines: Mapping[str, Mapping[str, float]],
 ) -> None:
     """Curves by epoch, a panel a measure: the columns train_<measure> and test_<measure> of metrics.csv, and the rate `lr`.
 
-    `references` are the levels to judge a measure by, as {"track_head_top_1_mean": {"chance": 10.0}}.
+    `baselines` are by measure, as {"track_head_top_1_mean": {"chance": 10.0}}.
     """
     columns = 3
     rows = -(-(len(measures) + 1) // columns)
@@ -222,7 +191,7 @@ def plot_epochs(
                 if np.isfinite(value)
             ]
             draw_curve(panel, [epoch for epoch, _ in points], [value for _, value in points], color=colour, label=split)
-        draw_levels(panel, references.get(measure, {}))
+        draw_baselines(panel, baselines.get(measure, {}))
         panel.set(title=measure.replace("_", " "), xlabel="epoch")
         panel.legend(fontsize=8)
     draw_curve(panels[len(measures)], metrics["epoch"], metrics["lr"], color=PALETTE[2])
@@ -247,27 +216,4 @@ def plot_matrices(path: Path, title: str, matrices: Sequence[tuple[str, NDArray[
             panel.set_title(f"{name}, {how}", fontsize=9)
             panel.set(xlabel="channel of network 1", ylabel="channel of network 2")
             figure.colorbar(drawn, ax=panel, shrink=0.7)
-    save_figure(figure, path)
-
-
-def plot_routing_maps(
-    path: Path, title: str, epochs: Sequence[Sequence[Sequence[Sequence[float]]]], tasks: Sequence[str]
-) -> None:
-    """Which task goes through which module: a row of heat maps a layer, a column each for up to five epochs.
-
-    `epochs` holds for each epoch, for each layer, a matrix (tasks, modules) of shares.
-    """
-    shown = sorted({round(i) for i in np.linspace(0, len(epochs) - 1, min(5, len(epochs)))})
-    n_layers = len(epochs[0])
-    figure = Figure(figsize=(2.6 * len(shown) + 1.6, 2.6 * n_layers + 0.8), layout="constrained")
-    headline(figure, title)
-    panels = figure.subplots(n_layers, len(shown), squeeze=False)
-    for column, epoch in enumerate(shown):
-        for layer, panel in enumerate(panels[:, column]):
-            drawn = panel.imshow(np.asarray(epochs[epoch][layer]), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-            panel.set_title(f"layer {layer + 1}, epoch {epoch + 1}", fontsize=9)
-            panel.set_yticks(range(len(tasks)), tasks if column == 0 else [""] * len(tasks), fontsize=6)
-    for panel in panels[-1]:
-        panel.set_xlabel("module")
-    figure.colorbar(drawn, ax=panels, label="share of the task's test images", shrink=0.6)
     save_figure(figure, path)

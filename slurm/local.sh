@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Runs what is left of a sweep here, without SLURM, from the tree as it stands.
 #
-#     slurm/local.sh SWEEP [-j N]        # N runs at once [1]; Ctrl-C saves and stops them, the same line goes on
+#     slurm/local.sh SWEEP [-j N]        # N runs at once [1]; Ctrl-C saves and stops them, the same command goes on
+#
+# SIGTERM and SIGUSR1 stop it in the same way. Exit status: 0 if all lines have finished, else that of the first that has not
+# (75: stopped and resumable).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -24,7 +27,34 @@ setup
 mkdir -p results/slurm/runs
 plan=$("$PYTHON" slurm/sweep.py prepare "$sweep" --data-dir "$DATA_DIR")
 { read -r lines && read -r open && read -r _; } <<<"$plan"$'\n\n' # the last two may be empty
-status=0
-tr ',' '\n' <<<"$open" | xargs --no-run-if-empty -P "$at_once" -n 1 slurm/run_line.sh "$lines" || status=$?
+IFS=, read -ra numbers <<<"$open"
+runs=() status=0 stopped=''
+
+# shellcheck disable=SC2317 # called by signals
+stop() {
+    local running
+    stopped=1
+    mapfile -t running < <(jobs -pr)
+    [ ${#running[@]} = 0 ] || kill -TERM "${running[@]}" 2>/dev/null || true # they may have ended just now
+}
+trap stop TERM INT USR1
+
+for number in "${numbers[@]}"; do
+    while [ "$(jobs -pr | wc -l)" -ge "$at_once" ]; do
+        wait -n || true # ends also when a signal comes
+    done
+    [ -z "$stopped" ] || break
+    slurm/run_line.sh "$lines" "$number" &
+    runs+=($!)
+done
+while [ -n "$(jobs -pr)" ]; do
+    wait -n || true
+done
+for run in "${runs[@]}"; do
+    wait "$run" && ended=0 || ended=$?
+    [ "$status" != 0 ] || status=$ended
+done
+# lines that were not started are left to do, and so is one that was stopped before it could note the signal
+[ ${#runs[@]} = ${#numbers[@]} ] && [ "$status" != 143 ] || status=75
 "$PYTHON" slurm/sweep.py status "$sweep"
 exit "$status"

@@ -1,4 +1,4 @@
-"""Sweeps: text files with one command line a run. What their lines are, how they stand, what is left to do.
+"""Read a sweep, a text file with one command line a run: check its lines, print how they stand, and list what is left to do.
 
     python slurm/sweep.py status SWEEP                           # a table: status.sh
     python slurm/sweep.py prepare SWEEP [--data-dir DIR]         # what submit.sh and local.sh ask for before they start
@@ -33,24 +33,28 @@ from types import ModuleType
 CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
 
-from common.errors import InputError  # noqa: E402
+from common.errors import InputError, one_line  # noqa: E402
 from common.run.command import RESUMABLE  # noqa: E402
+from common.run.dotted import split_command_line  # noqa: E402
 from common.run.figures import figures_of, last_row  # noqa: E402
 from common.run.lock import is_locked  # noqa: E402
 from common.run.records import read_json, write_text  # noqa: E402
 from common.run.run import ARGS, LAST, RESULT  # noqa: E402
 
 RESULTS = Path("results")
-PLACE = RESULTS / "slurm"
+RECORDS = RESULTS / "slurm"
 STATES = ("finished", "running", "waiting", "failed", "resumable", "new")
-# what a job adds, or what belongs to the site; -overwrite would throw away what a requeued run has saved
-NOT_IN_SWEEPS = ("resume", "overwrite", "results_dir", "data_dir", "dataset_root", "dry_run", "to_stdout")
+# options that a job adds, belong to the site, or make no run; -overwrite would replace what a requeued run has saved
+NOT_IN_SWEEPS = (
+    "resume", "overwrite", "results_dir", "data_dir", "dataset_root", "dry_run", "to_stdout",
+    "help", "compare", "draw", "linear_probe", "knn",
+)  # fmt: skip
 LOG_LINES = 5  # of a failed run
 
 
 @dataclass(frozen=True)
 class Line:
-    """A command line of a sweep: script and options, and the run, or the models of a zoo, that it makes."""
+    """A line of a sweep: its words, and the run, or the models of a zoo, that it makes."""
 
     number: int  # in the file, from 1
     words: tuple[str, ...]
@@ -59,16 +63,16 @@ class Line:
 
     @property
     def key(self) -> str:
-        """What files about this line are called; other lines have others."""
+        """The name of all files about this line."""
         return hashlib.sha256(" ".join(self.words).encode()).hexdigest()[:16]
 
     @property
     def path(self) -> Path:
-        """Where the run is now."""
+        """The directory of the run, finished or not."""
         return self.final if self.final.exists() else self.final.with_name(f"{self.final.name}.part")
 
     def record(self, kind: str) -> Path:
-        return PLACE / "runs" / f"{self.key}.{kind}"
+        return RECORDS / "runs" / f"{self.key}.{kind}"
 
 
 @dataclass(frozen=True)
@@ -84,18 +88,22 @@ class Task:
 
 
 def read(path: Path) -> list[Line]:
-    """All lines of a sweep. Raises InputError, with the place, if one cannot be run; OSError."""
+    """All lines of a sweep. Raises OSError, and InputError with the number of a line that cannot be run."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
     lines: list[Line] = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(content.splitlines(), 1):
         if not text.strip() or text.lstrip().startswith("#"):
             continue
         try:
             line = parse(number, tuple(text.split()))
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
-        same = [other.number for other in lines if other.key == line.key]
-        if same:
-            raise InputError(f"{path}, line {number} is line {same[0]} again")
+        for other in lines:
+            if other.final == line.final and (other.models == line.models or {*other.models} & {*line.models}):
+                raise InputError(f"{path}, line {number} is line {other.number} again: both make {line.final}")
         lines.append(line)
     if not lines:
         raise InputError(f"{path} has no command line")
@@ -103,25 +111,39 @@ def read(path: Path) -> list[Line]:
 
 
 def parse(number: int, words: tuple[str, ...]) -> Line:
-    """A line, by its script's own dry run. Raises InputError."""
-    script, *options = words
-    if not re.fullmatch(r"\w+\.py", script) or not (CODE / script).is_file():
-        raise InputError(f"{script} is no script of this suite")
+    """Check a line by the dry run of the script, as a job will run it. Raises InputError."""
+    name, *options = words
+    if not re.fullmatch(r"\w+\.py", name) or not (CODE / name).is_file():
+        raise InputError(f"{name} is no script of this suite")
     for word in words:
-        if re.search(r"""['"\\$`]""", word):
-            raise InputError(f"{word}: words are taken as they are, without quotes or variables")
-        name = word.lstrip("-").replace("-", "_")
-        if word.startswith("-") and any(re.match(rf"{left_out}\b", name) for left_out in NOT_IN_SWEEPS):
-            raise InputError(f"{word} has no place in a sweep: jobs resume by themselves, and site.sh says where data lie")
-    printed = dry_run(importlib.import_module(script.removesuffix(".py")), options)
+        if re.search(r"""['"\\$`]""", word) or not word.isprintable():
+            raise InputError(f"{word!r:.80}: words are taken as they are, without quotes or variables, and printable")
+    script = importlib.import_module(name.removesuffix(".py"))
+    for option in sorted(given(script, options)):
+        if option in NOT_IN_SWEEPS:
+            reason = "a line makes a run, jobs resume by themselves, and site.sh says where data lie"
+            raise InputError(f"{spelling(script, option)} has no place in a sweep: {reason}")
+    printed = dry_run(script, [*options, *added(script, "")])
     zoo = re.fullmatch(r"(.+): models (\d+(?:, \d+)*|none)", printed)
-    if zoo is not None:  # a folder that several lines share
-        return Line(number, words, Path(zoo[1]), tuple(map(int, re.findall(r"\d+", zoo[2]))))
-    return Line(number, words, RESULTS / script.removesuffix(".py") / printed)
+    if zoo is None:
+        return Line(number, words, RESULTS / script.__name__ / printed)
+    if zoo[2] == "none":
+        raise InputError(f"there is no model in this chunk of {zoo[1]}")
+    return Line(number, words, Path(zoo[1]), tuple(map(int, zoo[2].split(", "))))  # a folder that several lines share
+
+
+def given(script: ModuleType, options: list[str]) -> set[str]:
+    """The options that a line gives, by their names in the parser, whatever way they are spelled."""
+    parser = script.get_parser()
+    actions = parser._option_string_actions
+    typed = {word.partition("=")[0] for word in options}
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):  # values of --tx are no dotted line
+        typed |= {option for option, *_ in split_command_line(parser, options, getattr(script, "NOT_IN_NAME", ()))}
+    return {actions[option].dest for option in typed if option in actions}
 
 
 def dry_run(script: ModuleType, options: list[str]) -> str:
-    """The output of a script's dry run. Raises InputError if it refuses the options."""
+    """The output of a script's dry run, a line. Raises InputError if it refuses the options."""
     printed, complaint = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
@@ -134,24 +156,28 @@ def dry_run(script: ModuleType, options: list[str]) -> str:
 
 
 def spelling(script: ModuleType, *names: str) -> str | None:
-    """The first of some options that a script has, with the dashes that it has there."""
+    """The first of these options that the script has, with its dashes."""
     spellings = {action.dest: action.option_strings for action in script.get_parser()._actions}
     return next((spellings[name][0] for name in names if name in spellings), None)
 
 
-def complete(line: Line, data_dir: str) -> str:
-    """The line as a job runs it: it goes on where it was interrupted, and reads data where the site has them."""
-    script = importlib.import_module(line.words[0].removesuffix(".py"))
+def added(script: ModuleType, data_dir: str) -> list[str]:
+    """The options that a job adds: it resumes, and reads data where the site has them."""
     resume, data = spelling(script, "resume"), spelling(script, "data_dir", "dataset_root")
-    added = [*([resume, "auto"] if resume else []), *([data, data_dir] if data and data_dir else [])]
-    return " ".join([*line.words, *added])
+    return [*([resume, "auto"] if resume else []), *([data, data_dir] if data and data_dir else [])]
+
+
+def complete(line: Line, data_dir: str) -> str:
+    """The line as a job runs it."""
+    script = importlib.import_module(line.words[0].removesuffix(".py"))
+    return " ".join([*line.words, *added(script, data_dir)])
 
 
 # ---- how they stand ------------------------------------------------------------------------------------------------------
 
 
 def queue() -> dict[str, Task]:
-    """What SLURM has of this user's sweeps, by the keys of their lines. Empty where no SLURM answers."""
+    """This user's tasks in SLURM's queue, by the keys of their lines. Empty where no SLURM answers."""
     if shutil.which("squeue") is None:
         return {}
     command = ["squeue", "--me", "--noheader", "--array", "--format=%K|%F|%T|%L|%r|%j"]
@@ -161,7 +187,7 @@ def queue() -> dict[str, Task]:
     tasks = {}
     for row in answer.stdout.splitlines():
         number, job, state, left, reason, name = row.split("|", 5)
-        prepared = PLACE / f"{name}.lines"  # jobs are called after it
+        prepared = RECORDS / f"{name}.lines"  # jobs are called after it
         if number.isdigit() and prepared.is_file():
             key = prepared.read_text().splitlines()[int(number) - 1].partition("\t")[0]
             waits = state == "PENDING"
@@ -196,15 +222,15 @@ def is_begun(line: Line) -> bool:
 
 
 def has_model(line: Line, index: int) -> bool:
-    """Whether a zoo has a model whose training is over."""
+    """True if the training of a zoo's model is over."""
     return (line.final / f"{index}.pt").exists() and not (line.final / f"{index}.last.pkl").exists()
 
 
-# ---- figures -------------------------------------------------------------------------------------------------------------
+# ---- progress ------------------------------------------------------------------------------------------------------------
 
 
-def figures(line: Line) -> str:
-    """What a run has come to so far."""
+def progress(line: Line) -> str:
+    """The models, jobs or metrics of a run so far, in a few words."""
     if line.models:
         done = sum(has_model(line, index) for index in line.models)
         failed = sum((line.final / f"{index}.failed.json").exists() for index in line.models)
@@ -213,8 +239,8 @@ def figures(line: Line) -> str:
         return "; ".join(filter(None, [f"{done} of {len(line.models)} models{and_failed(failed)}", *rows]))
     if (line.path / RESULT).exists():
         result = read_json(line.path / RESULT)
-        found = ", ".join(f"{name} {figure.mean:.4g}" for name, figure in figures_of(result).items())
-        return found + and_failed(len(result.get("failed", {})))
+        metrics = ", ".join(f"{name} {figure.mean:.4g}" for name, figure in figures_of(result).items())
+        return metrics + and_failed(len(result.get("failed", {})))
     jobs = [*line.path.glob("cells/*.json"), *line.path.glob("run*.json")]  # joints, trainings, pairs
     if jobs:
         failed = sum(path.name.endswith(".failed.json") for path in jobs)
@@ -238,7 +264,7 @@ def status(path: Path, lines: list[Line]) -> None:
     for line, state in zip(lines, states):
         task = tasks.get(line.key) if state in ("running", "waiting") else None
         job, left = (task.job, task.left) if task else ("", "")
-        print(f"{line.number:>5}  {state:<9}  {job:<10}  {left:<16}  {figures(line)}".rstrip())
+        print(f"{line.number:>5}  {state:<9}  {job:<10}  {left:<16}  {progress(line)}".rstrip())
         print(f"{'':7}{' '.join(line.words)}")
         if state == "failed":
             output = line.record("out")
@@ -263,7 +289,7 @@ def prepare(path: Path, lines: list[Line], data_dir: str, *, show: bool) -> None
     jobs = sorted({tasks[line.key].job.partition("_")[0] for line in lines if line.key in tasks}, key=int)
     commands = {line.number: f"{line.key}\t{complete(line, data_dir)}" for line in lines}
     content = "".join(f"{commands.get(number, '')}\n" for number in range(1, lines[-1].number + 1))
-    prepared = PLACE / f"{path.stem}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.lines"
+    prepared = RECORDS / f"{path.stem}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.lines"
     print(f"{path}: {summary(states)}", file=sys.stderr)
     if show:
         for line in left:
@@ -283,13 +309,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.sweep.is_relative_to(Path.cwd()):
         args.sweep = args.sweep.relative_to(Path.cwd())  # for messages
     try:
+        if len(args.data_dir.split()) > 1:
+            raise InputError(f"--data-dir {args.data_dir!r}: words are separated by spaces, so a path has none")
         lines = read(args.sweep)
         if args.command == "status":
             status(args.sweep, lines)
         else:
             prepare(args.sweep, lines, args.data_dir, show=args.show)
     except (InputError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -48,7 +48,18 @@ def test_options_and_defaults_are_the_published_ones() -> None:
     }  # fmt: skip
     args = vars(script.get_parser().parse_args(["-type", "Swarm"]))
     assert {name: args[name] for name in published} == published
-    own = {"seed", "results_dir", "pooling", "loss", "precision", "compile", "overwrite"}
+    own = {
+        "seed",
+        "results_dir",
+        "pooling",
+        "loss",
+        "precision",
+        "compile",
+        "overwrite",
+        "device",
+        "tensorboard",
+        "wandb_project",
+    }
     assert args.keys() - published.keys() == own
 
 

@@ -4,12 +4,16 @@ import gzip
 import io
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import types
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -178,7 +182,7 @@ DAMAGES = {
     damage_label: "holds the label 10: there are 10 classes",
     damage_none: "holds no images",
     damage_huge_header: "is damaged: it holds 1 bytes",
-    damage_overflowing_header: "is damaged: its header speaks of (0, 4294967295, 4294967295)",
+    damage_overflowing_header: "is damaged: its header says (0, 4294967295, 4294967295)",
     damage_tiny_gz: "is damaged: Compressed file ended",
 }
 
@@ -191,6 +195,28 @@ def test_damaged_and_foreign_files(damage: types.FunctionType, mnist: Path) -> N
     assert DAMAGES[damage] in str(error.value) and "\n" not in str(error.value) and str(mnist) in str(error.value)
 
 
+def peak_of(refused: Callable[[], object], message: str) -> int:
+    """Bytes that Python has allocated at once until a DataError."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=message):
+            refused()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_gzip_bomb_is_refused_before_it_fills_the_memory(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_BYTES", 2**20)
+    bomb = gzip.compress(bytes(64 * 2**20), 1)
+    images_file(mnist).unlink()
+    (mnist / "train-images-idx3-ubyte.gz").write_bytes(bomb)
+    message = "unpacks to more than 1,048,576 bytes"
+    assert peak_of(lambda: images.load("MNIST", "train", mnist), message) < 8 * 2**20
+    (mnist / "cifar-10-python.tar.gz").write_bytes(bomb)
+    assert peak_of(lambda: images.load("CIFAR10", "train", mnist), message) < 8 * 2**20
+
+
 # ---- CIFAR ---------------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +225,9 @@ class Python2Pickler(pickle._Pickler):
 
     def save_text(self, text: str | bytes) -> None:
         raw = text if isinstance(text, bytes) else text.encode("latin1")
-        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
+        short = len(raw) < 256
+        self.write(pickle.SHORT_BINSTRING + bytes([len(raw)]) if short else pickle.BINSTRING + struct.pack("<i", len(raw)))
+        self.write(raw)
         self.memoize(text)
 
     dispatch = pickle._Pickler.dispatch | {str: save_text, bytes: save_text}
@@ -220,15 +248,15 @@ def python2_pickle(content: object) -> bytes:
 
 def cifar_files(name: str, training: ImageSet, test: ImageSet) -> dict[str, bytes]:
     """The files of an archive; training images spread over all batches."""
-    key, meta_file, meta_key = images.CIFAR_LABELS[name]
-    files = {meta_file: python2_pickle({meta_key: [f"class {i}" for i in range(images.N_CLASSES[name])]})}
+    cifar = images.CIFAR[name]
+    files = {cifar.meta: python2_pickle({cifar.class_names: [f"class {i}" for i in range(images.N_CLASSES[name])]})}
     for split, data in (("train", training), ("test", test)):
-        batches = images.CIFAR_BATCHES[name][split]
+        batches = cifar.batches[split]
         for batch, part in zip(batches, torch.arange(len(data)).tensor_split(len(batches)), strict=True):
             pixels = data.images[part].flatten(1).numpy()
             content = {
                 "batch_label": batch,
-                key: data.labels[part].tolist(),
+                cifar.labels: data.labels[part].tolist(),
                 "data": pixels,
                 "filenames": ["a.png"] * len(part),
             }
@@ -244,22 +272,45 @@ def write_archive(path: Path, folder: str, files: dict[str, bytes]) -> None:
             archive.addfile(member, io.BytesIO(content))
 
 
-def write_cifar(folder: Path, name: str = "CIFAR10", n: int = 23) -> tuple[ImageSet, ImageSet]:
-    folder.mkdir(exist_ok=True)
-    training, test = smooth(n, (3, 32, 32)), smooth(5, (3, 32, 32), seed=1)
-    write_archive(folder / images.CIFAR_ARCHIVES[name], images.CIFAR_FOLDERS[name], cifar_files(name, training, test))
+def write_cifar(folder: Path, name: str = "CIFAR10", *, unpacked: bool = False) -> tuple[ImageSet, ImageSet]:
+    """A set of 23 and 5 images."""
+    cifar, training, test = images.CIFAR[name], smooth(23, (3, 32, 32)), smooth(5, (3, 32, 32), seed=1)
+    files = cifar_files(name, training, test)
+    if unpacked:
+        (folder / cifar.folder).mkdir(parents=True)
+        for file, content in files.items():
+            (folder / cifar.folder / file).write_bytes(content)
+    else:
+        folder.mkdir(exist_ok=True)
+        write_archive(folder / cifar.archive, cifar.folder, files)
     return training, test
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let the CIFAR-10 of write_cifar be the published one."""
+    cifar, archive = images.CIFAR["CIFAR10"], folder / "cifar-10-python.tar.gz"
+    sums = {file: images._md5(raw) for file, raw in cifar_files("CIFAR10", *write_cifar(folder)).items()}
+    published = replace(
+        cifar,
+        archive_bytes=archive.stat().st_size,
+        archive_md5=images._md5(archive.read_bytes()),
+        batches={split: {file: sums[file] for file in cifar.batches[split]} for split in cifar.batches},
+        batch_images={"train": 4, "test": 5},
+        meta_md5=sums[cifar.meta],
+    )
+    monkeypatch.setitem(images.CIFAR, "CIFAR10", published)
+
+
+def flipped(raw: bytes, bit: int) -> bytes:
+    changed = bytearray(raw)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
 @pytest.mark.parametrize("unpacked", [False, True])
 def test_cifar(name: str, unpacked: bool, tmp_path: Path) -> None:
-    training, test = write_cifar(tmp_path, name)
-    if unpacked:
-        archive = tmp_path / images.CIFAR_ARCHIVES[name]
-        with tarfile.open(archive) as opened:
-            opened.extractall(tmp_path, filter="data")
-        archive.unlink()
+    training, test = write_cifar(tmp_path, name, unpacked=unpacked)
     for split, expected in (("train", training), ("test", test)):
         data = images.load(name, split, tmp_path)
         assert torch.equal(data.images, expected.images) and torch.equal(data.labels, expected.labels)
@@ -277,7 +328,7 @@ def test_cifar_runs_no_code(tmp_path: Path) -> None:
         files = cifar_files("CIFAR10", smooth(5, (3, 32, 32)), smooth(5, (3, 32, 32)))
         files["test_batch"] = pickle.dumps(content)
         write_archive(tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py", files)
-        with pytest.raises(DataError, match=r"test_batch cannot be read: it would call posix.mkdir"):
+        with pytest.raises(DataError, match=r"test_batch cannot be read: it would call 'posix.mkdir'"):
             images.load("CIFAR10", "test", tmp_path)
     assert not canary.exists()
 
@@ -286,7 +337,7 @@ def test_damaged_archives(tmp_path: Path) -> None:
     write_cifar(tmp_path)
     archive = tmp_path / "cifar-10-python.tar.gz"
     good = archive.read_bytes()
-    batches = images.CIFAR_BATCHES["CIFAR10"]["train"]
+    batches = images.CIFAR["CIFAR10"].batches["train"]
     files, row = cifar_files("CIFAR10", smooth(5, (3, 32, 32)), smooth(5, (3, 32, 32))), np.zeros((1, 3072), np.uint8)
     for content, message in (
         (good[: len(good) // 2], "is damaged"),
@@ -305,21 +356,103 @@ def test_damaged_archives(tmp_path: Path) -> None:
         ({"data_batch_3": python2_pickle({"labels": [1], "data": np.zeros((1, 3072))})}, "numbers of type .f8., not bytes"),
         ({"data_batch_3": python2_pickle({"labels": [], "data": np.zeros((1, 3072), np.uint8)})}, "4 labels"),
         ({"data_batch_3": python2_pickle({"labels": [10], "data": np.zeros((1, 3072), np.uint8)})}, "the label 10"),
-        ({"data_batch_3": python2_pickle({"labels": [1.5], "data": row})}, "labels of shape .5,. and torch.float32"),
-        ({batch: python2_pickle({"labels": [True], "data": row}) for batch in batches}, "and torch.bool"),
-        ({"data_batch_3": python2_pickle({"labels": ["1"], "data": row})}, "is no CIFAR10"),
-        ({batch: python2_pickle({"labels": [[1]], "data": row}) for batch in batches}, "of shape .5, 1. and"),
+        ({"data_batch_3": python2_pickle({"labels": [1.5], "data": row})}, "is no CIFAR10: labels of type float"),
+        ({"data_batch_3": python2_pickle({"labels": [True], "data": row})}, "is no CIFAR10: labels of type bool"),
+        ({"data_batch_3": python2_pickle({"labels": ["1"], "data": row})}, "is no CIFAR10: labels of type str"),
+        ({batch: python2_pickle({"labels": [[1]], "data": row}) for batch in batches}, "is no CIFAR10: labels of type list"),
+        ({"data_batch_3": python2_pickle({"labels": [2**70], "data": row})}, "is no CIFAR10: "),
         (
             {batch: python2_pickle({"labels": [1], "data": row.reshape(3, 1024)}) for batch in batches},
-            r"data of shape .15, 1024., labels",
+            r"data of shape .15, 1024., 10 classes",
         ),
         ({"batches.meta": python2_pickle({"label_names": ["a"]})}, "1 classes"),
+        ({"batches.meta": python2_pickle({"label_names": list(range(10))})}, "names of classes that are no texts"),
     ):
         contents = {file: raw for file, raw in (files | changed).items() if raw is not None}
         write_archive(archive, "cifar-10-batches-py", contents)
         with pytest.raises(DataError, match=message) as error:
             images.load("CIFAR10", "train", tmp_path)
         assert "\n" not in str(error.value)
+
+
+def test_no_flipped_bit_of_an_archive_goes_unnoticed(tmp_path: Path) -> None:
+    """All bits of the header of gzip, 60 of the rest: refused, or the same images (a time in the header, say)."""
+    training, _ = write_cifar(tmp_path)
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    good, refused = archive.read_bytes(), 0
+    for bit in (*range(80), *random.Random(0).sample(range(80, 8 * len(good)), 60)):
+        archive.write_bytes(flipped(good, bit))
+        try:
+            data = images.load("CIFAR10", "train", tmp_path)
+        except DataError:
+            refused += 1
+        else:
+            assert torch.equal(data.images, training.images) and torch.equal(data.labels, training.labels), bit
+            assert bit < 80 or data.classes == tuple(f"class {i}" for i in range(10))
+    assert refused >= 75
+
+
+def test_a_set_of_ones_own_is_loaded_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for unpacked in (False, True):
+        write_cifar(tmp_path, unpacked=unpacked)
+        for split in images.SPLITS:
+            images.load("CIFAR10", split, tmp_path)
+        source = tmp_path / ("cifar-10-batches-py" if unpacked else "cifar-10-python.tar.gz")
+        expected = f"note: {source} differs from the published CIFAR10: it is taken for a set of your own\n"
+        assert capsys.readouterr().err == expected
+
+
+def test_the_published_archive_has_its_md5(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(monkeypatch, tmp_path)
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    images.load("CIFAR10", "train", tmp_path)
+    assert capsys.readouterr().err == ""
+    archive.write_bytes(flipped(archive.read_bytes(), 4 * 8))  # of the time in gzip's header, that no CRC protects
+    with pytest.raises(DataError, match="is damaged: it has the published size, and another md5 sum; fetch it again"):
+        images.load("CIFAR10", "train", tmp_path)
+
+
+def test_unpacked_published_batches_have_their_md5(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One flipped bit is refused, wherever it is; the same set, pickled again by Python 3, is one's own."""
+    publish(monkeypatch, tmp_path)
+    training, _ = write_cifar(tmp_path, unpacked=True)
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    good = batch.read_bytes()
+    images.load("CIFAR10", "train", tmp_path)
+    assert capsys.readouterr().err == ""
+    for bit in random.Random(0).sample(range(8 * 7, 8 * len(good)), 30):
+        batch.write_bytes(flipped(good, bit))
+        with pytest.raises(DataError, match="data_batch_3 looks like the published file, and has another md5 sum"):
+            images.load("CIFAR10", "train", tmp_path)
+    content = pickle.loads(good, encoding="latin1")
+    batch.write_bytes(pickle.dumps(content | {"labels": [9] * 5}, protocol=3))
+    assert images.load("CIFAR10", "train", tmp_path).labels[10:15].tolist() == [9] * 5
+    assert capsys.readouterr().err.count("taken for a set of your own") == 1
+
+
+def test_arrays_in_the_order_of_fortran(tmp_path: Path) -> None:
+    training, test = smooth(23, (3, 32, 32)), smooth(5, (3, 32, 32), seed=1)
+    files = cifar_files("CIFAR10", training, test)
+    pixels = np.asfortranarray(test.images.flatten(1).numpy())
+    files["test_batch"] = python2_pickle({"labels": test.labels.tolist(), "data": pixels})
+    write_archive(tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py", files)
+    assert torch.equal(images.load("CIFAR10", "test", tmp_path).images, test.images)
+
+
+@pytest.mark.parametrize("big", ["array", "memo"])
+def test_small_pickles_take_little_memory(big: str, tmp_path: Path) -> None:
+    """An array whose bytes are a number (numpy makes as many zeros of it), and an object that has a huge number in the memo."""
+    files = cifar_files("CIFAR10", smooth(5, (3, 32, 32)), smooth(5, (3, 32, 32)))
+    array = b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01J\x00\x00\x00\x04\x85N\x89J\x00\x00\x00\x04tb"  # 2^26
+    memo = b"]r\x00\x00\x00\x01"  # 2^24
+    files["test_batch"] = b"\x80\x02}U\x04data" + (array if big == "array" else memo) + b"s."
+    write_archive(tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py", files)
+    message = "an array without bytes" if big == "array" else "is no CIFAR10"
+    assert peak_of(lambda: images.load("CIFAR10", "test", tmp_path), message) < 8 * 2**20
 
 
 def test_grey_and_small() -> None:
@@ -348,12 +481,17 @@ def test_sets_that_are_made_of_cifar(tmp_path: Path) -> None:
 # ---- downloads -----------------------------------------------------------------------------------------------------------
 
 
-def test_torchvision_can_be_imported_beside_a_cpu_build() -> None:
-    code = "from common.datasets import images; print(images._torchvision_datasets().MNIST.__name__)"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
-    )
-    assert out.stdout == "MNIST\n"
+def test_torchvision_beside_a_cpu_build_and_its_md5_sums() -> None:
+    """It can be imported, and has the same sums."""
+    code = """
+from common.datasets import images
+for name, cifar in images.CIFAR.items():
+    theirs = getattr(images._torchvision_datasets(), name)
+    assert (theirs.filename, theirs.tgz_md5, theirs.base_folder) == (cifar.archive, cifar.archive_md5, cifar.folder)
+    assert [dict(theirs.train_list), dict(theirs.test_list)] == [cifar.batches["train"], cifar.batches["test"]]
+    assert theirs.meta == {"filename": cifar.meta, "key": cifar.class_names, "md5": cifar.meta_md5}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
 def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,10 +503,10 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_mnist(Path(root) / "MNIST" / "raw", smooth(20), smooth(10))
 
     def fail(root: str, train: bool, download: bool) -> None:
-        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+        raise RuntimeError("Error downloading a.gz:\nTried https://a/, got:\n<urlopen error [Errno -2] Name not known>\n")
 
     monkeypatch.setattr(images, "_torchvision_datasets", lambda: types.SimpleNamespace(MNIST=fail))
-    with pytest.raises(DataError, match=r"cannot be downloaded: <urlopen error .*; name a directory that has it"):
+    with pytest.raises(DataError, match=r"cannot be downloaded: Error .* got: <urlopen error .*; name a directory that has it"):
         images.load("MNIST", "train", tmp_path, download=True)
     monkeypatch.setattr(images, "_torchvision_datasets", lambda: types.SimpleNamespace(MNIST=fetch))
     for _ in range(2):

@@ -94,6 +94,10 @@ def test_values_that_are_in_no_name_are_not_cut_up(
         ("-lr inf", "inf is out of range"),
         ("-lr -1e-3", "-1e-3 is out of range: at least 0"),
         ("-lr fast", "'fast' is not a number"),
+        ("-lr --", "'-lr=--' is neither an option nor a value"),
+        ("-run=--", "'-run=--' is neither an option nor a value"),
+        ("\x1b[31m\u200b", "unknown option '\\x1b[31m\\u200b'"),
+        (f"-n {5000 * 'x'}", "xxx' is not a whole number"),
     ],
 )
 def test_wrong_command_lines(parser: argparse.ArgumentParser, line: str, message: str, capsys: pytest.CaptureFixture) -> None:
@@ -104,7 +108,8 @@ def test_wrong_command_lines(parser: argparse.ArgumentParser, line: str, message
 
 def assert_refused(status: object, message: str, capsys: pytest.CaptureFixture) -> None:
     error = capsys.readouterr().err
-    assert status == 2 and message in error and error.count("\n") == 1 and error.startswith("test.py: error: ")
+    assert status == 2 and message in error and error.startswith("test.py: error: ")
+    assert error.count("\n") == 1 and error[:-1].isprintable() and len(error) < 700
 
 
 @pytest.mark.parametrize(
@@ -114,6 +119,7 @@ def assert_refused(status: object, message: str, capsys: pytest.CaptureFixture) 
         ("-overwrite -resume auto", "a", "choose one"),
         ("-overwrite -retry_failed", "a", "choose one"),
         ("-device cuda", "a", "finds no GPU"),
+        ("-no_cuda -device cuda", "a", "leave one out"),
     ],
 )
 def test_what_no_script_can_do(

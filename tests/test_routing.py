@@ -22,7 +22,6 @@ from common.routing import (
     NegLossReward,
     RoutedLSTMCell,
     Selection,
-    Sequential,
 )
 from common.routing.decision import Transition
 from tests.reference import DATA, assert_agrees
@@ -54,7 +53,7 @@ N_FEATURES = 1 + N_ACTIONS * N_DECISIONS  # a constant, and a mark for each sele
 
 
 class Mark(nn.Module):
-    """Notes in the input that this module was chosen."""
+    """Marks in the input that it went through this module."""
 
     def __init__(self, place: int):
         super().__init__()
@@ -67,12 +66,12 @@ class Mark(nn.Module):
 def share_right(kind: str, storage: str, reward: nn.Module, seeds: int = 6, samples: int = 32) -> Tensor:
     """Three decisions of three actions, one of which is right; the share that is after 150 steps, of each seed.
 
-    Seeds are agents of their own: they share nothing but the calls. To learn from one-step targets, a table needs to be told
-    what was done before: then there is an agent for each history.
+    Seeds are agents of their own: they share nothing but the calls. A table that learns from one-step targets alone needs an
+    agent for each history of actions.
     """
     torch.manual_seed(1)
     layer = getattr(R, kind)
-    by_history = layer.bootstraps and storage == "tabular"
+    by_history = layer.bootstraps and storage == "tabular" and kind != "ActorCritic"  # whose policy learns from returns
     options = {"scale": "output"} if kind == "GumbelSoftmax" else {"exploration": 0.3} if kind in VALUE else {}
     decisions, selections = nn.ModuleList(), []
     for t in range(N_DECISIONS):
@@ -96,7 +95,7 @@ def share_right(kind: str, storage: str, reward: nn.Module, seeds: int = 6, samp
         x, records = route()
         # class 0 if all three are right; the more are, the smaller the loss
         estimates = torch.stack([x[:, places].sum(1) - 2.5, torch.zeros(len(x))], 1)
-        module_loss, routing_loss = loss_func(estimates, records, torch.zeros(len(x), dtype=torch.int64))
+        module_loss, routing_loss = loss_func(estimates, torch.zeros(len(x), dtype=torch.int64), records)
         optimizer.zero_grad()
         (module_loss + routing_loss).backward()
         optimizer.step()
@@ -139,8 +138,8 @@ def test_targets() -> None:
         for kind in ("QLearning", "SARSA"):
             assert_agrees(getattr(R, kind)(4, 6).loss(t)[i], (q - (r + v)) ** 2, 1e-5, kind)
         log_p, value = t.state[i, t.action[i], 0], t.state[i, t.action[i], 1]
-        worth = (t.state[i, :, 0].exp() * t.state[i, :, 1]).sum()
-        expected = -log_p * (r + v - worth) + (value - (r + v)) ** 2
+        baseline = (t.state[i, :, 0].exp() * t.state[i, :, 1]).sum()
+        expected = -log_p * (t.cum_return[i] - baseline) + (value - (r + v)) ** 2
         assert_agrees(R.ActorCritic(4, 6).loss(t)[i], expected, 1e-5)
     # what the next state is worth: the best action's value, that of the action taken, the policy's mean
     known = {kind: getattr(R, kind)(4, 6).bootstrap(t.state, t.action) for kind in ("QLearning", "SARSA", "ActorCritic")}
@@ -166,9 +165,9 @@ def test_baselines() -> None:
     weight = (1 / (4 * p[row, t.action])).clamp(max=10)
     assert_agrees(R.REINFORCEBl2(4, 6).loss(t), -log_p * weight * advantage + value, 1e-5)
     R.REINFORCEBl1(4, 6).loss(t).sum().backward()
-    chosen = torch.nn.functional.one_hot(t.action, 4)
-    assert_agrees(t.state.grad[:, :, 0], -advantage.detach()[:, None] * chosen, 1e-5)
-    assert_agrees(t.state.grad[:, :, 1], 2 * (q - t.cum_return[:, None]).detach() * chosen, 1e-5)
+    taken = torch.nn.functional.one_hot(t.action, 4)
+    assert_agrees(t.state.grad[:, :, 0], -advantage.detach()[:, None] * taken, 1e-5)
+    assert_agrees(t.state.grad[:, :, 1], 2 * (q - t.cum_return[:, None]).detach() * taken, 1e-5)
     rare = torch.tensor([[[-20.0, 0.0], [0.0, 0.0]]])
     one = torch.ones(1)
     assert R.REINFORCEBl2(2, 6).loss(Transition(rare, torch.tensor([0]), one, one, one)).item() == 20 * 10 + 1
@@ -217,25 +216,13 @@ def test_is_exploratory(kind: str) -> None:
 def test_fixed_decisions() -> None:
     """They make no step, so that the routing loss is 0, not an error."""
     xs, records = start(4, torch.tensor([2, 0, 1, 1]))
-    for layer, expected in ((R.PerTaskAssignment(), [2, 0, 1, 1]), (R.PassThrough(4, 6), [0, 0, 0, 0])):
+    for layer, expected in ((R.PerTaskAssignment(), [2, 0, 1, 1]), (R.PassThrough(), [0, 0, 0, 0])):
         _, records, actions = layer(xs, records, [])
         assert actions.tolist() == expected and not records.steps and not list(layer.parameters())
     estimates = torch.randn(4, 3, requires_grad=True)
-    module_loss, routing_loss = Loss(nn.CrossEntropyLoss(), NegLossReward())(estimates, records, torch.tensor([0, 1, 2, 0]))
+    module_loss, routing_loss = Loss(nn.CrossEntropyLoss(), NegLossReward())(estimates, torch.tensor([0, 1, 2, 0]), records)
     assert routing_loss.item() == 0
     assert module_loss.item() == pytest.approx(nn.CrossEntropyLoss()(estimates, torch.tensor([0, 1, 2, 0])).item())
-
-
-def test_update_target() -> None:
-    """What goes on is the target, of another width than what is decided upon; the gate is on it."""
-    xs, records = start()
-    target = torch.randn(9, 11, requires_grad=True)
-    assert R.REINFORCE(4, 6)(xs, records, update_target=target)[0] is target
-    gumbel = R.GumbelSoftmax(4, 6)
-    ys, _, _ = gumbel(xs, records, update_target=target)
-    assert_agrees(ys, target, 1e-6)
-    ys.square().sum().backward()
-    assert next(gumbel.policy.parameters()).grad.abs().sum() > 0
 
 
 # ---- rewards -------------------------------------------------------------------------------------------------------------
@@ -264,22 +251,35 @@ def test_rewards_of_layers() -> None:
     assert not average.reward_func.get_reward(torch.zeros(2, 4), torch.tensor([0, 1])).any()
 
 
-def test_discounting_and_scale() -> None:
+def test_rewards_by_hand() -> None:
     xs, records = start(5)
     layers = [R.QLearning(4, 6, additional_reward_func=ManualReward([0.3, 0.6, 0.9, 1.2])) for _ in range(3)]
     for layer in layers:
         layer(xs, records)
-    final = torch.full((5,), -2.0)
-    rewards, returns, next_values = Loss(nn.MSELoss(), NegLossReward(), discounting=0.5).rewards(records, final)
+    rewards, returns, next_values = Loss(nn.MSELoss(), NegLossReward()).rewards(records, torch.full((5,), -2.0))
     per_action = torch.tensor([0.3, 0.6, 0.9, 1.2])[records.actions()] * 2 / 3
     assert_agrees(rewards, per_action + torch.tensor([0, 0, -2.0])[:, None], 1e-5)
-    assert_agrees(returns[0], rewards[0] + 0.5 * rewards[1] + 0.25 * rewards[2], 1e-5)
+    assert_agrees(returns[0], rewards.sum(0), 1e-5)
     for t in (0, 1):
-        assert_agrees(next_values[t], 0.5 * records.steps[t + 1].states[:, :, 0].max(1).values, 1e-5)
+        assert_agrees(next_values[t], records.steps[t + 1].states[:, :, 0].max(1).values, 1e-5)
     losses, targets = torch.ones(2), torch.tensor([0, 1])
-    assert NegLossReward(3.0)(losses, torch.eye(2), targets).tolist() == [-3, -3]
-    assert CorrectClassifiedReward(2.0)(losses, torch.eye(2), 1 - targets).tolist() == [-2, -2]
+    assert NegLossReward()(losses, torch.eye(2), targets).tolist() == [-1, -1]
+    assert CorrectClassifiedReward()(losses, torch.eye(2), 1 - targets).tolist() == [-1, -1]
     assert CorrectClassifiedReward()(losses, torch.eye(2), torch.eye(2)).tolist() == [1, 1]
+
+
+def test_shared_rewards() -> None:
+    """One reward for layers of different widths keeps the caller's number of actions, or grows to the larger one."""
+    for num_actions in (5, None):
+        for widths in ((5, 3), (3, 5)):
+            reward = R.RunningAverageCollaborationReward(0.3, num_actions=num_actions)
+            layers = [R.REINFORCE(n, 6, additional_reward_func=reward) for n in widths]
+            assert reward.num_actions == num_actions and len(reward.average) == 5
+            for layer in layers:
+                xs, records = start()
+                layer(xs, records)
+            assert reward.average.sum() == pytest.approx(1)
+            assert reward.get_reward(torch.zeros(1, 5), torch.tensor([4])).shape == (1,)
 
 
 def test_bootstrap_over_widths() -> None:
@@ -312,7 +312,7 @@ def test_loss_of_sequences() -> None:
 
 
 def test_selection() -> None:
-    """Runs what is selected, once; in any type; a single module heeds the mask; inactive samples may pass."""
+    """Runs the selected modules, once each; in any type; a single module heeds the mask."""
     calls = []
 
     class Counted(nn.Linear):
@@ -320,28 +320,17 @@ def test_selection() -> None:
             calls.append(len(x))
             return super().forward(x)
 
-    selection = Selection(*(Counted(6, 6).double() for _ in range(3)), store_module_pointers=True)
+    selection = Selection(*(Counted(6, 6).double() for _ in range(3)))
     xs, records = start()
-    R.REINFORCE(3, 6)(xs, records)
     actions = torch.tensor([0, 2, 2, 0, 2, 0, 0, 0, 2])
-    records.steps[0].actions = actions
     ys, _, _ = selection(xs.double(), records, actions)
     assert calls == [5, 4] and ys.dtype == torch.float64
     for i, (x, a) in enumerate(zip(xs, actions, strict=True)):
         assert_agrees(ys[i], selection.selectable[a](x.double()[None])[0], 1e-9)
-    assert records[1].steps[0].selected_modules is selection.selectable[2]
     mask = torch.arange(9) < 4
     single = Selection(nn.Linear(6, 6))
     out, _, _ = single(xs, records, torch.zeros(9, dtype=torch.int64), mask)
     assert not out[4:].any() and out[:4].all()
-    out, _, _ = Selection(nn.Linear(6, 6), pass_inactive=True)(xs, records, torch.zeros(9, dtype=torch.int64), mask)
-    assert torch.equal(out[4:], xs[4:]) and not torch.equal(out[:4], xs[:4])
-    selection.start_logging_selections()
-    selection(xs.double(), records, actions)
-    assert selection.stop_logging_and_get_selections() == [0, 2]
-    selection.start_logging_selections()
-    selection(xs.double(), records, torch.ones_like(actions))
-    assert selection.stop_logging_and_get_selections(add_to_old=True) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("index", [[0, 2, 1, 2, 0, 1, 3, 3, 2], [0, 0, 0, 0, 0, 0, 0, 4, 0], [1] * 9])
@@ -352,14 +341,14 @@ def test_stacked_linear(index: list[int]) -> None:
     stack.load_state_dict(
         {name: torch.stack([getattr(layer, name).detach() for layer in layers]) for name in ("weight", "bias")}
     )
-    found = []
+    results = []
     for selection in (Selection(*layers), Selection(stack)):
         xs, records = start()
         xs.requires_grad_()
         ys, _, _ = selection(xs, records, torch.tensor(index))
         ys.square().sum().backward()
-        found.append((ys, xs.grad))
-    for a, b in zip(*found, strict=True):
+        results.append((ys, xs.grad))
+    for a, b in zip(*results, strict=True):
         assert_agrees(b, a.detach(), 1e-5)
     for k, layer in enumerate(layers):
         expected = torch.zeros(4, 6) if layer.weight.grad is None else layer.weight.grad
@@ -372,16 +361,12 @@ def test_dispatching_and_masks() -> None:
     dispatcher, layer = R.AAC(3, 6), R.AAC(4, 6, num_agents=3, approx_hidden_dims=(5,)).eval()
     _, records, agents = dispatcher(xs, records, [])
     _, records, actions = layer(xs, records, agents, torch.arange(9) < 6)
-    assert len(records) == 9 and [len(record.steps) for record in records] == [2] * 6 + [1] * 3
+    assert len(records) == 9 and records.active().sum(0).tolist() == [2] * 6 + [1] * 3
     alone = [layer.policy.nets[agent](xs[i : i + 1]).log_softmax(1)[0] for i, agent in enumerate(agents)]
     assert_agrees(records.steps[1].states[:6, :, 0], torch.stack(alone)[:6], 1e-5)
-    assert torch.equal(records[3].steps[1].states, records.steps[1].states[3:4])
-    assert torch.equal(records[-1].steps[0].states, records.steps[0].states[8:])
-    with pytest.raises(IndexError, match="there is no sample 9: the batch has 9"):
-        records[9]
     assert not actions[6:].any() and not records.steps[1].states[6:].any()
     loss = Loss(nn.MSELoss(), NegLossReward())
-    sum(loss(torch.randn(9, 2), records, torch.zeros(9, 2))).backward()
+    sum(loss(torch.randn(9, 2), torch.zeros(9, 2), records)).backward()
     used = set(agents[:6].tolist())
     for agent, net in enumerate(layer.policy.nets):
         assert any(p.grad is not None and p.grad.any() for p in net.parameters()) == (agent in used)
@@ -390,13 +375,21 @@ def test_dispatching_and_masks() -> None:
 def test_samples_are_routed_one_by_one_or_together() -> None:
     """A batch in evaluation is what its samples are alone."""
     torch.manual_seed(0)
-    net = Sequential(R.REINFORCE(3, 6), Selection(*(nn.Linear(6, 6) for _ in range(3))), nn.ReLU(), R.WPL(2, 6), Selection(
-        nn.Linear(6, 4), nn.Linear(6, 4)
-    )).eval()  # fmt: skip
+    layers = [
+        R.REINFORCE(3, 6),
+        Selection(*(nn.Linear(6, 6) for _ in range(3))),
+        R.WPL(2, 6),
+        Selection(nn.Linear(6, 4), MLP(6, 4)),
+    ]
+
+    def route(xs: Tensor) -> Tensor:
+        triple = Initialization()(xs)
+        for layer in layers:
+            triple = layer.eval()(*triple)
+        return triple[0]
+
     xs, _ = start()
-    ys, records = net(xs, torch.arange(9))
-    assert len(records[0].steps) == 2 and int(records[4].task) == 4
-    assert_agrees(ys, torch.cat([net(x[None])[0] for x in xs]), 1e-5)
+    assert_agrees(route(xs), torch.cat([route(x[None]) for x in xs]), 1e-5)
 
 
 def test_mlp_runs_hooks() -> None:
@@ -414,49 +407,75 @@ def test_given_networks() -> None:
     assert torch.equal(layer.policy.nets[1][0].weight, net[0].weight) and layer.value.nets[0][0].weight is not net[0].weight
     assert len(R.REINFORCE(4, approx_module=net).policy.nets) == 1
     other = nn.Sequential(nn.Linear(6, 4))
-    assert torch.equal(R.WPL(4, 6, qvalue_net=other).value.nets[0][0].weight, other[0].weight)
+    assert torch.equal(R.WPL(4, 6, value_net=other).value.nets[0][0].weight, other[0].weight)
 
 
-def test_recurrent_lstm() -> None:
-    """Action 0 ends the routing of a sample; hidden=None; the caller's mask stays; policies keep their initial state."""
+class ConvolutionalNet(nn.Module):
+    """(N, 2, 5, 5) -> (N, n_out): an input of another shape is an error."""
+
+    def __init__(self, n_out: int):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(2, 3, 3), nn.Linear(27, n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1:] == (2, 5, 5)
+        return self.linear(self.conv(x).flatten(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_for_images(kind: str) -> None:
+    """Given networks get the samples as they are; the MLPs that a layer makes itself get them flattened."""
+    layer = getattr(R, kind)
+    given: dict = {"approx_module": ConvolutionalNet(4), "in_features": 50}
+    layers = [layer(4, num_agents=2, **given), layer(4, in_features=50, num_agents=2)]
+    if layer.values == "state" and kind != "RELAX":
+        layers.append(layer(4, num_agents=2, approx_module=ConvolutionalNet(4), value_net=ConvolutionalNet(1)))
+    for layer in layers:
+        xs, records, _ = Initialization()(torch.randn(6, 2, 5, 5))
+        ys, records, actions = layer(xs, records, torch.arange(6) % 2)
+        assert ys.shape == xs.shape
+        _, loss = Loss(nn.MSELoss(), NegLossReward())(ys, xs * 0, records)
+        (loss + ys.sum()).backward()
+        assert all(p.grad is not None for p in layer.policy.parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float32])
+def test_masks_of_any_type(kind: torch.dtype) -> None:
+    xs, _ = start()
+    mask, actions = torch.arange(9) % 3 > 0, torch.arange(9) % 2
+    layer, selection = R.REINFORCE(2, 6).eval(), Selection(nn.Linear(6, 5), nn.Linear(6, 5))
+    outputs = []
+    for m in (mask, mask.to(kind)):
+        _, records = start()
+        outputs.append((layer(xs, records, mask=m)[2], records.active(), selection(xs, records, actions, m)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_lstm_cell() -> None:
+    """hidden=None; the caller's mask stays; policies keep their initial weights; action 0 is an ordinary module."""
     torch.manual_seed(0)
-    options = {"policy_storage_type": "tabular", "num_agents": 2}
-    cell = RoutedLSTMCell(6, 4, 3, 5, R.REINFORCE, route_i2h=True, recurrent=True, **options)
-    assert all((layer.policy.table == 1 / 3).all() for layer in cell.modules() if isinstance(layer, R.Decision))
+    cell = RoutedLSTMCell(6, 4, 3, 2, R.REINFORCE, route_i2h=True, policy_storage_type="tabular", num_agents=2)
+    routers = [layer for layer in cell.modules() if isinstance(layer, R.Decision)]
+    assert len(routers) == 4 and all((layer.policy.table == 1 / 3).all() for layer in routers)
     xs, records = start(40)
     mask = torch.arange(40) < 30
     before = mask.clone()
     (h, c), records = cell(xs, None, records, torch.arange(40) % 2, mask)
     assert torch.equal(mask, before) and not h[30:].any() and h[:30].all() and c.shape == (40, 4)
-    for record in list(records)[:30]:
-        actions = [int(step.actions) for step in record.steps]
-        ends = [i for i, action in enumerate(actions) if action == 0]
-        # two projections, each until its first end or to the depth
-        assert len(ends) <= 2 and len(actions) <= 10
-    assert len({len(record.steps) for record in records}) > 3
-    plain = RoutedLSTMCell(6, 4, 3, 2, R.REINFORCE).eval()
-    _, records = start(40)
-    (h, c), records = plain(xs, None, records)
-    assert records.active().all(), "action 0 is an ordinary module without recurrent=True"
+    assert torch.equal(records.active(), mask.expand(4, 40)) and (records.actions()[:, :30] == 0).any()
     (h + c).sum().backward()
-    with pytest.raises(ValueError, match="depth_routing is 0"):
-        RoutedLSTMCell(6, 4, 3, 0, R.REINFORCE)
 
 
-def test_exploration_schedules() -> None:
-    net = Sequential(R.QLearning(3, 6), R.GumbelSoftmax(3, 6))
-    R.set_exploration(net, R.annealed(0.4, 0.2, 0.5))
-    assert net.layers[0].exploration == pytest.approx(0.3) and net.layers[1].temperature == pytest.approx(0.1 + 9.9 * 0.3)
-    assert R.annealed(0.4, 0.1, 0.5, "exponential") == pytest.approx(0.2)
-    for args, message in (((0.4, 0.1, 0.5, "cosine"), "'cosine'"), ((0.4, 0.0, 0.5, "exponential"), "above 0")):
-        with pytest.raises(ValueError, match=message):
-            R.annealed(*args)
+def test_set_exploration() -> None:
+    net = nn.Sequential(R.QLearning(3, 6), R.GumbelSoftmax(3, 6))
+    R.set_exploration(net, 0.3)
+    assert net[0].exploration == 0.3 and net[1].temperature == pytest.approx(0.1 + 9.9 * 0.3)
 
 
 # ---- bad input and published text ----------------------------------------------------------------------------------------
 
 
-def lost(layer: nn.Module, **arguments: object) -> None:
+def call(layer: nn.Module, **arguments: object) -> None:
     xs, records = start()
     layer(xs, records, **arguments)
 
@@ -469,32 +488,50 @@ BAD = {
     "exploration is -0.1": lambda: R.QLearning(4, 6).set_exploration(-0.1),
     "policy_storage_type is 'table'": lambda: R.REINFORCE(4, 6, policy_storage_type="table"),
     "in_features is None": lambda: R.REINFORCE(4),
-    "REINFORCE takes no argument colour='red'": lambda: R.REINFORCE(4, 6, colour="red"),
-    "Selection takes no argument mask=None": lambda: Selection(nn.ReLU(), mask=None),
-    "Loss takes no argument gamma=0.9": lambda: Loss(nn.MSELoss(), NegLossReward(), gamma=0.9),
     "scale is 'both'": lambda: R.GumbelSoftmax(4, 6, scale="both"),
     "rewards has 2 entries, num_selections is 4": lambda: R.REINFORCE(4, 6, additional_reward_func=ManualReward([1, 2])),
-    "prior_actions is None: with 3 agents": lambda: lost(R.REINFORCE(4, 6, 3)),
-    "prior_actions holds 3: there are 3 agents": lambda: lost(R.REINFORCE(4, 6, 3), prior_actions=torch.full((9,), 3)),
-    "prior_actions has the shape (2,)": lambda: lost(R.REINFORCE(4, 6, 3), prior_actions=[0, 1]),
-    "mask leaves no sample active": lambda: lost(R.REINFORCE(4, 6), mask=MASK),
-    "mask has the shape (8,)": lambda: lost(R.REINFORCE(4, 6), mask=MASK[1:]),
-    "actions holds 2: there are 2 modules": lambda: lost(Selection(nn.ReLU(), nn.Tanh()), actions=torch.full((9,), 2)),
-    "actions holds -1: there are 2 modules": lambda: lost(Selection(nn.ReLU(), nn.Tanh()), actions=torch.full((9,), -1)),
-    "store_module_pointers is True": lambda: Selection(R.StackedLinear(2, 6, 6), store_module_pointers=True),
-    "actions is None": lambda: lost(Selection(nn.ReLU()), actions=None),
+    "prior_actions is None: with 3 agents": lambda: call(R.REINFORCE(4, 6, 3)),
+    "prior_actions holds 3: there are 3 agents": lambda: call(R.REINFORCE(4, 6, 3), prior_actions=torch.full((9,), 3)),
+    "prior_actions has the shape (2,)": lambda: call(R.REINFORCE(4, 6, 3), prior_actions=[0, 1]),
+    "mask leaves no sample active": lambda: call(R.REINFORCE(4, 6), mask=MASK),
+    "mask has the shape (8,)": lambda: call(R.REINFORCE(4, 6), mask=MASK[1:]),
+    "actions holds 2: there are 2 modules": lambda: call(Selection(nn.ReLU(), nn.Tanh()), actions=torch.full((9,), 2)),
+    "actions holds -1: there are 2 modules": lambda: call(Selection(nn.ReLU(), nn.Tanh()), actions=torch.full((9,), -1)),
+    "actions has the shape (2,): the batch has 9": lambda: call(Selection(nn.ReLU(), nn.Tanh()), actions=torch.tensor([0, 1])),
+    "records are of 9 samples: the batch has 4": lambda: R.REINFORCE(4, 6)(torch.zeros(4, 6), start()[1]),
+    "records are of 9 samples: the batch has 4 losses": lambda: Loss(nn.MSELoss(), NegLossReward())(
+        torch.zeros(4, 2), torch.zeros(4, 2), start()[1]
+    ),
+    "policy_net is given, but policy_storage_type is tabular": lambda: R.REINFORCE(
+        4, 6, policy_storage_type="tabular", approx_module=nn.Linear(6, 4)
+    ),
+    "value_net is given, but policy_storage_type is tabular": lambda: R.AAC(
+        4, 6, policy_storage_type="tabular", value_net=nn.Linear(6, 1)
+    ),
+    "value_net is given, but REINFORCE estimates no values": lambda: R.REINFORCE(4, 6, value_net=nn.Linear(6, 1)),
+    "approx_module and policy_net are given": lambda: R.REINFORCE(4, approx_module=nn.Linear(6, 4), policy_net=nn.Linear(6, 4)),
+    "additional_reward_class and additional_reward_func": lambda: R.REINFORCE(
+        4, 6, additional_reward_class=CollaborationReward, additional_reward_func=CollaborationReward()
+    ),
+    "in_features is None: the control of RELAX": lambda: R.RELAX(4, approx_module=nn.Linear(6, 4)),
+    "in_features is None: an approx policy": lambda: R.AAC(4, approx_module=nn.Linear(6, 4)),
+    "num_actions is 3: the layer has 5 selections": lambda: R.REINFORCE(
+        5, 6, additional_reward_func=CollaborationReward(num_actions=3)
+    ),
+    "history_len is 0": lambda: CollaborationReward(history_len=0),
+    "history_len is -1": lambda: R.RunningAverageCollaborationReward(history_len=-1),
+    "actions is None": lambda: call(Selection(nn.ReLU()), actions=None),
     "modules is empty": lambda: Selection(),
     "xs is an empty batch": lambda: Initialization()(torch.zeros(0, 6)),
     "tasks names 2 tasks: the batch has 3": lambda: Initialization()(torch.zeros(3, 6), [0, 1]),
-    "tasks is ()": lambda: lost(R.PerTaskAssignment()),
+    "tasks is ()": lambda: call(R.PerTaskAssignment()),
     "the final rewards hold nan": lambda: Loss(nn.MSELoss(), NegLossReward())(
-        torch.full((9, 2), torch.nan), start()[1], torch.zeros(9, 2)
+        torch.full((9, 2), torch.nan), torch.zeros(9, 2), start()[1]
     ),
-    "ystrue is None": lambda: Loss(nn.MSELoss(), NegLossReward())(torch.zeros(9, 2), start()[1]),
-    "records is a Tensor": lambda: Loss(nn.MSELoss(), NegLossReward())(torch.zeros(9, 2), torch.zeros(9, 2)),
-    "discounting is 2": lambda: Loss(nn.MSELoss(), NegLossReward(), discounting=2),
+    "ystrue is None": lambda: Loss(nn.MSELoss(), NegLossReward())(torch.zeros(9, 2), None, start()[1]),
+    "records is a Tensor": lambda: Loss(nn.MSELoss(), NegLossReward())(torch.zeros(9, 2), start()[1], torch.zeros(9, 2)),
     "pytorch_loss_func is None": lambda: Loss(None, NegLossReward()),
-    "recurrent routing needs an end": lambda: RoutedLSTMCell(6, 4, 1, 2, R.REINFORCE, recurrent=True),
+    "depth_routing is 0": lambda: RoutedLSTMCell(6, 4, 3, 0, R.REINFORCE),
 }
 
 
@@ -504,24 +541,30 @@ def test_bad_input(message: str) -> None:
         BAD[message]()
 
 
+def test_unknown_keywords_are_refused() -> None:
+    for kind in (R.REINFORCE, R.RELAX, R.GumbelSoftmax):
+        with pytest.raises(TypeError, match="colour"):
+            kind(4, 6, colour="red")
+
+
 def snippets(text: str) -> list[str]:
-    """Stretches of lines in a text that are code: they parse, and assign or call something."""
-    found = []
-    for stretch in text.split("\n\n"):
-        code = stretch.replace("[... all other parameters ...]", "other_parameters")
+    """Paragraphs of a text that are code: they parse, and assign or call something."""
+    codes = []
+    for paragraph in text.split("\n\n"):
+        code = paragraph.replace("[... all other parameters ...]", "other_parameters")
         try:
             compiled = compile(code, "published", "exec")
         except SyntaxError:
             continue
         if "=" in code and compiled.co_code:
-            found.append(code)
-    return found
+            codes.append(code)
+    return codes
 
 
 def test_snippets() -> None:
     """All code of the published description runs as it is written there."""
-    found = snippets(Path(DATA / "routing" / "published.md").read_text())
-    assert len(found) == 10
+    codes = snippets(Path(DATA / "routing" / "published.md").read_text())
+    assert len(codes) == 10
     others = types.SimpleNamespace(PerTaskAssignment=R.PerTaskAssignment)
     published = types.SimpleNamespace(DecisionLayers=types.SimpleNamespace(Others=others))
     module = nn.Linear(6, 5)
@@ -535,7 +578,7 @@ def test_snippets() -> None:
         "other_parameters": list(module.parameters()), "decision_learning_rate": 0.1, "module_learning_rate": 0.1,
         "pytorch_loss_func": nn.CrossEntropyLoss(), "routing_reward_func": NegLossReward(),
     }  # fmt: skip
-    for code in found:
+    for code in codes:
         if "PerTaskAssignment" in code:  # which needs tasks, as the text says
             space["meta_list"] = Initialization()(space["batch"], space["tasks"])[1]
         if "selection(batch" in code:  # of the actions that were decided last
@@ -546,6 +589,6 @@ def test_snippets() -> None:
     assert len(space["selection"].selectable) == 2 and space["module_loss"].ndim == 0
 
 
-@pytest.mark.parametrize("name, n", [("layers", 5), ("policies", 1), ("grouped", 1), ("rewards", 3), ("exploration", 1)])
+@pytest.mark.parametrize("name, n", [("layers", 5), ("policies", 1), ("grouped", 1), ("rewards", 3)])
 def test_examples_in_docstrings(name: str, n: int) -> None:
     assert doctest.testmod(importlib.import_module(f"common.routing.{name}")) == (0, n)

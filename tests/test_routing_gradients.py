@@ -40,7 +40,7 @@ def sampled_gradients(kind: str, seed: int = 0, **options: object) -> Tensor:
     for layer in layers:
         layer(xs, records, torch.arange(N))
     costs = COSTS[records.actions()[0], records.actions()[1]]
-    _, routing_loss = Loss(nn.MSELoss(), NegLossReward())(xs, records, external_losses=costs, reduce=False)
+    _, routing_loss = Loss(nn.MSELoss(), NegLossReward())(xs, None, records, external_losses=costs, reduce=False)
     routing_loss.sum().backward()
     return torch.stack([layer.policy.table.grad for layer in layers], 1)
 
@@ -52,7 +52,7 @@ def assert_unbiased(gradients: Tensor, exact: Tensor) -> None:
     assert standard.max() < 0.05 * exact.abs().max(), "too few samples to tell"
 
 
-@pytest.mark.parametrize("kind", ["REINFORCE", "REINFORCEBl1", "EGreedyREINFORCE", "AAC", "EGreedyAAC"])
+@pytest.mark.parametrize("kind", ["REINFORCE", "REINFORCEBl1", "ActorCritic", "EGreedyREINFORCE", "AAC", "EGreedyAAC"])
 def test_policy_gradients_are_unbiased(kind: str) -> None:
     """Where actions are drawn from another distribution, the excursion objective of Degris et al. is meant."""
     if kind.startswith("EGreedy"):
@@ -80,11 +80,11 @@ def decide(layers: list[R.RELAX], n: int) -> R.Trajectories:
 
 def estimates(records: R.Trajectories, costs: Tensor) -> Tensor:
     """The gradient of every sample's cost with respect to the logits, (N, decisions, K)."""
-    found = []
+    gradients = []
     for step in records.steps:
         t = Transition(step.states, step.actions, -costs, -costs, torch.zeros_like(costs), step.control)
-        found.append(step.decision.estimate(t).detach())
-    return torch.stack(found, 1)
+        gradients.append(step.decision.estimate(t).detach())
+    return torch.stack(gradients, 1)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -98,7 +98,7 @@ def test_relax(trained: bool) -> None:
     for _ in range(300 if trained else 0):
         records = decide([layer], 100)
         costs = COST[records.actions()[0]]
-        _, loss = loss_func(torch.zeros(100, 1), records, external_losses=costs)
+        _, loss = loss_func(torch.zeros(100, 1), None, records, external_losses=costs)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -110,7 +110,7 @@ def test_relax(trained: bool) -> None:
     p = LOGITS[0].softmax(0)
     exact = p * (COST - (p * COST).sum())
     assert_unbiased(g, exact)
-    _, loss = loss_func(torch.zeros(N, 1), records, external_losses=costs)
+    _, loss = loss_func(torch.zeros(N, 1), None, records, external_losses=costs)
     loss.backward()
     torch.testing.assert_close(layer.policy.table.grad[0], g.mean(0), rtol=1e-3, atol=1e-5)
     if trained:
@@ -129,7 +129,7 @@ def test_relax_of_two_decisions() -> None:
 
 
 def test_relax_leaves_policy_and_control_apart() -> None:
-    """What trains the control does not reach the policy; gradients go to the agent that decided, and scale with the loss."""
+    """The loss of the control does not reach the policy; gradients go to the agent that decided, and scale with the loss."""
     torch.manual_seed(0)
     layer = R.RELAX(K, 4, num_agents=2, entropy_coef=0.0)
     grads = {}
@@ -138,7 +138,7 @@ def test_relax_leaves_policy_and_control_apart() -> None:
         torch.manual_seed(1)
         xs, records, _ = Initialization()(torch.randn(9, 4))
         layer(xs, records, torch.ones(9, dtype=torch.int64))
-        _, loss = Loss(nn.MSELoss(), NegLossReward())(xs, records, external_losses=torch.rand(9))
+        _, loss = Loss(nn.MSELoss(), NegLossReward())(xs, None, records, external_losses=torch.rand(9))
         layer.zero_grad()
         (0.5 * loss).backward()
         grads[coef] = [None if p.grad is None else p.grad.clone() for p in layer.policy.parameters()]
@@ -186,5 +186,5 @@ def test_gumbel_softmax_tends_to_half_of_the_exact_gradient() -> None:
     ys.sum().backward()
     p = LOGITS[0].softmax(0)
     exact = p * (COST - (p * COST).sum())
-    found = 2 * layer.policy.table.grad.mean(0)
-    assert ((found - exact).abs() < 0.05 * exact.abs().max()).all(), (found, exact)
+    doubled = 2 * layer.policy.table.grad.mean(0)
+    assert ((doubled - exact).abs() < 0.05 * exact.abs().max()).all(), (doubled, exact)

@@ -1,7 +1,12 @@
 """routing_networks.py as its users run it: data, networks, bad input, what a run leaves, stops, comparing runs."""
 
 import csv
+import io
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from common.datasets import multitask
 from common.datasets.images import DataError, ImageSet
 from common.models import routed
 from common.routing import measures
+from common.run.metrics import read_metrics
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
 from tests.reference import Vectors, assert_agrees
 from tests.small_images import smooth, write_mnist
@@ -21,6 +27,7 @@ from tests.test_images import write_cifar
 from tests.test_routing_vectors import load_agents
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = {"train": 18, "test": 9}  # images a task of its class, and as many of others
 SHORT = "--data MNIST-MTL --epochs 2 --batch-size 64 --width 4 --optimizer adam --lr 0.01 --device cpu"
@@ -50,8 +57,8 @@ def run(line: str) -> int:
 
 
 def only(results: Path) -> Path:
-    (found,) = (results / "routing_networks").iterdir()
-    return found
+    (path,) = (results / "routing_networks").iterdir()
+    return path
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------------
@@ -149,7 +156,7 @@ def test_models_of_the_original(name: str) -> None:
             made.decision.reward_func.register(made.states[:, :, 0], made.actions)
         assert torch.equal(records.actions(), v["actions"][step])
         assert_agrees(out, v["out"][step], 1e-4)
-        module_loss, routing_loss = loss_func(out, records, targets, reduce=False)
+        module_loss, routing_loss = loss_func(out, targets, records, reduce=False)
         assert_agrees(module_loss, v["module_loss"][step], 1e-4)
         if MODELS[name][1] == "REINFORCE":
             assert_agrees(routing_loss, v["routing_loss"][step], 1e-4)
@@ -212,7 +219,7 @@ def test_defaults_are_the_published_ones(capsys: pytest.CaptureFixture[str]) -> 
     expected |= {"collaboration": 0.3, "exploration": 0.1, "decision": "WPL", "loss": "mse", "optimizer": "sgd"}
     assert {option: getattr(args, option) for option in expected} == expected and name == "CIFAR100-MTL.routed-all-fc"
     assert args.routing_lr == pytest.approx(0.0009)
-    rates = [args.lr * script.rate_share(args, epoch) for epoch in (0, 4, 5, 9, 10, 49)]
+    rates = [args.lr * script.lr_factor(args, epoch) for epoch in (0, 4, 5, 9, 10, 49)]
     assert rates == pytest.approx([0.003, 0.003, 0.001, 0.001, 0.0003, 0.0003])
     assert run("--data MNIST-MTL --model dispatched --seed 3 --lr 0.01 --dry-run") == 0
     assert capsys.readouterr().out == "MNIST-MTL.dispatched-lr.0.01-seed.3\n"
@@ -306,10 +313,40 @@ def test_variants(more: str, grey: str, tmp_path: Path, no_pictures: None) -> No
     assert (history >= 0).all() and len(history) == 256
 
 
-def test_colour(tmp_path: Path, no_pictures: None) -> None:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colour_on_a_terminal(tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bars for the steps of the epoch, and for the test."""
     write_cifar(tmp_path, "CIFAR100")
+    monkeypatch.setattr(sys, "stderr", Terminal())
     assert run(f"--data-dir {tmp_path} --device cpu --epochs 1 --results-dir {tmp_path / 'results'}") == 0
     assert len(json.loads((only(tmp_path / "results") / "result.json").read_text())["test"]["accuracy_by_task"]) == 20
+    assert "epoch 1 of 1:" in sys.stderr.getvalue() and "test:" in sys.stderr.getvalue()
+
+
+def test_trackers(tmp_path: Path) -> None:
+    """Each row of metrics.csv, for TensorBoard and for Weights & Biases offline."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("wandb")
+    write_cifar(tmp_path, "CIFAR100")
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    line = "--data-dir . --device cpu --width 4 --epochs 2 --batch-size 100 --tensorboard --wandb-project routing".split()
+    subprocess.run(
+        [sys.executable, ROOT / "routing_networks.py", *line], cwd=tmp_path, env=environment, check=True, timeout=120
+    )
+    path = only(tmp_path / "results")
+    losses = read_metrics(path / "metrics.csv")["train_loss"]
+    board = accumulators.EventAccumulator(str(path / "tensorboard"))
+    board.Reload()
+    events = board.Scalars("train_loss")
+    assert [event.step for event in events] == [1, 2] and [event.value for event in events] == pytest.approx(losses, rel=1e-5)
+    (file,) = path.glob("wandb/offline-run-*/*.wandb")
+    # records of a key and a number as text
+    logged = [float(value) for value in re.findall(rb"train_loss\W{1,4}(\d+\.\d+)", file.read_bytes())]
+    assert list(dict.fromkeys(logged)) == pytest.approx(losses, rel=1e-6)  # twice: history, summary
 
 
 def test_routing_learns(grey: str, tmp_path: Path, no_pictures: None) -> None:

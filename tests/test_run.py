@@ -421,6 +421,20 @@ def test_nor_from_a_shell(results: Path) -> None:
     assert content(results.parent) == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["-h", "-type Swarm -n_hidden 0", "RUN"])
+@pytest.mark.parametrize("streams", [">/dev/full", ">&- 2>&- <&-"])
+def test_a_stream_that_is_full_or_closed(line: str, streams: str, tmp_path: Path) -> None:
+    line = line.replace("RUN", "-type Swarm -n_hidden 2 -n_iter 1 -tasks 10 -max_epochs 1 -results_dir results")
+    command = f"{sys.executable} {amortised_clustering.__file__} {line} {streams}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 * ("n_hidden 0" in line)
+    assert done.stderr.count("\n") == ("n_hidden 0" in line and "2>&-" not in streams) + (
+        "/dev/full" in streams and "n_hidden 0" not in line
+    )
+    assert len(list(tmp_path.glob("results/amortised_clustering/*/result.json"))) == ("tasks" in line)
+
+
 # ---- what --overwrite may remove -----------------------------------------------------------------------------------------
 
 OTHERS = {"b": None, "b/args.json": b'{"script": "script"}', "b/last.pkl": b"a state"}  # beside the run

@@ -64,6 +64,7 @@ def test_options_and_defaults() -> None:
     assert {name: args[name] for name in published} == published
     own = {
         "seed", "results_dir", "data_dir", "precision", "compile", "max_epochs", "epoch_images", "overwrite", "n_samples",
+        "device", "tensorboard", "wandb_project",
     }  # fmt: skip
     assert args.keys() - published.keys() == own
 

@@ -1,12 +1,14 @@
-"""Multi-task versions of image sets: every sample is an image, a task, and a label that means something in that task alone."""
+"""Multi-task versions of image sets: a sample is an image, a task, and a label within that task."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from common.datasets import images
 from common.datasets.images import DataError, ImageSet
 from common.seeds import generator_of
 
@@ -23,7 +25,7 @@ CIFAR100_SUPERCLASSES = (
 
 @dataclass(frozen=True)
 class MultitaskSet:
-    """N images, each with its task and its label in that task."""
+    """N images, each with its task and its label within the task."""
 
     images: Tensor  # (N, C, H, W) uint8
     tasks: Tensor  # (N) int64
@@ -37,40 +39,48 @@ class MultitaskSet:
         return MultitaskSet(self.images.to(device), self.tasks.to(device), self.labels.to(device), self.task_names)
 
 
-def one_against_rest(data: ImageSet, per_task: int, seed: int) -> MultitaskSet:
-    """A task a class, with `per_task` images of the class (label 1) and as many others (label 0), spread over all of these.
+def load(name: str, data_dir: str | Path, seed: int) -> tuple[MultitaskSet, MultitaskSet, str]:
+    """Training and test split of one of N_TASKS, read or downloaded, and a fingerprint of the images. Raises DataError."""
+    train, test = (images.load(name.removesuffix("-MTL"), split, data_dir, download=True) for split in images.SPLITS)
+    if name == "CIFAR100-MTL":
+        return superclasses(train), superclasses(test), train.fingerprint()
+    sizes = [PER_TASK[split] for split in images.SPLITS]
+    return one_against_rest(train, sizes[0], seed), one_against_rest(test, sizes[1], seed), train.fingerprint()
 
-    Which images is drawn by the seed. Raises DataError if a class has too few.
+
+def one_against_rest(data: ImageSet, per_task: int, seed: int) -> MultitaskSet:
+    """A task for each class, with `per_task` images of it (label 1) and as many of all others together (label 0).
+
+    The images are drawn with the seed. Raises DataError if a class has too few.
     """
     n_classes = len(data.classes)
     by_class = [(data.labels == c).nonzero()[:, 0] for c in range(n_classes)]
     fewest = min(len(own) for own in by_class)
     if fewest < per_task:
         raise DataError(f"a task needs {per_task} images of its class: there is one of {fewest}")
-    chosen, tasks, labels = [], [], []
+    indices, tasks, labels = [], [], []
     for task in range(n_classes):
         others = [c for c in range(n_classes) if c != task]
-        # as equal as can be; which classes have one more goes round with the task
+        # as equal as possible; the classes with one image more rotate with the task
         shares = [per_task // len(others) + ((i + task) % len(others) < per_task % len(others)) for i in range(len(others))]
         for c, n, label in [(task, per_task, 1), *zip(others, shares, [0] * len(others), strict=True)]:
             own = by_class[c]
-            chosen.append(own[torch.randperm(len(own), generator=generator_of(seed, task, c)).to(own.device)[:n]])
+            indices.append(own[torch.randperm(len(own), generator=generator_of(seed, task, c)).to(own.device)[:n]])
             tasks += [task] * n
             labels += [label] * n
-    order = torch.cat(chosen)
-    return MultitaskSet(data.images[order], torch.tensor(tasks), torch.tensor(labels), tuple(data.classes))
+    return MultitaskSet(data.images[torch.cat(indices)], torch.tensor(tasks), torch.tensor(labels), tuple(data.classes))
 
 
 def superclasses(data: ImageSet) -> MultitaskSet:
-    """CIFAR-100 as 20 tasks of five classes: the superclass, and the rank of the class in its superclass.
+    """CIFAR-100 as 20 tasks of five classes: the task is the superclass, the label the rank of the class in it.
 
     >>> from common.datasets.images import ImageSet
     >>> classes = torch.tensor([8, 13, 48, 58, 90])  # bicycle, bus, motorcycle, pickup truck, train: vehicles 1
-    >>> found = superclasses(ImageSet(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), classes, ("",) * 100))
-    >>> found.tasks.tolist(), found.labels.tolist()
+    >>> mtl = superclasses(ImageSet(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), classes, ("",) * 100))
+    >>> mtl.tasks.tolist(), mtl.labels.tolist()
     ([18, 18, 18, 18, 18], [0, 1, 2, 3, 4])
     """
-    of_class = torch.tensor(CIFAR100_SUPERCLASSES)
-    rank = torch.stack([(of_class[:c] == of_class[c]).sum() for c in range(100)])
+    superclass = torch.tensor(CIFAR100_SUPERCLASSES)
+    rank = torch.stack([(superclass[:c] == superclass[c]).sum() for c in range(100)])
     labels = data.labels.cpu()
-    return MultitaskSet(data.images, of_class[labels], rank[labels], tuple(f"superclass {i}" for i in range(20)))
+    return MultitaskSet(data.images, superclass[labels], rank[labels], tuple(f"superclass {i}" for i in range(20)))

@@ -1,7 +1,7 @@
 """Multi-task image networks: a shared convolutional trunk, and fully connected layers that are shared, owned, routed or mixed.
 
-Every fully connected layer has several modules, of equal size; what is between is who decides which of them a sample goes
-through (Rosenbaum et al., ICLR 2018; the names are those of the original's example models).
+Every fully connected layer has several modules of equal size; the models differ in how the module of a sample is chosen
+(Rosenbaum et al., ICLR 2018; names as in the original's example models).
 """
 
 from __future__ import annotations
@@ -28,27 +28,26 @@ class Trunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for conv in self.conv:
-            x = F.relu(F.max_pool2d(conv(x), 2))  # the same as ReLU first, of a quarter of the numbers
+            x = F.relu(F.max_pool2d(conv(x), 2))  # same as ReLU first, on a quarter of the numbers
         return self.batchnorm(x).flatten(1)
 
 
 def layer_sizes(side: int, depth: int, width: int, n_out: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of the fully connected layers behind a trunk that sees side x side pixels."""
+    """Input and output sizes of the fully connected layers behind a trunk, for images of side x side pixels."""
     return list(pairwise([CHANNELS * (side // 16) ** 2, *[width] * (depth - 1), n_out]))
 
 
 class RoutedNet(nn.Module):
-    """Trunk, then in each layer a router and a selection of modules: x (B, C, H, W), tasks (B) -> (B, n_out), trajectories.
+    """Trunk, then layers of a router and a selection of modules: x (B, C, H, W), tasks (B) -> (B, n_out), trajectories.
 
-    The agent that decides for a sample is the one of its task or, with a `dispatcher`, the one that this chooses; routers of
-    one agent have no choice.
+    The agent of a sample is its task's or, with a `dispatcher`, the one that the dispatcher decides for.
     """
 
     def __init__(
         self,
         in_channels: int,
         sizes: list[tuple[int, int]],
-        routers: Sequence[Decision | PerTaskAssignment],
+        routers: Sequence[nn.Module],  # Decision, PerTaskAssignment or PassThrough
         n_modules: list[int],
         dispatcher: Decision | None = None,
     ):
@@ -69,25 +68,25 @@ class RoutedNet(nn.Module):
         return x, records
 
     def routing(self, records: Trajectories, tasks: Tensor) -> list[Tensor]:
-        """What module each sample went through, a layer each: (B, modules) of zeros and ones."""
+        """The module of each sample, one-hot, for each layer: (B, modules)."""
         steps = iter(records.steps if self.dispatcher is None else records.steps[1:])
-        choices = []
+        routes = []
         for router, n in zip(self.routers, self.n_modules, strict=True):
             if isinstance(router, Decision):
                 actions = next(steps).actions
             else:
                 actions = torch.zeros_like(tasks) if isinstance(router, PassThrough) else tasks
-            choices.append(F.one_hot(actions, n))
-        return choices
+            routes.append(F.one_hot(actions, n))
+        return routes
 
     def routing_parameters(self) -> list[nn.Parameter]:
-        """What the decisions learn."""
+        """The parameters of all decisions."""
         parts = [self.dispatcher, *self.routers]
         return [p for part in parts if part is not None for p in part.parameters()]
 
 
 class MixedLayer(nn.Module):
-    """sum_k w_k (W_k x + b_k), the weights w a softmax of a learned row of the task: inputs (B, D), tasks (B) -> (B, E)."""
+    """sum_k w_k (W_k x + b_k), w a softmax of the task's learned row: inputs (B, D), tasks (B) -> (B, E)."""
 
     def __init__(self, n_in: int, n_out: int, n_modules: int, n_tasks: int):
         super().__init__()
@@ -100,7 +99,7 @@ class MixedLayer(nn.Module):
 
 
 class SoftMixture(nn.Module):
-    """Trunk, then layers that mix the outputs of all their modules with weights of the task; nothing is decided."""
+    """Trunk, then layers that mix the outputs of all their modules with the task's weights, without decisions."""
 
     def __init__(self, in_channels: int, sizes: list[tuple[int, int]], n_modules: int, n_tasks: int):
         super().__init__()
@@ -114,7 +113,7 @@ class SoftMixture(nn.Module):
         return x, records
 
     def routing(self, records: Trajectories, tasks: Tensor) -> list[Tensor]:
-        """The weight of each module for each sample, a layer each: (B, modules)."""
+        """The weight of each module for each sample, for each layer: (B, modules)."""
         return [F.softmax(table.detach(), 1)[tasks] for table in self.routing_parameters()]
 
     def routing_parameters(self) -> list[nn.Parameter]:
@@ -134,10 +133,10 @@ def make(
     n_agents: int,
     make_decision: Callable[..., Decision],
 ) -> RoutedNet | SoftMixture:
-    """One of MODELS. `make_decision(n, in_features, n_agents, storage)` makes a layer that decides among n.
+    """Make one of MODELS. `make_decision(n, in_features, n_agents, storage)` makes a layer that decides among n modules.
 
-    Per-task models have a module for each task. Of `dispatched`, the dispatcher sees the features, its agents have tables;
-    `single-agent` sees the input of each layer, and neither knows the task. Raises ValueError for another name.
+    Per-task models have a module for each task. The dispatcher of `dispatched` sees the features, its agents have tables;
+    the agent of `single-agent` sees the input of each layer; neither knows the task. Raises ValueError for another name.
     """
     depth = len(sizes)
     if model == "soft-mixture":

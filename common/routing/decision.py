@@ -1,7 +1,7 @@
-"""What all learned decisions share: agents, dispatching, masks, exploration, and the step that goes into the trajectories.
+"""Decisions: layers of agents that choose a module for each sample, and the trajectories that they leave.
 
-A kind of decision says in `state` what its agents compute for a sample, in `behaviour` what training actions are drawn from, in
-`loss` how it learns from rewards, and in `bootstrap` what a state is worth to the decision before it.
+A kind of decision defines `state` (what its agents compute for a sample), `behaviour` (the distribution that training actions
+are drawn from), `loss` (how it learns from rewards), and `bootstrap` (the value of a state, for the decision before it).
 """
 
 from __future__ import annotations
@@ -15,62 +15,105 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.routing.masks import check_index, checked_mask, spread
 from common.routing.policies import Networks, Tables
-from common.routing.rewards import PerActionBaseReward, refuse_unknown
-from common.routing.trajectories import Step, Trajectories, check_range, checked_mask, spread
+from common.routing.rewards import PerActionBaseReward
+
+
+@dataclass
+class Step:
+    """One decision for a batch of B samples, some of which are active."""
+
+    decision: Decision  # its loss judges the step
+    actions: Tensor  # (B) int64, 0 where not active
+    active: Tensor  # (B) bool
+    states: Tensor  # (B, K, C), 0 where not active; the class of the decision says what its channels are
+    is_exploratory: Tensor  # (B) bool: the action is not the greedy one
+    control: Tensor | None = None  # (B, K), for RELAX only
+
+
+class Trajectories:
+    """The steps of a batch of B samples on their way through a routed network, one for each decision."""
+
+    def __init__(self, batch_size: int, tasks: Tensor | None, device: torch.device):
+        self.batch_size, self.tasks, self.device = batch_size, tasks, device
+        self.steps: list[Step] = []
+        self.gate: Tensor | None = None  # (B): 1 in value, multiplies the next selected output; see GumbelSoftmax
+        self.add_rewards: Tensor | None = None  # (T, B): the caller's own rewards for each step
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    def actions(self) -> Tensor:
+        """Actions of all steps, (T, B)."""
+        return self._stacked([step.actions for step in self.steps], torch.int64)
+
+    def active(self) -> Tensor:
+        """Masks of active samples of all steps, (T, B) bool."""
+        return self._stacked([step.active for step in self.steps], torch.bool)
+
+    def _stacked(self, rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+        return torch.stack(rows) if rows else torch.zeros(0, len(self), dtype=dtype, device=self.device)
 
 
 @dataclass(frozen=True)
 class Transition:
-    """What a loss is made of, for N samples; everything but `state` (and `control`) is held constant."""
+    """Input of a decision's loss for N samples; everything but `state` (and `control`) is held constant."""
 
     state: Tensor  # (N, K, C)
     action: Tensor  # (N)
-    reward: Tensor  # (N), of this action; the last one's holds the final reward
-    cum_return: Tensor  # (N), discounted sum of rewards from this action on
-    next_value: Tensor  # (N), what the next state is worth, discounted; 0 after the last action
-    control: Tensor | None = None  # (N, K), of RELAX alone
+    reward: Tensor  # (N), of this action; the last action's includes the final reward
+    cum_return: Tensor  # (N), sum of the rewards from this action on
+    next_value: Tensor  # (N), value of the next state; 0 after the last action
+    control: Tensor | None = None  # (N, K), for RELAX only
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What N samples were decided to do."""
+    """The decision for N samples."""
 
     state: Tensor  # (N, K, C)
     action: Tensor  # (N)
     gate: Tensor | None = None  # (N), 1 in value: carries the gradient of a reparameterised sample
-    control: Tensor | None = None
+    control: Tensor | None = None  # (N, K), for RELAX only
 
 
-def temperature_of(exploration: float) -> float:
+def temperature_for(exploration: float) -> float:
     """The published temperature for an exploration from 0 to 1: 0.1 to 10."""
     return 0.1 + 9.9 * exploration
 
 
-def chosen(values: Tensor, action: Tensor) -> Tensor:
-    """The entry of each row that its action names: (N, K), (N) -> (N)."""
+def at_action(values: Tensor, action: Tensor) -> Tensor:
+    """The value of each sample's action: (N, K), (N) -> (N)."""
     return values.gather(1, action[:, None])[:, 0]
 
 
-def greedy_with(exploration: float, scores: Tensor) -> Tensor:
-    """The distribution that is uniform with probability `exploration`, and greedy else: (N, K) -> (N, K)."""
+def epsilon_greedy(exploration: float, scores: Tensor) -> Tensor:
+    """The distribution that is uniform with probability `exploration` and greedy otherwise: (N, K) -> (N, K)."""
     greedy = F.one_hot(scores.argmax(1), scores.shape[1]).to(scores.dtype)
     return exploration / scores.shape[1] + (1 - exploration) * greedy
 
 
-class Decision(nn.Module, ABC):
-    """A layer of agents that decide, for each sample, which of `num_selections` modules comes next.
+def set_exploration(model: nn.Module, exploration: float) -> None:
+    """Set the exploration of every decision layer in a model. Raises ValueError outside 0 to 1."""
+    for layer in model.modules():
+        if isinstance(layer, Decision):
+            layer.set_exploration(exploration)
 
-    `num_agents` share the layer; the prior actions say which agent has which sample. `policy_storage_type` is approx (a
-    network of `in_features` inputs with `approx_hidden_dims`, or copies of `policy_net`) or tabular (a row of numbers an agent,
-    whatever the input). With `detach` no gradient flows from agents into the input. `exploration` is from 0 to 1.
-    `value_net` (also `qvalue_net`) is for kinds that estimate values. `additional_reward_func` rewards single actions; each
-    layer has its own unless it is given one. `approx_module` and `additional_reward_class`, `additional_reward_args` are
-    other published names of `policy_net` and `additional_reward_func`. Raises ValueError for values that make no sense.
+
+class Decision(nn.Module, ABC):
+    """A layer of `num_agents` agents; a sample's agent chooses one of `num_selections` modules for it.
+
+    Prior actions name the agent of each sample (dispatching). Policies are networks (`policy_storage_type` approx: an MLP of
+    `in_features` inputs, for flattened samples, and `approx_hidden_dims`; or copies of `policy_net`, which gets samples as they
+    are) or tables (tabular: a row for each agent, whatever the input). `value_net` is the same for the kinds that estimate
+    values. With `detach` agents send no gradient to the input. `exploration` is from 0 to 1. `additional_reward_func` rewards
+    single actions; each layer makes its own (`additional_reward_class`, `additional_reward_args`) unless it is given one.
+    `approx_module` is the published name of `policy_net`. Raises ValueError for values that make no sense together.
     """
 
-    values: Literal["none", "actions", "state"] = "none"  # what the value nets estimate: one output a selection, or one
-    bootstraps = False  # whether the loss looks at next_value
+    values: Literal["none", "actions", "state"] = "none"  # output of the value nets: none, one for each selection, or one
+    bootstraps = False  # whether the loss reads next_value
 
     def __init__(
         self,
@@ -86,27 +129,28 @@ class Decision(nn.Module, ABC):
         set_pg_temp: bool = False,
         *,
         value_net: nn.Module | None = None,
-        qvalue_net: nn.Module | None = None,
         approx_module: nn.Module | None = None,
         additional_reward_class: type[PerActionBaseReward] | None = None,
         additional_reward_args: dict[str, Any] | None = None,
-        **unknown: Any,
     ):
         super().__init__()
-        refuse_unknown(unknown, type(self).__name__)
         for name, value in (("num_selections", num_selections), ("num_agents", num_agents)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: at least 1")
         if policy_storage_type not in ("approx", "tabular"):
             raise ValueError(f"policy_storage_type is {policy_storage_type!r}: approx or tabular")
+        for name, one, other in (
+            ("approx_module and policy_net", approx_module, policy_net),
+            ("additional_reward_class and additional_reward_func", additional_reward_class, additional_reward_func),
+        ):
+            if one is not None and other is not None:
+                raise ValueError(f"{name} are given: leave one out")
         policy_net = approx_module if policy_net is None else policy_net
-        if policy_storage_type == "approx" and policy_net is None and (in_features is None or in_features < 1):
-            raise ValueError(f"in_features is {in_features}: an approx policy needs to know how many there are")
         self.num_selections, self.num_agents, self.in_features = num_selections, num_agents, in_features
         self.tabular, self.detach, self.set_pg_temp = policy_storage_type == "tabular", detach, set_pg_temp
         self.hidden = tuple(approx_hidden_dims)
-        self.policy = self._agents(num_selections, 1 / num_selections, policy_net)
-        self.value = self._value_agents(policy_net, qvalue_net if value_net is None else value_net)
+        self.policy = self._agents("policy_net", num_selections, 1 / num_selections, policy_net)
+        self.value = self._value_agents(policy_net, value_net)
         if additional_reward_func is None:
             additional_reward_func = (additional_reward_class or PerActionBaseReward)(**(additional_reward_args or {}))
         self.reward_func = additional_reward_func
@@ -114,27 +158,32 @@ class Decision(nn.Module, ABC):
         self.temperature = 1.0
         self._set_exploration(exploration)
 
-    def _agents(self, n_out: int, initial: float, net: nn.Module | None = None, extra_inputs: int = 0) -> Networks | Tables:
+    def _agents(self, name: str, n_out: int, initial: float, net: nn.Module | None) -> Networks | Tables:
         """A table or network of `n_out` outputs for each agent."""
+        if self.tabular and net is not None:
+            raise ValueError(f"{name} is given, but policy_storage_type is tabular: leave one out")
         if self.tabular:
             return Tables(self.num_agents, n_out, initial)
-        return Networks(self.num_agents, (self.in_features or 0) + extra_inputs, n_out, self.hidden, net)
+        if net is None and (self.in_features is None or self.in_features < 1):
+            raise ValueError(f"in_features is {self.in_features}: an approx policy needs it to make a network; or give {name}")
+        return Networks(self.num_agents, self.in_features or 0, n_out, self.hidden, net)
 
     def _value_agents(self, policy_net: nn.Module | None, value_net: nn.Module | None) -> nn.Module | None:
-        """What estimates values; where those are of actions, a given policy net serves as a model for it."""
+        """The value nets; where they have an output for each selection, a given policy net is copied for them, too."""
         if self.values == "none":
+            if value_net is not None:
+                raise ValueError(f"value_net is given, but {type(self).__name__} estimates no values")
             return None
         if self.values == "actions":
-            return self._agents(self.num_selections, 1 / self.num_selections, policy_net if value_net is None else value_net)
-        if value_net is None and not self.tabular and self.in_features is None:
-            raise ValueError("in_features is None: value nets need it, unless value_net is given, too")
-        return self._agents(1, 0.0, value_net)
+            value_net = policy_net if value_net is None else value_net
+            return self._agents("value_net", self.num_selections, 1 / self.num_selections, value_net)
+        return self._agents("value_net", 1, 0.0, value_net)
 
     # ---- what a kind of decision defines ----
 
     @abstractmethod
     def state(self, x: Tensor, agents: Tensor) -> Tensor:
-        """What agents (N) compute of inputs (N, D): (N, K, C). The largest entry of channel 0 is the greedy action."""
+        """Outputs of the agents (N) for inputs (N, ...): (N, K, C). The largest entry of channel 0 is the greedy action."""
 
     @abstractmethod
     def behaviour(self, state: Tensor) -> Tensor:
@@ -142,10 +191,10 @@ class Decision(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, t: Transition) -> Tensor:
-        """What to minimise, by sample: (N)."""
+        """The loss of each sample, (N)."""
 
     def bootstrap(self, state: Tensor, action: Tensor) -> Tensor | None:
-        """What states (N, K, C) are worth, (N), action (N) having been taken there; None if the decision knows no values."""
+        """Values (N) of states (N, K, C) in which actions (N) were taken; None if the decision has no values."""
         return None
 
     def decide(self, x: Tensor, agents: Tensor) -> Choice:
@@ -156,7 +205,7 @@ class Decision(nn.Module, ABC):
         return Choice(state, torch.multinomial(self.behaviour(state.detach()), 1)[:, 0])
 
     def set_exploration(self, exploration: float) -> None:
-        """Explore as much as that from now on, from 0 to 1. Raises ValueError outside."""
+        """Explore this much from now on, from 0 to 1. Raises ValueError outside."""
         self._set_exploration(exploration)
 
     def _set_exploration(self, exploration: float) -> None:
@@ -172,15 +221,16 @@ class Decision(nn.Module, ABC):
         records: Trajectories,
         prior_actions: Tensor | Sequence[int] | None = None,
         mask: Tensor | None = None,
-        update_target: Tensor | None = None,
     ) -> tuple[Tensor, Trajectories, Tensor]:
-        """Decide for a batch (B, ...): what goes on (`update_target`, or xs), the trajectories, actions (B).
+        """Decide for a batch (B, ...) -> (the batch, its trajectories with one more step, actions (B)).
 
         Prior actions (B) name each sample's agent, if there are several. Samples outside the mask get action 0 and no step.
         Raises ValueError for prior actions that are missing or name no agent, and a mask without an active sample.
         """
+        if len(records) != len(xs):
+            raise ValueError(f"records are of {len(records)} samples: the batch has {len(xs)}")
         mask = checked_mask(mask, len(xs))
-        inputs, agents = self._inputs(xs), self._chosen_agents(prior_actions, xs)
+        inputs, agents = xs.detach() if self.detach else xs, self._agent_indices(prior_actions, xs)
         choice = self.decide(inputs, agents) if mask is None else self.decide(inputs[mask], agents[mask])
         actions = spread(choice.action, mask)
         records.steps.append(
@@ -195,19 +245,14 @@ class Decision(nn.Module, ABC):
         )
         if self.training:  # evaluation leaves no trace
             self.reward_func.register(self.behaviour(choice.state.detach()), choice.action)
-        ys = xs if update_target is None else update_target
-        if choice.gate is not None:
-            ys = self._pass_gate(ys, records, 1 + spread(choice.gate - 1, mask))
+        ys = xs if choice.gate is None else self._pass_gate(xs, records, 1 + spread(choice.gate - 1, mask))
         return ys, records, actions
 
-    def _pass_gate(self, ys: Tensor, records: Trajectories, gate: Tensor) -> Tensor:
-        """Let the gradient of a reparameterised sample in: here, by the input of what is selected."""
-        return ys * gate.view(-1, *[1] * (ys.ndim - 1))
+    def _pass_gate(self, xs: Tensor, records: Trajectories, gate: Tensor) -> Tensor:
+        """Let the gradient of a reparameterised sample in: here, by the input of the selected module."""
+        return xs * gate.view(-1, *[1] * (xs.ndim - 1))
 
-    def _inputs(self, xs: Tensor) -> Tensor:
-        return xs.detach().flatten(1) if self.detach else xs.flatten(1)
-
-    def _chosen_agents(self, prior_actions: Tensor | Sequence[int] | None, xs: Tensor) -> Tensor:
+    def _agent_indices(self, prior_actions: Tensor | Sequence[int] | None, xs: Tensor) -> Tensor:
         """Each sample's agent, (B)."""
         if self.num_agents == 1:
             return torch.zeros(len(xs), dtype=torch.int64, device=xs.device)
@@ -216,7 +261,5 @@ class Decision(nn.Module, ABC):
                 f"prior_actions is {prior_actions}: with {self.num_agents} agents, each sample needs to name its own"
             )
         agents = torch.as_tensor(prior_actions, dtype=torch.int64, device=xs.device)
-        if agents.shape != (len(xs),):
-            raise ValueError(f"prior_actions has the shape {tuple(agents.shape)}: the batch has {len(xs)} samples")
-        check_range("prior_actions", agents, self.num_agents, "agents")
+        check_index("prior_actions", agents, None, len(xs), self.num_agents, "agents")
         return agents

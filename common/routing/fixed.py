@@ -1,22 +1,17 @@
-"""Decisions that nobody learns: they make no step in the trajectories and have no parameters."""
+"""Decisions without parameters: they make no step in the trajectories."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.routing.trajectories import Trajectories
+from common.routing.decision import Trajectories
 
 
 class PerTaskAssignment(nn.Module):
-    """The task of each sample as its action: as prior actions of a decision layer, it makes an agent a task."""
-
-    def __init__(self, *ignored: Any, **also_ignored: Any):
-        """Takes whatever a learned decision takes, to stand in its place."""
-        super().__init__()
+    """The task of each sample as its action: as prior actions of a decision layer, it gives each task an agent of its own."""
 
     def forward(
         self, xs: Tensor, records: Trajectories, prior_actions: Tensor | Sequence[int] | None = None, mask: Tensor | None = None
@@ -27,7 +22,7 @@ class PerTaskAssignment(nn.Module):
         return xs, records, records.tasks
 
 
-class PassThrough(PerTaskAssignment):
+class PassThrough(nn.Module):
     """Action 0 for every sample."""
 
     def forward(

@@ -1,4 +1,4 @@
-"""Many modules, each for its own samples: sorted into groups, so that each module is called once, or all of them at once."""
+"""Several modules, each applied to its own samples: one call for each module, or a single one for all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_PADDING = 4  # rows of padded groups for each sample
 def apply_grouped(functions: Sequence[Callable[[Tensor], Tensor]], xs: Tensor, index: Tensor) -> Tensor:
     """functions[index[i]](xs[i]) for every sample i: (N, ...), (N) -> (N, ...).
 
-    Samples are sorted by function, so that each is called once, with all of its samples; one that has none is not called.
+    Samples are sorted by function, so that each is called once, with all of its samples, or not at all without any.
     """
     counts = torch.bincount(index, minlength=len(functions)).tolist()
     if max(counts) == len(index):
@@ -26,11 +26,11 @@ def apply_grouped(functions: Sequence[Callable[[Tensor], Tensor]], xs: Tensor, i
 
 
 class StackedLinear(nn.Module):
-    """M linear maps, in torch's initial state, that share two parameters: xs (N, D), index (N) -> (N, E).
+    """M linear maps with torch's initial weights, stored in two parameters: xs (N, D), index (N) -> (N, E).
 
     `Selection(StackedLinear(M, D, E))` is `Selection(*[nn.Linear(D, E) for _ in range(M)])`, faster: small groups of samples
-    are padded to the largest and multiplied all at once, and an optimiser has two tensors to look after instead of 2 M. Maps
-    without a sample get a gradient of 0, not None, so that momentum goes on moving them.
+    are padded to the largest and multiplied at once, and an optimiser has two tensors instead of 2 M. Maps without a sample
+    get a gradient of 0, not None, so that momentum continues to move them.
 
     >>> StackedLinear(20, 128, 48)(torch.zeros(7, 128), torch.arange(7)).shape
     torch.Size([7, 48])
@@ -49,7 +49,7 @@ class StackedLinear(nn.Module):
         M, N = len(self), len(xs)
         counts = torch.bincount(index, minlength=M)
         size = int(counts.max())
-        if M * size > MAX_PADDING * N + M:  # most samples are of few groups
+        if M * size > MAX_PADDING * N + M:  # few groups hold most samples
             maps = [lambda x, W=W, b=b: F.linear(x, W, b) for W, b in zip(self.weight, self.bias, strict=True)]
             return apply_grouped(maps, xs, index)
         order = index.argsort()

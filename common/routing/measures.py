@@ -1,6 +1,6 @@
-"""How networks route: metrics of their decisions, and of routing maps.
+"""Metrics of decisions and of routing maps.
 
-A routing map (tasks, modules) is, for a layer, the share of a task's samples that go through a module.
+A routing map (tasks, modules) of a layer holds the share of each task's samples that go through each module.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-from common.routing.trajectories import Trajectories
+from common.routing.decision import Trajectories
 
 
 def policy_entropy(records: Trajectories, like: Tensor) -> Tensor:
-    """Mean entropy (nats) of the softmax of what decisions are made by, logits of policies or values; 0 without decisions."""
+    """Mean entropy (nats) of the softmax of the decisions' logits or values, a scalar; 0 without decisions."""
     if not records.steps:
         return torch.zeros_like(like)
     policies = [step.states[:, :, 0].log_softmax(1) for step in records.steps]
@@ -22,12 +22,12 @@ def policy_entropy(records: Trajectories, like: Tensor) -> Tensor:
 
 
 def modules_used(m: Tensor) -> float:
-    """The effective number of modules of a layer: exp of the entropy of how often each is used."""
+    """Effective number of modules of a layer: exp of the entropy of their frequencies."""
     share = m.mean(0)
     return math.exp(-torch.special.xlogy(share, share).sum().item())
 
 
 def task_overlap(m: Tensor) -> float:
-    """How likely samples of two different tasks go through the same module."""
+    """Probability that samples of two different tasks go through the same module."""
     same, n = m @ m.T, len(m)
     return ((same.sum() - same.trace()) / (n * (n - 1))).item()

@@ -1,4 +1,4 @@
-"""What agents keep their policies and values in: networks of the input, or tables that know nothing but the agent."""
+"""Storage of policies and values: a network for each agent, or a table with a row for each agent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.routing.grouped import apply_grouped
 
 
 class MLP(nn.Module):
-    """Linear maps with a ReLU between them: (N, in_dim) -> (N, out_dim).
+    """Linear layers with a ReLU between them: (N, in_dim) -> (N, out_dim).
 
     >>> MLP(6, 4, hidden=(8, 5))(torch.zeros(2, 6)).shape
     torch.Size([2, 4])
@@ -32,15 +32,18 @@ class MLP(nn.Module):
 
 
 class Networks(nn.Module):
-    """A network for each of A agents: inputs (N, D), agents (N) -> (N, K). `net` is copied; without one, MLPs are made."""
+    """A network for each of A agents: inputs (N, ...), agents (N) -> (N, K).
+
+    Copies of `net`, which get the inputs as they are; without it MLPs, which get them flattened.
+    """
 
     def __init__(self, num_agents: int, in_dim: int, out_dim: int, hidden: Sequence[int], net: nn.Module | None = None):
         super().__init__()
-        made = (MLP(in_dim, out_dim, hidden) if net is None else copy.deepcopy(net) for _ in range(num_agents))
-        self.nets = nn.ModuleList(made)
+        nets = (MLP(in_dim, out_dim, hidden) if net is None else copy.deepcopy(net) for _ in range(num_agents))
+        self.nets, self.flattens = nn.ModuleList(nets), net is None
 
     def forward(self, x: Tensor, agents: Tensor) -> Tensor:
-        return apply_grouped(list(self.nets), x, agents)
+        return apply_grouped(list(self.nets), x.flatten(1) if self.flattens else x, agents)
 
 
 class Tables(nn.Module):

@@ -1,7 +1,14 @@
-"""Decisions that learn by the gradient of expected reward: REINFORCE and its baselines, actor-critics, WPL.
+"""Decisions that learn by policy gradient: REINFORCE and its baselines, actor-critics, WPL.
 
-Channel 0 of a state is always the log-probabilities; value kinds keep theirs in the last channel. l, p and G below are
-log-probability, probability and return of the action taken; targets and weights are held constant.
+Each class begins with its loss for one sample and one decision, and ends with `loss`, which is that formula. In the formulas
+
+    l, p    log-probability and probability of the action taken       log_p, p = log_prob(t), log_prob(t).exp()
+    G       return: the rewards from this action on                   t.cum_return
+    r, V'   reward of this action, value of the next state            t.reward, t.next_value
+    Q(a)    value of the action taken (ActionValues)                  at_action(t.state[:, :, 1], t.action)
+    V       value of the state: sum p Q over all actions, or the output of a value net
+
+Weights, baselines and targets are held constant. Channel 0 of a state is always log p.
 """
 
 from __future__ import annotations
@@ -10,9 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.routing.decision import Decision, Transition, chosen, greedy_with, temperature_of
+from common.routing.decision import Decision, Transition, at_action, epsilon_greedy, temperature_for
 
 MAX_WEIGHT = 10.0  # of an importance weight
+
+
+def log_prob(t: Transition) -> Tensor:
+    """l, (N)."""
+    return at_action(t.state[:, :, 0], t.action)
 
 
 class REINFORCE(Decision):
@@ -21,7 +33,7 @@ class REINFORCE(Decision):
     Actions are drawn from softmax(logits / T). T is 1 unless `set_pg_temp` makes `set_exploration` set it, to 0.1 ... 10.
     """
 
-    tempered = True  # whether set_pg_temp has a meaning
+    uses_temperature = True  # whether set_pg_temp has an effect
 
     def log_probabilities(self, x: Tensor, agents: Tensor) -> Tensor:
         """(N, K)."""
@@ -33,52 +45,55 @@ class REINFORCE(Decision):
     def behaviour(self, state: Tensor) -> Tensor:
         return state[:, :, 0].exp()
 
-    def loss(self, t: Transition) -> Tensor:
-        return -chosen(t.state[:, :, 0], t.action) * t.cum_return
-
     def set_exploration(self, exploration: float) -> None:
         super().set_exploration(exploration)
-        if self.set_pg_temp and self.tempered:
-            self.temperature = temperature_of(exploration)
+        if self.set_pg_temp and self.uses_temperature:
+            self.temperature = temperature_for(exploration)
+
+    def loss(self, t: Transition) -> Tensor:
+        return -log_prob(t) * t.cum_return
 
 
 class EGreedyREINFORCE(REINFORCE):
-    """-l G p/s: REINFORCE, corrected for actions that are drawn from s, not from p (Degris, White & Sutton 2012).
+    """-l G p/s: REINFORCE, corrected for actions that are drawn from s instead of p (Degris, White & Sutton 2012).
 
-    s is p with probability `exploration`, and greedy else. Channels: log p, p, s (p in evaluation). `set_exploration(e)`
+    s is p with probability `exploration`, and greedy otherwise. Channels: log p, p, s (p in evaluation). `set_exploration(e)`
     explores with 3 e, as published.
     """
 
-    tempered = False
+    uses_temperature = False
 
     def state(self, x: Tensor, agents: Tensor) -> Tensor:
         log_p = self.log_probabilities(x, agents)
         p = log_p.exp()
-        return torch.stack([log_p, p, mixed(p, self.exploration) if self.training else p], 2)
+        return torch.stack([log_p, p, egreedy_policy(p, self.exploration) if self.training else p], 2)
 
     def behaviour(self, state: Tensor) -> Tensor:
         return state[:, :, 2]
-
-    def loss(self, t: Transition) -> Tensor:
-        return super().loss(t) * importance(t)
 
     def set_exploration(self, exploration: float) -> None:
         super().set_exploration(exploration)
         self.exploration = min(1.0, 3 * exploration)
 
+    def loss(self, t: Transition) -> Tensor:
+        return -log_prob(t) * t.cum_return * importance_weight(t)
 
-def mixed(p: Tensor, exploration: float) -> Tensor:
+
+def egreedy_policy(p: Tensor, exploration: float) -> Tensor:
     """e p + (1 - e) [greedy], (N, K)."""
-    return exploration * p + (1 - exploration) * greedy_with(0.0, p)
+    return exploration * p + (1 - exploration) * epsilon_greedy(0.0, p)
 
 
-def importance(t: Transition) -> Tensor:
-    """p/s of actions, (N), of channels 1 and 2."""
-    return (chosen(t.state[:, :, 1], t.action) / chosen(t.state[:, :, 2], t.action)).detach()
+def importance_weight(t: Transition) -> Tensor:
+    """p/s, (N), from channels 1 and 2."""
+    return (at_action(t.state[:, :, 1], t.action) / at_action(t.state[:, :, 2], t.action)).detach()
 
 
-class WithActionValues(REINFORCE):
-    """Log-probabilities, and a value Q of each selection: two channels. sum p Q is what the state is worth."""
+# ---- with a value of each action -----------------------------------------------------------------------------------------
+
+
+class ActionValues(REINFORCE):
+    """Log-probabilities and a value Q of each action: two channels. The value of a state is V = sum p Q."""
 
     values = "actions"
 
@@ -86,62 +101,69 @@ class WithActionValues(REINFORCE):
         assert self.value is not None
         return torch.stack([self.log_probabilities(x, agents), self.value(x, agents)], 2)
 
-    def worth(self, state: Tensor) -> Tensor:
-        """sum p Q, (N), without a gradient."""
+    def state_value(self, state: Tensor) -> Tensor:
+        """V = sum p Q, (N), without a gradient."""
         return (state[:, :, 0].exp() * state[:, :, 1]).sum(1).detach()
 
     def bootstrap(self, state: Tensor, action: Tensor) -> Tensor | None:
-        return self.worth(state)
+        return self.state_value(state)
 
     def value_loss(self, t: Transition, target: Tensor) -> Tensor:
-        """(Q(a) - target)^2."""
-        return (chosen(t.state[:, :, 1], t.action) - target).square()
+        """(Q(a) - target)^2, (N)."""
+        return (at_action(t.state[:, :, 1], t.action) - target).square()
 
 
-class REINFORCEBl1(WithActionValues):
-    """-l (G - sum p Q) + (Q(a) - G)^2: REINFORCE with the policy's mean value as its baseline (Sutton & Barto 2018, 13.4)."""
+class REINFORCEBl1(ActionValues):
+    """-l (G - V) + (Q(a) - G)^2: REINFORCE with a baseline (Sutton & Barto 2018, 13.4)."""
 
-    tempered = False  # as published
+    uses_temperature = False  # as published
 
     def loss(self, t: Transition) -> Tensor:
-        advantage = t.cum_return - self.worth(t.state)
-        return -chosen(t.state[:, :, 0], t.action) * advantage + self.value_loss(t, t.cum_return)
+        advantage = t.cum_return - self.state_value(t.state)
+        return -log_prob(t) * advantage + self.value_loss(t, t.cum_return)
 
 
 class REINFORCEBl2(REINFORCEBl1):
-    """-l w (G - sum p Q) + (Q(a) - G)^2, w = 1 / (K p): every selection counts as if all were drawn equally often.
+    """-l w (G - V) + (Q(a) - G)^2, w = 1 / (K p): actions count as if all were drawn equally often.
 
-    The original's own. w is unbounded for rare actions, and is cut off at 10 here.
+    Not in the literature; w is unbounded for rare actions, and is at most 10 here.
     """
 
     def loss(self, t: Transition) -> Tensor:
-        log_p = chosen(t.state[:, :, 0], t.action)
+        log_p, advantage = log_prob(t), t.cum_return - self.state_value(t.state)
         weight = (1 / (self.num_selections * log_p.detach().exp())).clamp(max=MAX_WEIGHT)
-        advantage = t.cum_return - self.worth(t.state)
         return -log_p * weight * advantage + self.value_loss(t, t.cum_return)
 
 
-class ActorCritic(WithActionValues):
-    """-l d + (Q(a) - r - V')^2, d = r + V' - V, with V = sum p Q: one-step actor-critic (Sutton & Barto 2018, 13.5)."""
+class ActorCritic(ActionValues):
+    """-l (G - V) + (Q(a) - r - V')^2: the policy learns from returns, the critic from one-step targets.
+
+    With r + V' in place of G (Sutton & Barto 2018, 13.5; here BootstrapAAC) the policy is biased wherever V' does not depend on
+    the action: in tables, whose only state is the agent.
+    """
 
     bootstraps = True
 
     def loss(self, t: Transition) -> Tensor:
-        target = t.reward + t.next_value
-        return -chosen(t.state[:, :, 0], t.action) * (target - self.worth(t.state)) + self.value_loss(t, target)
+        advantage = t.cum_return - self.state_value(t.state)
+        return -log_prob(t) * advantage + self.value_loss(t, t.reward + t.next_value)
 
 
 class WPL(REINFORCEBl1):
-    """-l e w + (Q(a) - G)^2, e = G - sum p Q, w = p if e < 0 else 1 - p: weighted policy learner (Abdallah & Lesser 2008).
+    """-l (G - V) w + (Q(a) - G)^2, w = 1 - p if G >= V else p: weighted policy learner (Abdallah & Lesser 2008).
 
-    Steps towards an action shrink as its probability nears 1, steps away from it as that nears 0; this makes agents that
-    learn beside each other converge. The step is along the gradient of log p of the action taken.
+    Steps towards an action shrink as its probability nears 1, steps away from it as its probability nears 0; this lets agents
+    that learn beside each other converge. The step is along the gradient of log p of the action taken.
     """
 
     def loss(self, t: Transition) -> Tensor:
-        log_p = chosen(t.state[:, :, 0], t.action)
-        p, e = log_p.detach().exp(), t.cum_return - self.worth(t.state)
-        return -log_p * e * (1 - p).where(e >= 0, p) + self.value_loss(t, t.cum_return)
+        log_p, advantage = log_prob(t), t.cum_return - self.state_value(t.state)
+        p = log_p.detach().exp()
+        weight = torch.where(advantage >= 0, 1 - p, p)
+        return -log_p * advantage * weight + self.value_loss(t, t.cum_return)
+
+
+# ---- with a value net of the state ---------------------------------------------------------------------------------------
 
 
 class AAC(Decision):
@@ -162,17 +184,17 @@ class AAC(Decision):
 
     def loss(self, t: Transition) -> Tensor:
         advantage = t.cum_return - t.state[:, 0, -1]
-        return -chosen(t.state[:, :, 0], t.action) * advantage.detach() + advantage.square()
+        return -log_prob(t) * advantage.detach() + advantage.square()
 
 
 class BootstrapAAC(AAC):
-    """-l d + d^2, d = r + V' - V: the same with one-step targets."""
+    """-l d + d^2, d = r + V' - V: one-step actor-critic (Sutton & Barto 2018, 13.5)."""
 
     bootstraps = True
 
     def loss(self, t: Transition) -> Tensor:
         advantage = t.reward + t.next_value - t.state[:, 0, -1]
-        return -chosen(t.state[:, :, 0], t.action) * advantage.detach() + advantage.square()
+        return -log_prob(t) * advantage.detach() + advantage.square()
 
 
 class EGreedyAAC(AAC):
@@ -181,11 +203,11 @@ class EGreedyAAC(AAC):
     def state(self, x: Tensor, agents: Tensor) -> Tensor:
         log_p, value = super().state(x, agents).unbind(2)
         p = log_p.exp()
-        return torch.stack([log_p, p, mixed(p, self.exploration) if self.training else p, value], 2)
+        return torch.stack([log_p, p, egreedy_policy(p, self.exploration) if self.training else p, value], 2)
 
     def behaviour(self, state: Tensor) -> Tensor:
         return state[:, :, 2]
 
     def loss(self, t: Transition) -> Tensor:
         advantage = t.cum_return - t.state[:, 0, -1]
-        return -chosen(t.state[:, :, 0], t.action) * advantage.detach() * importance(t) + advantage.square()
+        return -log_prob(t) * advantage.detach() * importance_weight(t) + advantage.square()

@@ -1,67 +1,53 @@
-"""Rewards: of the whole trajectory, from the loss (final), and of single actions (per action).
+"""Rewards of whole trajectories, from the loss (final), and of single actions (per action).
 
-Final rewards map (loss (B), estimates (B, ...), targets) to (B). Per-action rewards see the actions of their decision layer,
-`register`, and answer `get_reward`, both for whole batches: distributions (N, K), actions (N) -> (N). What they remember is
-kept in buffers, so that it is saved with the model.
+Final rewards map (loss (B), estimates (B, ...), targets) to (B). Per-action rewards are told the actions of their decision
+layer (`register`) and map distributions (N, K), actions (N) to (N) (`get_reward`). They keep their statistics in buffers, which
+are saved with the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def refuse_unknown(unknown: dict[str, Any], owner: str) -> None:
-    """Raises ValueError, naming argument and value, if there are keyword arguments that nobody takes."""
-    for name, value in unknown.items():
-        raise ValueError(f"{owner} takes no argument {name}={value!r}")
-
 
 # ---- final ---------------------------------------------------------------------------------------------------------------
 
 
 class NegLossReward(nn.Module):
-    """The negative loss of each sample, times `scale`."""
-
-    def __init__(self, scale: float = 1.0):
-        super().__init__()
-        self.scale = scale
+    """The negative loss of each sample."""
 
     def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
-        return -self.scale * loss.detach()
+        return -loss.detach()
 
 
 class CorrectClassifiedReward(nn.Module):
-    """+`scale` for a sample whose largest estimate is its class, -`scale` for others; targets are indices or one-hot."""
-
-    def __init__(self, scale: float = 1.0):
-        super().__init__()
-        self.scale = scale
+    """+1 for a sample whose largest estimate is its class, -1 otherwise; targets are indices or one-hot."""
 
     def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
         if ytrue is None:
             raise ValueError("CorrectClassifiedReward needs targets: ystrue is None")
         classes = ytrue.argmax(1) if ytrue.ndim == yest.ndim else ytrue
         right = (yest.argmax(1) == classes).flatten(1).all(1) if classes.ndim > 1 else yest.argmax(1) == classes
-        return self.scale * (2 * right.to(loss.dtype) - 1)
+        return 2 * right.to(loss.dtype) - 1
 
 
 # ---- per action ----------------------------------------------------------------------------------------------------------
 
 
 class PerActionBaseReward(nn.Module):
-    """No reward for an action; remembers nothing."""
+    """No reward for an action; remembers nothing. Layers that share a reward may have up to `num_actions` selections."""
 
-    def __init__(self, history_window: int = 256, num_actions: int | None = None):
+    def __init__(self, num_actions: int | None = None):
         super().__init__()
-        self.history_window, self.num_actions = history_window, num_actions
-
-    def bind(self, num_actions: int) -> None:
-        """Learn how many actions there are; a decision layer tells the reward that it owns."""
         self.num_actions = num_actions
+
+    def bind(self, num_selections: int) -> None:
+        """Called by each layer that uses the reward. Raises ValueError if the layer has more selections than `num_actions`."""
+        if self.num_actions is not None and num_selections > self.num_actions:
+            raise ValueError(f"num_actions is {self.num_actions}: the layer has {num_selections} selections")
 
     def register(self, dist: Tensor, action: Tensor) -> None:
         """Note the actions (N) of a batch, drawn from distributions (N, K)."""
@@ -74,11 +60,16 @@ class PerActionBaseReward(nn.Module):
         return dist.new_zeros(len(action))
 
 
+def check_history(history_len: int) -> None:
+    if history_len < 1:
+        raise ValueError(f"history_len is {history_len}: at least 1")
+
+
 class CollaborationReward(PerActionBaseReward):
     """`reward_ratio` times the frequency of an action among the last `history_len` of its layer (Rosenbaum et al. 2018, 3.2).
 
-    Agents that choose what others choose are rewarded, so that modules are shared. Actions are counted, of all agents
-    together, this batch's included; the paper speaks of their probabilities.
+    It rewards agents for the choices of others, so that modules are shared. Actions of all agents are counted, this batch's
+    included; the paper has their probabilities instead.
 
     >>> reward = CollaborationReward(0.5, history_len=4)
     >>> reward.register(torch.full((5, 2), 0.5), torch.tensor([0, 0, 0, 1, 1]))  # the first is forgotten
@@ -89,7 +80,8 @@ class CollaborationReward(PerActionBaseReward):
     history: Tensor
 
     def __init__(self, reward_ratio: float = 0.1, num_actions: int | None = None, history_len: int = 256):
-        super().__init__(history_len, num_actions)
+        super().__init__(num_actions)
+        check_history(history_len)
         self.reward_ratio = reward_ratio
         self.register_buffer("history", torch.full((history_len,), -1))  # -1: nothing yet
 
@@ -105,58 +97,51 @@ class CollaborationReward(PerActionBaseReward):
 
 
 class RunningAverageCollaborationReward(PerActionBaseReward):
-    """As CollaborationReward, with a running average of decay 10^(-1/history_len) instead of a window.
+    """Like CollaborationReward, with a running average of decay 10^(-1/history_len) instead of a window.
 
-    The first action begins the average; a tenth of a weight is left after `history_len` actions.
+    The average starts with the first action; a tenth of a weight is left after `history_len` actions.
     """
 
     average: Tensor
 
     def __init__(self, reward_ratio: float = 0.1, num_actions: int | None = None, history_len: int = 256):
-        super().__init__(history_len, num_actions)
+        super().__init__(num_actions)
+        check_history(history_len)
         self.reward_ratio, self.decay = reward_ratio, 10 ** (-1 / history_len)
         self.register_buffer("average", torch.zeros(num_actions or 0))  # sums to 1, or to 0 before the first action
 
-    def bind(self, num_actions: int) -> None:
-        super().bind(num_actions)
-        if len(self.average) != num_actions:
-            self.average = torch.zeros(num_actions)
+    def bind(self, num_selections: int) -> None:
+        super().bind(num_selections)
+        self.average = F.pad(self.average, (0, max(0, num_selections - len(self.average))))
 
     def register(self, dist: Tensor, action: Tensor) -> None:
-        if len(self.average) == 0:
-            self.bind(dist.shape[1])
-            self.average = self.average.to(dist.device)
         n = len(action)
         weights = self.decay ** torch.arange(n - 1, -1, -1, device=action.device, dtype=self.average.dtype)
-        fresh = torch.zeros_like(self.average)
         if self.average.sum() == 0:  # the first action enters with the full weight
             weights = weights * torch.where(torch.arange(n, device=action.device) == 0, 1.0, 1 - self.decay)
         else:
             weights = weights * (1 - self.decay)
-        self.average = self.decay**n * self.average + fresh.index_add(0, action, weights)
+        self.average = self.decay**n * self.average + torch.zeros_like(self.average).index_add(0, action, weights)
 
     def clear(self) -> None:
         self.average = torch.zeros_like(self.average)
 
     def get_reward(self, dist: Tensor, action: Tensor) -> Tensor:
-        if len(self.average) == 0:
-            return dist.new_zeros(len(action))
         return self.reward_ratio * self.average[action]
 
 
 class ManualReward(PerActionBaseReward):
-    """A reward for each action, from a table: to make modules dear or cheap."""
+    """A reward for each action from a table (K), to make modules dear or cheap."""
 
     rewards: Tensor
 
-    def __init__(self, rewards: Sequence[float] | Tensor, num_actions: int | None = None):
-        super().__init__(num_actions=num_actions)
+    def __init__(self, rewards: Sequence[float] | Tensor):
+        super().__init__()
         self.register_buffer("rewards", torch.as_tensor(rewards, dtype=torch.get_default_dtype()))
 
-    def bind(self, num_actions: int) -> None:
-        super().bind(num_actions)
-        if len(self.rewards) != num_actions:
-            raise ValueError(f"rewards has {len(self.rewards)} entries, num_selections is {num_actions}")
+    def bind(self, num_selections: int) -> None:
+        if len(self.rewards) != num_selections:
+            raise ValueError(f"rewards has {len(self.rewards)} entries, num_selections is {num_selections}")
 
     def get_reward(self, dist: Tensor, action: Tensor) -> Tensor:
         return self.rewards[action]

@@ -1,8 +1,9 @@
-"""Decisions that learn what selections are worth, and take the best: Q learning, SARSA, advantage learning.
+"""Decisions that learn values of actions, and take the best one: Q learning, SARSA, advantage learning.
 
-In training, with probability `exploration`, an action is drawn uniformly instead. Targets are held constant.
-A table's only state is its agent: for a one-step target to tell good actions from bad, what was done before has to show in
-the input (approx), or in the agent (prior actions that name what was done).
+In training an action is drawn uniformly instead with probability `exploration`. Each class begins with its loss: r is the
+reward of the action taken (a), Q' and V' are values of the next state, G is the return; targets are held constant.
+The only state of a table is its agent: for a one-step target to tell good actions from bad ones, earlier actions have to show
+in the input (approx), or in the agent (prior actions that name them).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.routing.decision import Decision, Transition, chosen, greedy_with
+from common.routing.decision import Decision, Transition, at_action, epsilon_greedy
 
 
 class QLearning(Decision):
@@ -22,24 +23,24 @@ class QLearning(Decision):
         return self.policy(x, agents)[:, :, None]
 
     def behaviour(self, state: Tensor) -> Tensor:
-        return greedy_with(self.exploration if self.training else 0.0, state[:, :, 0])
+        return epsilon_greedy(self.exploration if self.training else 0.0, state[:, :, 0])
 
     def bootstrap(self, state: Tensor, action: Tensor) -> Tensor | None:
         return state[:, :, 0].max(1).values.detach()
 
     def loss(self, t: Transition) -> Tensor:
-        return (chosen(t.state[:, :, 0], t.action) - t.reward - t.next_value).square()
+        return (at_action(t.state[:, :, 0], t.action) - t.reward - t.next_value).square()
 
 
 class SARSA(QLearning):
-    """(Q(a) - r - Q'(a'))^2, a' being what was done next (Rummery & Niranjan 1994)."""
+    """(Q(a) - r - Q'(a'))^2, a' being the next action (Rummery & Niranjan 1994)."""
 
     def bootstrap(self, state: Tensor, action: Tensor) -> Tensor | None:
-        return chosen(state[:, :, 0], action).detach()
+        return at_action(state[:, :, 0], action).detach()
 
 
 class AdvantageLearning(QLearning):
-    """(V - G)^2 + (A(a) - (G - V))^2: advantages beside a state value (after Baird 1993). Channels: A, V."""
+    """(V - G)^2 + (A(a) - (G - V))^2: advantages and a state value (after Baird 1993). Channels: A, V."""
 
     values = "state"
     bootstraps = False
@@ -53,10 +54,11 @@ class AdvantageLearning(QLearning):
         return state[:, 0, 1].detach()
 
     def loss(self, t: Transition) -> Tensor:
-        return self._towards(t.cum_return, t)
+        return self.loss_for(t.cum_return, t)
 
-    def _towards(self, target: Tensor, t: Transition) -> Tensor:
-        value, advantage = t.state[:, 0, 1], chosen(t.state[:, :, 0], t.action)
+    def loss_for(self, target: Tensor, t: Transition) -> Tensor:
+        """(V - target)^2 + (A(a) - (target - V))^2, (N)."""
+        value, advantage = t.state[:, 0, 1], at_action(t.state[:, :, 0], t.action)
         return (value - target).square() + (advantage - (target - value.detach())).square()
 
 
@@ -66,4 +68,4 @@ class BootstrapAdvantageLearning(AdvantageLearning):
     bootstraps = True
 
     def loss(self, t: Transition) -> Tensor:
-        return self._towards(t.reward + t.next_value, t)
+        return self.loss_for(t.reward + t.next_value, t)

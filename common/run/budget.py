@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import checkpoint
+from common import checkpoint, plotting
 from common.run.backtracking import Backtracking
 from common.run.clock import Clock
-from common.run.metrics import Meter, Metrics, Traces
+from common.run.metrics import Meter, Metrics, Traces, read_metrics
 from common.run.run import Run
 from common.run.state import Part, State
 
@@ -100,11 +100,11 @@ class BudgetedTraining(State):
             self.best.save()  # somewhere to return to, should the first epoch fail
 
     def goes_on(self, max_epochs: float) -> bool:
-        """Whether there is another epoch, or the rest of one. However short the time, one step is taken."""
+        """True if there is another epoch, or the rest of one. However short the time, one step is taken."""
         return self.epoch < max_epochs and (self.batch > 0 or self.step == 0 or not self.clock.is_up())
 
     def time_is_up(self) -> bool:
-        """Whether the epoch ends early: an epoch that has begun takes one step, too."""
+        """True if the epoch ends early. An epoch that has begun takes one step at least."""
         return self.batch > 0 and self.clock.is_up()
 
     @property
@@ -117,8 +117,15 @@ class BudgetedTraining(State):
         self.traces.record(self.step + 1, {"loss": loss, **metrics})
         self.after_step()
 
+    def draw(self, steps_per_epoch: int, baselines: Mapping[str, Mapping[str, float]], loss_name: str) -> None:
+        """metrics.png and weights.png, with the baselines of columns as {"val_loss": {"oracle": 0.1}}."""
+        folder, name, traces = self.run.part, self.run.name, self.traces
+        by_step = traces.steps, traces.numbers, steps_per_epoch
+        plotting.plot_metrics(folder / "metrics.png", name, read_metrics(self.metrics.path), *by_step, baselines, loss_name)
+        plotting.plot_weights(folder / "weights.png", name, traces.steps, traces.by_parameter(), steps_per_epoch)
+
     def conclude_epoch(self, row: Mapping[str, float | int]) -> str:
-        """Judge the epoch by the val_loss of its row of metrics.csv; what was done, for the log. The next epoch begins."""
+        """Judge the epoch by the val_loss of its row of metrics.csv; returns a text for the log. The next epoch begins."""
         verdict = self.best.judge(row["val_loss"], last_epoch=self.clock.is_up())
         self.metrics.append(row)
         self.meter.reset()

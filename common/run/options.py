@@ -16,6 +16,7 @@ import torch
 from common.errors import InputError, one_line
 from common.precision import PRECISIONS
 from common.run import trackers
+from common.run.command import echo
 
 # options that do not change what a run computes: they are not in its name, and may change when it is resumed
 RUN_OPTIONS = (
@@ -35,6 +36,9 @@ class OneLineParser(argparse.ArgumentParser):
             if word == "--" or word.endswith("=--"):  # argparse would drop it, also where a value belongs
                 self.error(f"{word!r} is neither an option nor a value")
         return super().parse_args(words, namespace)
+
+    def print_help(self, file: object = None) -> None:
+        echo(self.format_help().rstrip("\n"))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -58,10 +62,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) 
     if getattr(args, "overwrite", False) and (getattr(args, "resume", None) == "auto" or getattr(args, "retry_failed", False)):
         typed = "retry-failed" if getattr(args, "retry_failed", False) else "resume"
         parser.error(f"{dash}{typed} continues what is there, {dash}overwrite replaces it: choose one")
-    if getattr(args, "no_cuda", False):
-        if args.device == "cuda":
-            parser.error("-no_cuda means -device cpu, but -device cuda was given: leave one out")
-        args.device = "cpu"
+    if getattr(args, "no_cuda", False) and args.device == "cuda":
+        parser.error("-no_cuda means -device cpu, but -device cuda was given: leave one out")
     if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
         parser.error(f"{dash}device cuda: PyTorch finds no GPU here")
     try:
@@ -112,7 +114,9 @@ def add_device_options(group: argparse._ArgumentGroup, dash: str = "--") -> None
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
-    """The device of the options."""
+    """The device of the options; without one, a GPU where there is one."""
+    if getattr(args, "no_cuda", False):
+        return torch.device("cpu")
     return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -14,7 +14,7 @@ import pytest
 import cifar10_alignment
 import cifar10_stitching
 from slurm import make_sweeps, sweep
-from tests.slurm.cluster import ROOT, Project, need, wait_until
+from tests.slurm.cluster import ROOT, Project, need
 from tests.slurm.test_slurm import LONG, SHORT, WITHOUT_DATA, trains
 
 Alone = Callable[..., Project]
@@ -64,15 +64,26 @@ def test_zoos_are_complete_and_what_needs_them_finds_them() -> None:
 BAD = {
     "train_zoo.py --arch lenet": "line 2: train_zoo.py: error: argument --arch: invalid choice: 'lenet'",
     "train_zoo.py --arch mCNN --resume": "--resume has no place in a sweep",
-    "train_ssl.py --tx sca --model simclr --dataset-root=/data": "--dataset-root=/data has no place in a sweep",
-    "amortised_clustering.py -type LSTM -results_dir.x": "-results_dir.x has no place in a sweep",
+    "train_ssl.py --tx sca --model simclr --dataset-root=/data": "--dataset-root has no place in a sweep",
+    "amortised_clustering.py -type LSTM -results_dir.x": "-results_dir has no place in a sweep",
+    "amortised_clustering.py -type.LSTM-results_dir./elsewhere": "-results_dir has no place in a sweep",
+    "amortised_clustering.py -type.LSTM-overwrite": "-overwrite has no place in a sweep",
+    "amortised_clustering.py -type.LSTM-dry_run": "-dry_run has no place in a sweep",
+    "swarm_transformer.py -data.MNIST-data_dir.x": "-data_dir has no place in a sweep",
+    "deepsets_exercise.py --steps.2--overwrite": "--overwrite has no place in a sweep",
     "train_zoo.py --arch mCNN --overwrite": "--overwrite has no place in a sweep",
+    "train_zoo.py -h": "-h has no place in a sweep",
+    "routing_networks.py --compare results/a": "--compare has no place in a sweep",
+    "train_ssl.py --knn results/a": "--knn has no place in a sweep",
+    "train_zoo.py --arch mCNN --num_models 2 --num_chunks 3 --chunk 0": "no model in this chunk of results/zoo/cifar10-mCNN",
+    "train_zoo.py --arch mCNN\a": "without quotes or variables, and printable",
     "train_zoo.py --arch 'mCNN'": "without quotes or variables",
     "train_zoo.py --arch $ARCH": "without quotes or variables",
     "python train_zoo.py --arch mCNN": "python is no script of this suite",
     "../train_zoo.py --arch mCNN": "../train_zoo.py is no script of this suite",
     "missing.py": "missing.py is no script of this suite",
     "train_zoo.py   --arch resnet20": "line 2 is line 1 again",
+    "train_zoo.py --num_models 2 --arch resnet20": "line 2 is line 1 again: both make results/zoo/cifar10-resnet20",
 }
 
 
@@ -92,6 +103,19 @@ def test_an_empty_or_missing_sweep(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "has no command line" in capsys.readouterr().err
     assert sweep.main(["status", str(tmp_path / "none.txt")]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def test_a_sweep_that_is_no_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sweep.txt"
+    path.write_bytes("# über\n".encode("latin1"))
+    assert sweep.main(["status", str(path)]) == 2
+    assert capsys.readouterr().err.endswith(f"error: {path} is not UTF-8 text: byte 2 is 0xfc\n")
+
+
+def test_a_data_directory_with_a_space(capsys: pytest.CaptureFixture[str]) -> None:
+    """A job would read the rest of its name as another word of the line."""
+    assert sweep.main(["prepare", str(SWEEPS[0]), "--data-dir", "my data"]) == 2
+    assert "--data-dir 'my data'" in capsys.readouterr().err
 
 
 def test_what_jobs_add_to_a_line() -> None:
@@ -128,7 +152,7 @@ def test_a_run_through_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     record = line.record("exit")
     record.parent.mkdir(parents=True)
     assert sweep.state_of(line, {}) == "resumable"  # killed: nobody could note how it ended
-    assert sweep.figures(line) == "epoch 3, val_accuracy 0.75, train_loss 2, 10.0 min, 50.0 to go"
+    assert sweep.progress(line) == "epoch 3, val_accuracy 0.75, train_loss 2, 10.0 min, 50.0 to go"
     for status, state in {"75": "resumable", "1": "failed", "2": "failed"}.items():
         record.write_text(f"{status}\n")
         assert sweep.state_of(line, {}) == state
@@ -142,9 +166,9 @@ def test_a_run_through_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     part.rename(final)
     (final / "result.json").write_text(json.dumps({"script": "amortised_clustering", "model": {"accuracy": 0.8}}))
     assert sweep.state_of(line, {}) == "finished"  # whatever is noted about earlier starts
-    assert sweep.figures(line) == "accuracy 0.8"
+    assert sweep.progress(line) == "accuracy 0.8"
     (final / "result.json").write_text(json.dumps({"script": "cifar10_stitching", "layers": [], "failed": {"1": "no"}}))
-    assert sweep.state_of(line, {}) == "finished" and sweep.figures(line).endswith(", 1 failed")
+    assert sweep.state_of(line, {}) == "finished" and sweep.progress(line).endswith(", 1 failed")
 
 
 def test_a_run_of_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +179,7 @@ def test_a_run_of_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells.mkdir(parents=True)
     for name in ("0.json", "1.json", "2.failed.json", "3.last.pkl"):
         (cells / name).touch()
-    assert sweep.figures(line) == "2 done, 1 failed"
+    assert sweep.progress(line) == "2 done, 1 failed"
 
 
 def test_a_zoo_through_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,12 +192,12 @@ def test_a_zoo_through_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (zoo / "2.last.pkl").touch()
     (zoo / "2.csv").write_text("epoch,step,seconds,train_loss,validation_accuracy\n1,90,60,2.0,0.5\n")
     assert sweep.state_of(line, {}) == "resumable"
-    assert sweep.figures(line) == "0 of 2 models; epoch 1, validation_accuracy 0.5, train_loss 2, 1.0 min"
+    assert sweep.progress(line) == "0 of 2 models; epoch 1, validation_accuracy 0.5, train_loss 2, 1.0 min"
     (zoo / "2.last.pkl").unlink()
     (zoo / "2.pt").touch()
-    assert sweep.state_of(line, {}) == "resumable" and sweep.figures(line) == "1 of 2 models"
+    assert sweep.state_of(line, {}) == "resumable" and sweep.progress(line) == "1 of 2 models"
     (zoo / "3.failed.json").touch()
-    assert sweep.state_of(line, {}) == "resumable" and sweep.figures(line) == "1 of 2 models, 1 failed"
+    assert sweep.state_of(line, {}) == "resumable" and sweep.progress(line) == "1 of 2 models, 1 failed"
     (zoo / "3.failed.json").unlink()
     (zoo / "3.pt").touch()
     assert sweep.state_of(line, {}) == "finished"
@@ -186,7 +210,7 @@ def test_a_zoo_through_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_local(alone: Alone) -> None:
     """The same file without SLURM: two at a time, a failure is shown and stops no other; again, and only that is tried."""
     project = alone(SHORT[0], WITHOUT_DATA, SHORT[1])
-    out, _ = project.call("local.sh", "-j", "2", status=123)
+    out, _ = project.call("local.sh", "-j", "2", status=2)  # that of the line that failed
     assert "2 finished, 1 failed" in out and "CIFAR10 is not there" in out
     project.write(SHORT[0], SHORT[1])
     before = sorted((path, path.stat().st_mtime_ns) for path in project.folder.glob("results/zoo/*/*"))
@@ -196,15 +220,16 @@ def test_local(alone: Alone) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_what_runs_here(alone: Alone) -> None:
-    project = alone(LONG)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_what_runs_here(number: signal.Signals, alone: Alone) -> None:
+    """Ctrl-C, which a terminal sends to all, and SIGTERM to local.sh alone: it waits for the run, and starts no other."""
+    project = alone(LONG, SHORT[0])
     process = project.start("local.sh")
     trains(project)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     process.communicate(timeout=120)
-    assert process.returncode != 0
-    wait_until(lambda: project.states() == {1: "resumable"}, "the save")
-    assert "stopped by SIG" in project.run_output()
+    assert process.returncode == 75 and project.states() == {1: "resumable", 2: "new"}
+    assert "stopped by SIGTERM" in project.run_output()
 
 
 @pytest.mark.slow
