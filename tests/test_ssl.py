@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from common.datasets import images as image_sets
 from common.models.resnet import CifarResNet
-from common.ssl import duet, evaluation, views
+from common.ssl import duet, essl, evaluation, views
 from common.ssl import transformations as tf
 from common.ssl.duet import DUET
 from common.ssl.essl import ESSL
@@ -222,6 +223,56 @@ def test_baselines_are_of_the_metrics_that_are_logged(method: str, n: int) -> No
     nce = "model_loss_mean" if method == "simclr" else "model_nce_loss_mean"
     assert metrics[nce].item() == pytest.approx(chance[nce], rel=1e-6)
     assert chance["track_head_top_1_mean"] == pytest.approx(100 / 3) and chance["total_loss"] is None
+
+
+# ---- wrong use -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("duet", {"bins": 0}, "8 features do not divide into 0 bins"),
+        ("duet", {"bins": 3}, "8 features do not divide into 3 bins"),
+        ("duet", {"structure": None}, "None has no parameter to structure by: choose from sca rot"),
+        ("duet", {"structure": "jit"}, "jit has no parameter to structure by: choose from sca rot"),
+        ("duet", {"structure": "fli"}, "fli is not one of the transformations sca rot"),
+        ("duet", {"target": "gauss"}, "no target 'gauss': choose from ga vm"),
+        ("essl", {"predicted": "blu"}, "blu is nothing that ESSL can predict: choose from ron fli flv gra rot"),
+    ],
+)
+def test_methods_refuse_what_they_cannot_learn(method: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(method, **options)
+    with pytest.raises(TypeError):  # what makes DUET or ESSL of SimCLR has no default
+        {"duet": DUET, "essl": ESSL}[method](CifarResNet((1, 1, 1), width=1), ("rot",), 16, n_classes=3)
+
+
+def test_a_task_of_an_unknown_code() -> None:
+    with pytest.raises(ValueError, match="sca is nothing that ESSL can predict: choose from ron"):
+        essl.make_task("sca", torch.rand(2, 3, 4, 4), torch.zeros(2))
+
+
+def test_losses_refuse_shapes_that_would_be_broadcast() -> None:
+    embedding, matrix, parameter = torch.randn(6, 5), torch.randn(6, 4, 3), torch.rand(6, 1)
+    options = {"target": "vm", "weight": 1.0}
+    for wrong in (
+        (embedding, embedding, matrix[:, None], matrix[:, None], parameter, parameter),
+        (embedding, embedding, matrix, matrix, parameter[:, 0], parameter[:, 0]),
+        (embedding, embedding, matrix, matrix[:, :2], parameter, parameter),
+        (embedding[:3], embedding[:3], matrix, matrix, parameter, parameter),
+    ):
+        shapes = "|".join(re.escape(str(tuple(tensor.shape))) for tensor in wrong[2:])
+        with pytest.raises(ValueError, match=f"({shapes}).*({shapes}).*should be \\(B, G, C\\) and \\(B, 1\\)"):
+            duet.duet_loss(*wrong, **options)
+    for code, predictions, labels in (
+        ("rot", torch.randn(6, 1), torch.randn(6)),
+        ("rot", torch.randn(6, 2), torch.randn(6, 2)),
+        ("ron", torch.randn(24, 4), torch.zeros(24, 1).long()),
+        ("fli", torch.randn(12, 4), torch.zeros(12).long()),
+    ):
+        shapes = f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)} of '{code}'"
+        with pytest.raises(ValueError, match=re.escape(shapes)):
+            essl.essl_loss(embedding, embedding, predictions, labels, code=code, weight=1.0)
 
 
 # ---- read-outs -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """train_ssl.py as its users run it: published lines, bad input, runs, stops, saved encoders, trackers, processes."""
 
 import argparse
+import io
 import json
 import math
 import os
@@ -357,7 +358,52 @@ def test_saved_encoders(
         assert "damaged" in capsys.readouterr().err
 
 
-# ---- trackers ------------------------------------------------------------------------------------------------------------
+def test_encoders_of_another_version(grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line says what is other."""
+    assert run(f"{DUET} --epochs 0", tmp_path, *grey, "--save-dir", str(tmp_path)) == 0
+    (file,) = tmp_path.glob("*.pt")
+    saved, key = torch.load(file, weights_only=True), "base_network.conv1.weight"
+    capsys.readouterr()
+    for changed, message in (
+        (
+            {"encoder": saved["encoder"] | {"depth": 20}},
+            "no encoder with {'blocks': [3, 3, 3], 'in_channels': 1, ",
+        ),
+        ({"encoder": {"in_channels": 1}}, "missing 1 required positional argument: 'blocks'"),
+        ({"encoder": saved["encoder"] | {"width": 2}}, f"{key} is (1, 1, 3, 3) there and (2, 1, 3, 3) here"),
+        ({"model": {name: w for name, w in saved["model"].items() if name != key}}, f"{key} is missing there and (1, 1, 3, 3)"),
+        ({"model": saved["model"] | {"base_network.stem": torch.zeros(2)}}, "base_network.stem is (2,) there and missing here"),
+        ({"model": saved["model"] | {key: 3}}, f"{key} is ('no tensor',) there"),
+        ({"options": {}}, "its option dataset is 'missing'"),
+        ({"options": saved["options"] | {"image_size": "8"}}, "its option image_size is '8'"),
+        ({"options": saved["options"] | {"dataset": ["mnist"]}}, "its option dataset is ['mnist']"),
+    ):
+        torch.save(saved | changed, file)
+        for probe in ("--linear-probe", "--knn"):
+            assert run(probe, tmp_path, str(file), *grey) == 2
+            (error,) = capsys.readouterr().err.strip().splitlines()
+            assert f"{file} is of another version: " in error and message in error
+
+
+# ---- bars and trackers --------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_are_for_terminals(grey: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = ("training, epoch 2/3", "test, epoch 2/3", "measuring the encoder")
+    for kind in (Terminal, io.StringIO):
+        monkeypatch.setattr(sys, "stderr", kind())
+        assert run(f"{DUET} --overwrite --save-dir {tmp_path}", tmp_path, *grey) == 0
+        assert all((f"{title}: " in sys.stderr.getvalue()) == (kind is Terminal) for title in titles)
+    assert sys.stderr.getvalue() == ""
+    (file,) = tmp_path.glob("*.pt")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert run("--linear-probe", tmp_path, str(file), *grey) == 0
+    assert "linear probe: " in sys.stderr.getvalue()
 
 
 def test_tensorboard(grey: tuple[str, str], tmp_path: Path) -> None:
@@ -370,6 +416,7 @@ def test_tensorboard(grey: tuple[str, str], tmp_path: Path) -> None:
     assert [event.step for event in events] == [0, 1, 2]
     assert [event.value for event in events] == pytest.approx(read_metrics(path / "metrics.csv")["train_total_loss"], rel=1e-5)
     assert [event.step for event in board.Scalars("test_track_head_top_1_mean")] == [0, 2]
+    assert [event.value for event in board.Scalars("train_lr")] == pytest.approx([4e-7, 4e-4, 2e-4])
 
 
 def test_weights_and_biases_offline(grey: tuple[str, str], tmp_path: Path) -> None:
