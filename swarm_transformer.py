@@ -28,6 +28,7 @@ from tqdm import tqdm
 from common import plotting
 from common.datasets import images
 from common.datasets.images import ImageSet
+from common.errors import warn
 from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
 from common.models.sets import NON_LINEARITIES
 from common.precision import autocast
@@ -132,7 +133,7 @@ def named_options(parser: argparse.ArgumentParser, name: str) -> list[dotted.Tok
     if re.fullmatch(r"\w+", word) and word != "h" and not word.lower().startswith(tuple(known)):
         for meant in difflib.get_close_matches(word.lower(), known, n=1):
             parser.error(f"-name {name!r} does not parse: there is no option -{word}; did you mean -{meant}?")
-        print(f"note: the last field of -name, {word}, is left out: no option is called so", file=sys.stderr)
+        warn(f"note: the last field of -name, {word}, is left out: no option is called so")
         more = ""  # the original's last field, of an option that its scripts do not have
     further = dotted.split_command_line(parser, [more] if more else [], NOT_IN_NAME)
     for option, _, _ in further:

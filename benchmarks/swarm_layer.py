@@ -4,13 +4,13 @@
     python -m benchmarks.swarm_layer --quick     # a look in half a minute
 
 (a) A training step (forward, loss under the best matching, backward, Adam) with n_hidden 128, n_iter 10, 50 sets of up to E
-    entities: the plain formulation (benchmarks/plain_swarm.py), this suite's layer, and the layer's matrix products alone,
-    which no implementation can do without. In turn, in one process; medians, and medians of the ratios round by round.
-(b) Peak memory of the same steps, each in a process of its own, less that of a process that has only imported and made data.
+    entities: the plain formulation (benchmarks/plain_swarm.py), this suite's layer, and the layer's matrix products alone, a
+    lower bound for any implementation. In turn, in one process; medians, and medians of the ratios round by round.
+(b) Peak memory of the same steps, each in its own process, less that of a process that has only imported and made data.
 (c) Time and memory of a step with one set of E = 100 ... 100,000 entities: both must grow linearly.
 
-The plain formulation runs as the original does, with the C library's own memory policy; the layer with the scripts' one
-(common/run/memory.py), which helps the plain formulation, too: that figure is printed as well.
+The plain formulation runs as the original does, with the C library's memory policy, and with that of the scripts
+(common/run/memory.py), which is faster; the layer with the latter.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def a_batch(entities: int) -> Batch:
     """The batch of 50 real tasks whose largest set has about that many entities."""
     tasks = make_tasks(2000, seed=0)
     batches = batches_by_size(tasks, torch.arange(2000), BATCH)
-    return padded_batch(tasks, min(batches, key=lambda chosen: abs(int(tasks.sizes[chosen].max()) - entities)))
+    return padded_batch(tasks, min(batches, key=lambda indices: abs(int(tasks.sizes[indices].max()) - entities)))
 
 
 def one_set(entities: int) -> Batch:
@@ -109,7 +109,7 @@ def one_set(entities: int) -> Batch:
 
 
 def peak_memory(kind: str, batch: str, entities: int, threads: int) -> float:
-    """Peak resident memory of two steps in a process of their own, in MiB ("nothing": of the process without a step)."""
+    """Peak resident memory of two steps in their own process, in MiB ("nothing": of the process without a step)."""
     command = [
         sys.executable,
         "-m",
@@ -159,11 +159,11 @@ def compare_steps(kinds: list[str], sizes: list[int], rounds: int, device: str) 
         def ratio(a: str, b: str, times: dict[str, list[float]] = times) -> float:
             return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
 
-        own = [kind for kind in kinds if kind not in ("plain", "products")]
+        layers = [kind for kind in kinds if kind not in ("plain", "products")]
         row = "".join(f"{statistics.median(times[kind]):12.3f}" for kind in kinds)
-        gains = "  ".join(f"{kind} {ratio('plain', kind):.2f}x" for kind in own)
-        floors = "  ".join(f"{kind} {ratio(kind, 'products'):.2f}x" for kind in own)
-        print(f"{batch[0].shape[1]:6}{row}    {gains}  |  {floors}", flush=True)
+        speedups = "  ".join(f"{kind} {ratio('plain', kind):.2f}x" for kind in layers)
+        overheads = "  ".join(f"{kind} {ratio(kind, 'products'):.2f}x" for kind in layers)
+        print(f"{batch[0].shape[1]:6}{row}    {speedups}  |  {overheads}", flush=True)
 
 
 def compare_memory(kinds: list[str], entities: int, threads: int) -> None:
@@ -179,14 +179,14 @@ def show_growth(sizes: list[int], rounds: int, threads: int) -> None:
     print(f"{'E':>8}" + "".join(f"{title:>11}" for title in titles))
     nothing = peak_memory("nothing", "one", sizes[0], threads)
     for entities in sizes:
-        figures = []
+        row = []
         for kind in ("layer", "plain"):
             step = make_step(kind, one_set(entities), "cpu")
             step()
             milliseconds = 1e3 * statistics.median(seconds(step) for _ in range(rounds))
             mib = peak_memory(kind, "one", entities, threads) - nothing
-            figures += [milliseconds, 1000 * milliseconds / entities, mib, 1000 * mib / entities]
-        print(f"{entities:8,}" + "".join(f"{figure:11,.1f}" for figure in figures), flush=True)
+            row += [milliseconds, 1000 * milliseconds / entities, mib, 1000 * mib / entities]
+        print(f"{entities:8,}" + "".join(f"{value:11,.1f}" for value in row), flush=True)
 
 
 def has_bf16() -> bool:

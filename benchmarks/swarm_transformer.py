@@ -10,7 +10,7 @@ All with n_hidden 256, n_iter 10, one layer, as the published lines for MNIST ha
 (b) A training step (forward, loss, backward, Adam) of 10 images of 28x28: the plain formulation (1x1 convolutions, the input
     product in every iteration, autograd), this suite's layer, and the layer's matrix products alone, with the input product
     computed once. In turn, in one process; medians, and medians of the ratios round by round. Peak memory of the same steps,
-    each in a process of its own, less that of a process that has only imported.
+    each in its own process, less that of a process that has only imported.
 (c) Time and memory of a step of 4 images with 14x14 to 64x64 pixels: both must grow linearly.
 """
 
@@ -137,15 +137,14 @@ def compare_steps(kinds: list[str], rounds: int, n: int, device: str) -> None:
         line = f"{kind:>14}: {1000 * median:9.1f} ms  {n / median:9.1f} images/s"
         if "products" not in kind:
             floor = "bf16 products" if "bf16" in kind else "products"
-            ratio = {
-                of: statistics.median(a / b for a, b in zip(times[kind], times[of], strict=True)) for of in (floor, "plain")
-            }
-            line += f"  {1 / ratio['plain']:6.2f}x as fast as plain  {ratio[floor]:6.2f}x the time of the {floor}"
+            speedup = statistics.median(a / b for a, b in zip(times["plain"], times[kind], strict=True))
+            overhead = statistics.median(a / b for a, b in zip(times[kind], times[floor], strict=True))
+            line += f"  {speedup:6.2f}x as fast as plain  {overhead:6.2f}x the time of the {floor}"
         print(line, flush=True)
 
 
 def peak_memory(kind: str, n: int, size: int) -> float:
-    """Peak resident memory of two steps in a process of their own, in MiB ("nothing": of a process without a step)."""
+    """Peak resident memory of two steps in their own process, in MiB ("nothing": of a process without a step)."""
     command = [sys.executable, "-m", "benchmarks.swarm_transformer", "--memory", kind, str(n), str(size)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import IO, Any
 
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, warn
 
 DIRECTORY = 0x10  # a flag of records of a zip archive: torch.load takes memory as it is for the content of such a record
 
@@ -72,7 +71,7 @@ def read(path: str | Path) -> Any:
     except Exception as error:  # damaged and foreign bytes fail in many ways
         raise CheckpointError(f"{path} is damaged, or no checkpoint of this suite") from error
     if intact is None:
-        print(f"note: {path} has no checksums, so damage to it cannot be noticed", file=sys.stderr)
+        warn(f"note: {path} has no checksums, so damage to it cannot be noticed")
     return state
 
 

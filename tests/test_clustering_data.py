@@ -85,12 +85,12 @@ def test_batches(tasks: ClusteringTasks) -> None:
     batches = clustering.batches_by_size(tasks, training, 50)
     assert sorted(torch.cat(batches).tolist()) == training.tolist()
     padding = entities = 0
-    for chosen in batches[::10]:
-        x, labels, mask = clustering.padded_batch(tasks, chosen)
-        assert x.shape == (*mask.shape, 2) and torch.equal(mask.sum(1), tasks.sizes[chosen])
+    for indices in batches[::10]:
+        x, labels, mask = clustering.padded_batch(tasks, indices)
+        assert x.shape == (*mask.shape, 2) and torch.equal(mask.sum(1), tasks.sizes[indices])
         assert (x[~mask] == 0).all() and (labels[~mask] == 0).all()
-        n = len(chosen) // 2
-        start, size = tasks.starts[chosen[n]], tasks.sizes[chosen[n]]
+        n = len(indices) // 2
+        start, size = tasks.starts[indices[n]], tasks.sizes[indices[n]]
         assert torch.equal(x[n, :size], tasks.points[start : start + size])
         assert torch.equal(labels[n, :size], tasks.labels[start : start + size])
         padding, entities = padding + (~mask).sum().item(), entities + mask.numel()
@@ -99,11 +99,11 @@ def test_batches(tasks: ClusteringTasks) -> None:
 
 def test_oracle_is_bayes_rule() -> None:
     tasks = make_tasks(5, 3)
-    chosen = torch.tensor([4, 1])
-    x, labels, mask = clustering.padded_batch(tasks, chosen)
-    log_p = clustering.log_posterior(tasks, chosen, x)
+    indices = torch.tensor([4, 1])
+    x, labels, mask = clustering.padded_batch(tasks, indices)
+    log_p = clustering.log_posterior(tasks, indices, x)
     torch.testing.assert_close(log_p.exp().sum(2), torch.ones_like(log_p[:, :, 0]))
-    for n, task in enumerate(chosen.tolist()):
+    for n, task in enumerate(indices.tolist()):
         K = int(tasks.n_clusters[task])
         covariances = tasks.factors[task, :K] @ tasks.factors[task, :K].mT
         density = torch.distributions.MultivariateNormal(tasks.means[task, :K], covariances)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -272,12 +273,36 @@ def test_wrong_calls_are_told() -> None:
     images, classes = images_and_classes(2, 1, 10)
     with pytest.raises(ValueError, match="takes no classes"):
         make(1, 1, None)(images, classes)
-    with pytest.raises(ValueError, match="a class for each"):
+    with pytest.raises(ValueError, match=r"a class for each of 2 images, \(2,\): classes: none given"):
         make(1, 1, 10)(images)
+    with pytest.raises(ValueError, match=r"a class for each of 2 images, \(2,\): classes: shape \(1,\)"):
+        make(1, 1, 10)(images, classes[:1])
     with pytest.raises(ValueError, match="the model is for"):
         make(3, 1, None)(images)
     with pytest.raises(ValueError, match="only CAUSAL"):
         IncrementalSwarm(SwarmLayer(2, 3, 4, 2, pooling="MEAN"), 1)
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (lambda images: images / 255, r"images are torch.float32: integers 0..255 are needed, .* for images in 0..1"),
+        (lambda images: images.half(), "images are torch.float16"),
+        (lambda images: images > 127, "images are torch.bool"),
+        (lambda images: images - 1, r"images have values -1..2\d\d: 0..255 are needed"),
+        (lambda images: images + 10, r"images have values 10..26\d"),
+    ],
+)
+def test_images_that_are_no_integers_from_0_to_255(convert: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+    images, _ = images_and_classes(2, 1, None)
+    images[0, 0, 0, :2] = torch.tensor([0, 254])
+    model = make(1, 1, None)
+    logits = model(images)
+    for call in (model, lambda wrong: cross_entropy(logits, wrong), lambda wrong: model.sample(2, given=wrong, n_rows=1)):
+        with pytest.raises(ValueError, match=message):
+            call(convert(images))
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(model(images.to(dtype)), logits)
 
 
 def test_bf16_is_close() -> None:

@@ -27,12 +27,12 @@ def test_reference(case: str, name: str) -> None:
     scores, pairs = matching.class_scores(log_p, labels, mask), v[f"{case}/{name}/matching"]
     if name == "hungarian":
         rows, columns = pairs[:, 0], pairs[:, 1]
-        found = matching.best_matching(scores)
+        matched = matching.best_matching(scores)
     else:
         rows, columns = pairs.unbind(2)
-        found = matching.greedy_matching(scores)
+        matched = matching.greedy_matching(scores)
     expected = torch.empty_like(columns).scatter_(1, rows, columns)
-    assert torch.equal(found[present], expected[present])  # absent clusters are matched arbitrarily
+    assert torch.equal(matched[present], expected[present])  # absent clusters are matched arbitrarily
 
 
 def test_best_matching_is_best() -> None:
@@ -64,6 +64,32 @@ def test_loss_of_nan_is_nan_and_raises_nothing() -> None:
     assert loss[0].isnan() and loss[1].isfinite()
 
 
+@pytest.mark.parametrize("label", [-1, 3, 2**40])
+def test_labels_out_of_range(label: int) -> None:
+    """An error where an entity is valid; ignored at padding."""
+    labels, mask = torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5).bool()
+    labels[1, 3] = label
+    for call in (
+        lambda mask: matching.class_scores(torch.zeros(2, 5, 3), labels, mask),
+        lambda mask: matching.contingency(labels, torch.zeros_like(labels), mask, 3),
+        lambda mask: matching.contingency(torch.zeros_like(labels), labels, mask, 3),
+    ):
+        with pytest.raises(ValueError, match=rf"label {label} is not in \[0, 3\)"):
+            call(mask)
+        call(labels == 0)
+
+
+def test_labels_and_masks_that_do_not_fit() -> None:
+    log_p, labels, mask = torch.zeros(2, 5, 3), torch.zeros(2, 5).long(), torch.ones(2, 5)
+    with pytest.raises(ValueError, match=r"labels have shape \(1, 5\), the mask \(2, 5\)"):
+        matching.class_scores(log_p, labels[:1], mask)
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 1\), the sets have \(2, 5\)"):
+        matching.class_scores(log_p, labels, mask[:, :1])
+    with pytest.raises(ValueError, match=r"labels are torch.float32: integers are needed"):
+        matching.class_scores(log_p, labels.float(), mask)
+    assert torch.equal(matching.class_scores(log_p, labels, mask), matching.class_scores(log_p, labels, mask.bool()))
+
+
 def test_unknown_matching() -> None:
     with pytest.raises(ValueError, match="'best'"):
         matching.matched_cross_entropy(torch.zeros(1, 2, 2), torch.zeros(1, 2).long(), torch.ones(1, 2).bool(), "best")
@@ -83,7 +109,7 @@ def test_accuracy_and_rand_index_by_definition() -> None:
         # adjusted Rand index: over all pairs of points, (together in both - expected) / (largest - expected)
         pairs = list(itertools.combinations(range(len(true)), 2))
         both = sum(true[a] == true[b] and guess[a] == guess[b] for a, b in pairs)
-        in_true, in_guess = (sum(of[a] == of[b] for a, b in pairs) for of in (true, guess))
+        in_true, in_guess = (sum(labelling[a] == labelling[b] for a, b in pairs) for labelling in (true, guess))
         expected = in_true * in_guess / len(pairs)
         index = (both - expected) / ((in_true + in_guess) / 2 - expected)
         assert matching.adjusted_rand_index(counts)[n].item() == pytest.approx(index)

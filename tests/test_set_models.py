@@ -1,13 +1,23 @@
 """The models of the clustering experiment: the original's numbers and counts, and what padding and order must not change."""
 
 import json
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from common.matching import matched_cross_entropy
-from common.models.sets import MODEL_TYPES, AttentionBlock, InducedSetAttentionBlock, make_set_model, masked_mean
+from common.models.sets import (
+    MODEL_TYPES,
+    AttentionBlock,
+    InducedSetAttentionBlock,
+    SetLinear,
+    SetStack,
+    make_set_model,
+    masked_mean,
+)
+from common.models.swarm import POOLINGS, SwarmLayer
 from tests.reference import DATA, Vectors, assert_agrees, names
 
 
@@ -22,13 +32,13 @@ def model_of(v: Vectors) -> torch.nn.Module:
 def test_reference(name: str) -> None:
     v = Vectors(name)
     model, mask, x = model_of(v), v["mask"].bool(), v["x"].requires_grad_()
-    everything = torch.ones_like(mask)
+    unmasked = torch.ones_like(mask)
     lstm = v.config["type"].startswith("LSTM")
     # the original's LSTMs read padding as points: `logits_alone` has each set by itself, the gradients have it as data
     expected = v["logits_alone"] if lstm else v["logits"]
     assert_agrees(model(x, mask)[mask], expected[mask], 1e-5, "logits")
-    assert_agrees(model(x, everything), v["logits_nomask"], 1e-5, "logits without a mask")
-    model(x, everything if lstm else mask).mul(mask.unsqueeze(2)).square().sum().backward()
+    assert_agrees(model(x, unmasked), v["logits_nomask"], 1e-5, "logits without a mask")
+    model(x, unmasked if lstm else mask).mul(mask.unsqueeze(2)).square().sum().backward()
     for key, parameter in [*model.named_parameters(), ("x", x)]:
         assert_agrees(parameter.grad, v[f"grad/{key}"], 1e-4, key)
 
@@ -50,8 +60,8 @@ def test_attention_reference() -> None:
 def test_masked_mean_reference() -> None:
     v = Vectors("swarm/masked_mean")
     x, mask = v["x"].requires_grad_(), v["mask"].bool()
-    for suffix, chosen in (("", torch.ones_like(mask)), ("_masked", mask)):
-        mean = masked_mean(x, chosen)
+    for suffix, valid in (("", None), ("_masked", mask)):
+        mean = masked_mean(x, valid)
         assert_agrees(mean.view(v[f"mean{suffix}"].shape), v[f"mean{suffix}"], 1e-5)
         assert_agrees(torch.autograd.grad(mean.square().sum(), x)[0], v[f"grad{suffix}/x"], 1e-4)
 
@@ -110,8 +120,7 @@ def test_permutation_equivariance(kind: str) -> None:
 
 def test_lstm_is_not_equivariant() -> None:
     model, x = small("LSTM"), torch.randn(3, 9, 2)
-    everything = torch.ones(3, 9).bool()
-    assert (model(x.flip(1), everything) - model(x, everything).flip(1)).abs().max() > 1e-3
+    assert (model(x.flip(1)) - model(x).flip(1)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
@@ -140,12 +149,45 @@ def test_bfloat16_autocast_runs(kind: str) -> None:
     assert (y.float() - model(x, mask)).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("kind", MODEL_TYPES)
-def test_masks_of_any_type(kind: str) -> None:
-    model, x, mask = small(kind), torch.randn(3, 9, 2), torch.rand(3, 9) < 0.6
-    for other in (mask.float(), mask.to(torch.uint8), mask.long()):
-        assert torch.equal(model(x, other), model(x, mask))
-    assert torch.equal(model(x), model(x, torch.ones(3, 9).bool()))
+LAYERS = {
+    **{f"SwarmLayer {pooling}": lambda pooling=pooling: SwarmLayer(8, 3, 9, 2, pooling=pooling) for pooling in POOLINGS},
+    "SwarmLayer formula": lambda: SwarmLayer(8, 3, 9, 2, fast=False),
+    "SetLinear": lambda: SetLinear(8, 3),
+    "SetLinearMax": lambda: SetLinear(8, 3, maximum=True),
+    "InducedSetAttentionBlock": lambda: InducedSetAttentionBlock(8, 2, 4),
+    "AttentionBlock": lambda: AttentionBlock(8, 2),
+    "SetStack": lambda: SetStack(torch.nn.Linear(8, 4), SetLinear(4, 3)),
+    "SetLSTM": lambda: make_set_model("LSTM", 8, 3, n_hidden=4),
+}
+
+
+def call(layer: torch.nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """An AttentionBlock attends from some queries to the set."""
+    return layer(torch.ones(3, 2, 8), x, mask) if isinstance(layer, AttentionBlock) else layer(x, mask)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_masks_are_optional_and_of_any_type(name: str) -> None:
+    torch.manual_seed(0)
+    layer, x, mask = LAYERS[name](), torch.randn(3, 9, 8), torch.rand(3, 9) < 0.6
+    expected = call(layer, x, mask)
+    for other in (mask.float(), mask.double(), mask.bfloat16(), mask.to(torch.uint8), mask.long()):
+        assert torch.equal(call(layer, x, other), expected)
+    torch.testing.assert_close(call(layer, x, None), call(layer, x, torch.ones(3, 9).bool()))
+    assert not torch.equal(call(layer, x, None), expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_masks_that_do_not_fit(name: str) -> None:
+    layer, x = LAYERS[name](), torch.randn(3, 9, 8)
+    for shape in ((3, 8), (9, 3), (3,), (9,), (3, 9, 1), (1, 9)):
+        with pytest.raises(ValueError, match=re.escape(f"mask has shape {shape}, the sets have (3, 9)")):
+            call(layer, x, torch.ones(shape).bool())
+    for value in (0.5, -torch.inf, torch.nan, 2):  # -inf: a mask that is meant to be added to the scores
+        mask = torch.ones(3, 9)
+        mask[1, 4] = value
+        with pytest.raises(ValueError, match=f"mask has value {float(value)}"):
+            call(layer, x, mask)
 
 
 def test_wrong_options() -> None:

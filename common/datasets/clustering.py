@@ -2,7 +2,7 @@
 
 Per task (Vollgraf 2019, arXiv 1906.09400, section 4.1): 3 to 10 clusters and 100 to 1000 entities, both uniform; equal
 mixture weights; means from N(0, I); covariances from an inverse Wishart distribution with 4 degrees of freedom and scale
-0.05 I. All tasks are drawn at once, and lie end to end in one tensor, on the device where they are used.
+0.05 I. All tasks are drawn at once, and are concatenated in one tensor, on the device where they are used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ N_LABELS = N_CLUSTERS[1]
 
 @dataclass(frozen=True)
 class ClusteringTasks:
-    """T tasks with P points in all, task t being points[starts[t] : starts[t] + sizes[t]]."""
+    """T tasks with P points in all. Task t is points[starts[t] : starts[t] + sizes[t]]."""
 
     points: Tensor  # (P, 2) float32
     labels: Tensor  # (P) int64, below n_clusters of the task
@@ -40,7 +40,7 @@ class ClusteringTasks:
 
 
 def make_tasks(n_tasks: int, seed: int) -> ClusteringTasks:
-    """Draw tasks on the CPU; the same seed gives the same tasks. Raises ValueError for less than one task."""
+    """Draw tasks on the CPU from `seed`. Raises ValueError for less than one task."""
     if n_tasks < 1:
         raise ValueError(f"{n_tasks} tasks: at least one is needed")
     gen = torch.Generator().manual_seed(seed)
@@ -63,35 +63,35 @@ def make_tasks(n_tasks: int, seed: int) -> ClusteringTasks:
 
 
 def split(n_tasks: int) -> tuple[Tensor, Tensor]:
-    """Indices of the training tasks and of the last 10 % (at least one), which validate."""
+    """Indices of the training tasks, and of the validation tasks: the last 10 %, at least one."""
     n_validation = max(1, n_tasks // 10)
     return torch.arange(n_tasks - n_validation), torch.arange(n_tasks - n_validation, n_tasks)
 
 
-def batches_by_size(tasks: ClusteringTasks, chosen: Tensor, batch_size: int) -> list[Tensor]:
-    """Indices of tasks of similar size together: in sorted order, 7 % of a batch is padding; in random order 45 %."""
-    by_size = chosen[tasks.sizes[chosen].argsort(stable=True)]
+def batches_by_size(tasks: ClusteringTasks, indices: Tensor, batch_size: int) -> list[Tensor]:
+    """Split indices of tasks into batches of similar size: 7 % of a batch is padding, in random order it would be 45 %."""
+    by_size = indices[tasks.sizes[indices].argsort(stable=True)]
     return list(by_size.split(batch_size))
 
 
-def padded_batch(tasks: ClusteringTasks, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def padded_batch(tasks: ClusteringTasks, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Collect tasks, padded to the largest: points (N, E, 2) and labels (N, E), zero at padding, and the mask (N, E)."""
-    device, sizes = tasks.points.device, tasks.sizes[chosen]
+    device, sizes = tasks.points.device, tasks.sizes[indices]
     offsets = torch.arange(int(sizes.max()), device=device)
     mask = offsets < sizes.to(device)[:, None]
-    entity = torch.where(mask, tasks.starts[chosen.to(device)][:, None] + offsets, 0)
+    entity = torch.where(mask, tasks.starts[indices.to(device)][:, None] + offsets, 0)
     return tasks.points[entity] * mask.unsqueeze(2), tasks.labels[entity] * mask, mask
 
 
-def log_posterior(tasks: ClusteringTasks, chosen: Tensor, points: Tensor) -> Tensor:
+def log_posterior(tasks: ClusteringTasks, indices: Tensor, points: Tensor) -> Tensor:
     """The oracle: log-probability of each cluster given a point, under the true mixture. (N, E, 2) -> (N, E, 10), float64.
 
     Clusters that a task does not have get -10,000 rather than minus infinity, which would turn into NaN in averages.
     """
-    chosen = chosen.to(points.device)
-    means, factors = tasks.means[chosen], tasks.factors[chosen]  # (N, 10, 2), (N, 10, 2, 2)
+    indices = indices.to(points.device)
+    means, factors = tasks.means[indices], tasks.factors[indices]  # (N, 10, 2), (N, 10, 2, 2)
     offsets = points.double().unsqueeze(1) - means.unsqueeze(2)  # (N, 10, E, 2)
     whitened = torch.linalg.solve_triangular(factors, offsets.mT, upper=False)  # (N, 10, 2, E)
     log_density = -0.5 * whitened.square().sum(2) - factors.diagonal(dim1=2, dim2=3).log().sum(2, keepdim=True)  # (N, 10, E)
-    absent = torch.arange(N_LABELS, device=points.device) >= tasks.n_clusters[chosen][:, None]
+    absent = torch.arange(N_LABELS, device=points.device) >= tasks.n_clusters[indices][:, None]
     return log_density.masked_fill(absent.unsqueeze(2), -1e4).log_softmax(1).mT

@@ -27,7 +27,6 @@ import io
 import math
 import pickle
 import struct
-import sys
 import tarfile
 import zlib
 from collections.abc import Collection
@@ -40,7 +39,7 @@ import torch
 from torch import Tensor, library
 from torch.nn.functional import interpolate
 
-from common.errors import InputError, one_line
+from common.errors import InputError, one_line, warn
 
 SPLITS = ("train", "test")
 PUBLISHED = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
@@ -395,7 +394,7 @@ def _unpickle(raw: bytes, what: str) -> dict[str, Any]:
 @functools.cache
 def _note(text: str) -> None:
     """Print a line on stderr, once."""
-    print(f"note: {one_line(text)}", file=sys.stderr)
+    warn(f"note: {one_line(text)}")
 
 
 def _gunzip(packed: bytes, path: Path) -> bytes:

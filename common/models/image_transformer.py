@@ -1,12 +1,12 @@
 """The SWARM image transformer (Vollgraf 2019, arXiv 1906.09400, section 4.2): images as sequences of values.
 
-The values of an image (8 bits, 0..255) are read row by row, pixel by pixel, channel by channel. What enters at a position is
+The values of an image (8 bits, 0..255) are read row by row, pixel by pixel, channel by channel. The input at a position is
 
     embedding of the value before (nothing at the first) + location + channel + class
 
-and SWARM layers with causal pooling turn it into the 256 logits of the value there. Logits depend on earlier values alone, so
-the product of their probabilities is the probability of the image. The loss is its negative logarithm in nats per value, which
-is ln 2 times the bits per dimension.
+and SWARM layers with causal pooling map it to the 256 logits of the value there. Logits depend on earlier values alone, so the
+product of their probabilities is the probability of the image. The loss is its negative logarithm in nats per value, which is
+ln 2 times the bits per dimension.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ N_VALUES = 256
 
 
 class ImageTransformer(nn.Module):
-    """Images (N, C, H, W) of values 0..255, and their classes (N) where `n_classes` is given, -> logits (N, H, W, C, 256).
+    """Integer images (N, C, H, W) of values 0..255, and their classes (N) if `n_classes` is given, -> logits (N, H, W, C, 256).
 
     `learn_loc` learns the location features, which are sinusoids otherwise. `fuse` runs the pointwise part of the layers
-    through torch.compile. State dicts are those of the original. Raises ValueError for sizes out of range.
+    through torch.compile. State dicts are those of the original. Raises ValueError for sizes out of range, and for images or
+    classes that do not fit.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ImageTransformer(nn.Module):
         (C, H, W), N = self.shape, len(images)
         if images.shape[1:] != self.shape:
             raise ValueError(f"images of shape {tuple(images.shape[1:])}: the model is for {self.shape}")
+        check_values(images)
         values = images.permute(0, 2, 3, 1).flatten(1).int()  # (N, E), E = H W C
         before = F.pad(self.input_embedding(values[:, :-1]), (0, 0, 1, 0))  # (N, E, D), zero at the first position
         x = before + self.positions() + self.context(N, classes).unsqueeze(1)
@@ -77,16 +79,18 @@ class ImageTransformer(nn.Module):
         return x.view(N, H, W, C, N_VALUES)
 
     def positions(self) -> Tensor:
-        """What a position adds: location and channel, (E, D)."""
+        """Features of the location and channel of each position: (E, D)."""
         C = self.shape[0]
         features = self.location_features.flatten(1).T.repeat_interleave(C, 0)
         return features + self.channel_embedding.T.repeat(len(features) // C, 1) if C > 1 else features
 
     def context(self, n: int, classes: Tensor | None) -> Tensor:
-        """What the class of each image adds: (N, D), zero without classes."""
-        if (classes is None) != (self.n_classes is None) or (classes is not None and classes.shape != (n,)):
-            wanted = "takes no classes" if self.n_classes is None else f"takes a class for each of {n} images"
-            raise ValueError(f"the model {wanted}")
+        """Features of the class of each image: (N, D), zero without classes."""
+        if classes is not None and self.n_classes is None:
+            raise ValueError("the model takes no classes")
+        if self.n_classes is not None and (classes is None or classes.shape != (n,)):
+            given = "none given" if classes is None else f"shape {tuple(classes.shape)}"
+            raise ValueError(f"the model takes a class for each of {n} images, ({n},): classes: {given}")
         if classes is None:
             return self.input_embedding.weight.new_zeros(n, self.input_embedding.embedding_dim)
         return self.cond_embedding(classes)
@@ -101,15 +105,17 @@ class ImageTransformer(nn.Module):
         n_rows: int = 0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw n images, (n, C, H, W) uint8, value by value; the first `n_rows` rows are those of `given` (n, C, H, W).
+        """Draw n images (n, C, H, W) uint8, value by value; the first `n_rows` rows are those of `given` (n, C, H, W).
 
-        The cost is that of one forward pass of n images. Raises ValueError if rows are to be given that are not.
+        The cost is that of one forward pass of n images. Raises ValueError if `given` is missing or does not fit.
         """
         C, H, W = self.shape
         if not 0 <= n_rows <= H or (n_rows and given is None):
             raise ValueError(f"n_rows {n_rows}: images have {H} rows, and `given` has to hold those that are given")
         if given is not None and given.shape != (n, C, H, W):
             raise ValueError(f"given has shape {tuple(given.shape)}: {n} images of {self.shape} are drawn")
+        if given is not None:
+            check_values(given)
         device = self.input_embedding.weight.device
         values = torch.zeros(n, H * W * C, dtype=torch.uint8, device=device)
         n_given = n_rows * W * C
@@ -129,7 +135,7 @@ class ImageTransformer(nn.Module):
 class IncrementalImages:
     """An ImageTransformer over n images that become known value by value: each costs n_iter cell steps per layer.
 
-    What is kept of the values before is a sum of h for each iteration and layer: n_layers n_iter n_hidden numbers an image.
+    All it keeps of the earlier values is a sum of h for each iteration and layer: n_layers n_iter n_hidden numbers an image.
     """
 
     @torch.no_grad()
@@ -149,18 +155,33 @@ class IncrementalImages:
         return x
 
 
+def check_values(images: Tensor) -> None:
+    """Raise ValueError unless images are integers in 0..255; values are looked at on a CPU only (on a GPU, the host waits)."""
+    if images.is_floating_point() or images.dtype == torch.bool:
+        raise ValueError(
+            f"images are {images.dtype}: integers 0..{N_VALUES - 1} are needed, "
+            f"(255 * images).round().to(torch.uint8) for images in 0..1"
+        )
+    if images.dtype != torch.uint8 and images.device.type == "cpu" and images.numel():
+        low, high = images.aminmax()
+        if low < 0 or high >= N_VALUES:
+            raise ValueError(f"images have values {low.item()}..{high.item()}: 0..{N_VALUES - 1} are needed")
+
+
 def cross_entropy(logits: Tensor, images: Tensor) -> Tensor:
-    """Mean nats per value of each image: (N, H, W, C, 256), (N, C, H, W) -> (N)."""
+    """Mean nats per value of each image: (N, H, W, C, 256), (N, C, H, W) -> (N). Raises ValueError as `check_values` does."""
+    check_values(images)
     targets = images.permute(0, 2, 3, 1)
     nats = F.cross_entropy(logits.flatten(0, 3).float(), targets.flatten().long(), reduction="none")
     return nats.view(targets.shape).mean((1, 2, 3))
 
 
 def location_features(height: int, width: int, n_features: int) -> Tensor:
-    """Sinusoids of rows and columns, (n_features, height, width), in D/4 frequencies from one period to half a cycle a pixel.
+    """Sinusoids of rows and columns, (n_features, height, width), in n_features / 4 frequencies.
 
-    The original divides rows by the width, too, which in images that are higher than wide goes beyond half a cycle a pixel.
-    Raises ValueError if `n_features` is not a multiple of 4.
+    Frequencies range from one cycle over the longer side to half a cycle a pixel. (The original divides rows by the width,
+    too, and so exceeds half a cycle a pixel in images that are higher than wide.) Raises ValueError if `n_features` is not a
+    multiple of 4.
     """
     if n_features % 4 or n_features < 4:
         raise ValueError(f"{n_features} location features: a multiple of 4 is needed")

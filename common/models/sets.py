@@ -1,9 +1,11 @@
-"""Set-equivariant models: (N, E, n_in) with a mask (N, E) -> (N, E, n_out). Finite padding never changes a valid output.
+"""Set-equivariant models: (N, E, n_in) and a mask (N, E) -> (N, E, n_out). Finite padding never changes a valid output.
 
-All are compared in the SWARM paper's clustering experiment (arXiv 1906.09400, section 4.1): stacks of SWARM layers, of set
+The SWARM paper compares them in its clustering experiment (arXiv 1906.09400, section 4.1): stacks of SWARM layers, of set
 linear layers (Zaheer et al. 2017, Deep Sets), of induced set attention blocks (Lee et al. 2019, Set Transformer, arXiv
 1810.00825), and bidirectional LSTMs, which read the set as a sequence. Names of parameters are those of the published
 checkpoints.
+
+In every layer the mask is optional, and has booleans, integers or 0/1 floats (`common/masks.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.masks import as_mask
 from common.models.swarm import SwarmLayer
 
 NON_LINEARITIES = {"relu": nn.ReLU, "elu": nn.ELU, "lrelu": nn.LeakyReLU}
@@ -29,7 +32,8 @@ class SetLinear(nn.Module):
         self.ffwd2 = nn.Linear(n_in, n_out)
         self.maximum = maximum
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = as_mask(x, mask)
         own, shared = self.ffwd1(x), self.ffwd2(x)
         if self.maximum:
             pooled = shared.masked_fill(~mask.unsqueeze(2), -torch.inf).amax(1, keepdim=True)
@@ -39,13 +43,9 @@ class SetLinear(nn.Module):
         return own + pooled
 
 
-def as_mask(x: Tensor, mask: Tensor | None) -> Tensor:
-    """True where an entity is valid, everywhere if there is no mask: (N, E, D), (N, E) of any type -> (N, E)."""
-    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over the valid entities: (N, E, D), (N, E) -> (N, 1, D); zero for a set without any."""
+    mask = as_mask(x, mask)
     count = mask.sum(1).clamp(min=1)[:, None, None]
     return torch.where(mask.unsqueeze(2), x, 0).sum(1, keepdim=True) / count
 
@@ -65,13 +65,14 @@ class MultiheadAttention(nn.Module):
         self.project_queries, self.project_keys, self.project_values, self.concatenation = linears
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend from x to y, at whose valid entities `mask` (N, K) is True."""
+        """Attend from x (N, Q, D) to the valid entities of y (N, K, D), `mask` (N, K): -> (N, Q, D)."""
 
         def heads(z: Tensor) -> Tensor:
             return z.unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (N, heads, E, D / heads)
 
         q, k, v = heads(self.project_queries(x)), heads(self.project_keys(y)), heads(self.project_values(y))
-        attended = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None, :])
+        attention_mask = None if mask is None else as_mask(y, mask)[:, None, None, :]  # (N, heads, Q, K)
+        attended = F.scaled_dot_product_attention(q, k, v, attention_mask)
         return self.concatenation(attended.transpose(1, 2).flatten(2))
 
 
@@ -101,12 +102,13 @@ class AttentionBlock(nn.Module):
         self.rff = FeedForward(d)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend from x (N, Q, D) to the valid entities of y (N, K, D), `mask` (N, K): -> (N, Q, D)."""
         h = self.layer_norm1(x + self.multihead(x, y, mask))
         return self.layer_norm2(h + self.rff(h))
 
 
 class InducedSetAttentionBlock(nn.Module):
-    """ISAB (Set Transformer, eq. 9): inducing points attend to the set, the set attends to them; linear in its size."""
+    """ISAB (Set Transformer, eq. 9): inducing points attend to the set, then the set attends to them. Linear in its size."""
 
     def __init__(self, d: int, n_heads: int, n_ind_points: int):
         super().__init__()
@@ -114,13 +116,13 @@ class InducedSetAttentionBlock(nn.Module):
         self.mab1 = AttentionBlock(d, n_heads)
         self.mab2 = AttentionBlock(d, n_heads)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         summary = self.mab1(self.inducing_points.expand(len(x), -1, -1), x, mask)  # (N, n_ind_points, D)
         return self.mab2(x, summary)
 
 
 class SetStack(nn.Module):
-    """Layers and non-linearities in turn; set layers are given the mask. `dropout` follows each attention block."""
+    """Layers and non-linearities in turn. Set layers receive the mask; `dropout` follows each attention block."""
 
     def __init__(self, *mods: nn.Module, dropout: float = 0.0):
         super().__init__()
@@ -138,7 +140,7 @@ class SetStack(nn.Module):
 
 
 class SetLSTM(nn.Module):
-    """A bidirectional LSTM over the valid entities, in their order or sorted by their first coordinate; not equivariant."""
+    """A bidirectional LSTM over the valid entities, in their order (not equivariant) or sorted by their first coordinate."""
 
     def __init__(self, n_in: int, n_out: int, n_hidden: int, n_layers: int, *, sort: bool = False, dropout: float = 0.0):
         super().__init__()
@@ -172,7 +174,10 @@ def make_set_model(
     pooling: str = "MEAN",
     fuse: bool = False,
 ) -> nn.Module:
-    """Build the model of a type; what a type has no use for is ignored. Raises ValueError for an unknown type or sizes."""
+    """Build a model of one of MODEL_TYPES, ignoring options that the type does not have.
+
+    Raises ValueError for an unknown type or non-linearity, or sizes out of range.
+    """
     if min(n_in, n_out, n_hidden, n_layers, n_iter, n_heads, n_ind_points) < 1 or not 0 <= dropout < 1:
         raise ValueError("sizes must be positive, and dropout in [0, 1)")
     if non_lin not in NON_LINEARITIES:

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from common.errors import Failed, InputError, Interrupted, one_line
+from common.errors import Failed, InputError, Interrupted, one_line, warn
 from common.run.memory import is_out_of_memory
 
 REFUSED, RESUMABLE = 2, 75
@@ -40,6 +40,7 @@ class Command:
         self.begun = False
 
     def __enter__(self) -> Command:
+        open_missing_streams()
         self._handlers = {number: signal.signal(number, self._note) for number in self.signals}
         return self
 
@@ -60,11 +61,11 @@ class Command:
         if isinstance(error, InputError):
             self._refuse(error)
         if isinstance(error, Failed):
-            print(f"{self.script}.py: failed: {one_line(error)}", file=sys.stderr)
+            warn(f"{self.script}.py: failed: {one_line(error)}")
             sys.exit(1)
         if isinstance(error, OSError) and self.begun:
             what = f"cannot write {error.filename or 'a file'}: {error.strerror}"
-            print(f"stopped: {what}; what was saved is intact, {self.next}", file=sys.stderr)
+            warn(f"stopped: {what}; what was saved is intact, {self.next}")
             sys.exit(RESUMABLE)
         if isinstance(error, OSError):
             self._refuse(f"cannot use {error.filename or 'a file'}: {error.strerror or error}")
@@ -79,7 +80,7 @@ class Command:
             raise Interrupted(where)
 
     def _refuse(self, reason: object) -> NoReturn:
-        print(f"{self.script}.py: error: {one_line(reason)}", file=sys.stderr)
+        warn(f"{self.script}.py: error: {one_line(reason)}")
         sys.exit(REFUSED)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -91,6 +92,20 @@ class Command:
         echo(text)
 
 
+def open_missing_streams() -> None:
+    """Open /dev/null for standard streams that are closed, so that no file of the run takes their place."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", closefd=False))
+
+
 def echo(text: str) -> None:
     """Print, above progress bars. A reader who has gone (`| head`) is no failure, and neither is a full or closed stdout."""
     if sys.stdout is None:
@@ -100,5 +115,5 @@ def echo(text: str) -> None:
         sys.stdout.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            print(f"cannot print: {error.strerror}", file=sys.stderr)
+            warn(f"cannot print: {error.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what is flushed at the end

@@ -28,7 +28,7 @@ import torch
 
 from common import parallel
 from common.checkpoint import sync_directory
-from common.errors import InputError, Interrupted
+from common.errors import InputError, Interrupted, warn
 from common.run import trackers
 from common.run.command import Command, echo
 from common.run.lock import is_locked, release_lock, take_lock
@@ -289,7 +289,7 @@ class Run(Command):
         try:
             print(text, file=self._log, flush=True)
         except OSError as error:
-            print(f"log: {error.strerror}: {text}", file=sys.stderr)
+            warn(f"log: {error.strerror}: {text}")
 
     def finish(self, result: dict[str, Any]) -> int:
         """Write the result, last of all, and give the directory its name. Returns the exit status: 1 if a job failed."""
