@@ -96,7 +96,7 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of products and convolutions [%(default)s]")
     own.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     own.add_argument("--joint-pass", action="store_true", help="encode both views in one pass, with common batch statistics")
-    own.add_argument("--subset", type=at_least(20), metavar="N", help="train on N images, chosen by the seed [all]")
+    own.add_argument("--subset", type=at_least(20), metavar="N", help="train on N images, drawn by the seed [all]")
     own.add_argument("--keep-all", action="store_true", help="keep the models of all tests, not of the last alone")
     own.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, in the run's directory")
     options.add_run_options(own)

@@ -172,12 +172,12 @@ def test_the_circle_closes() -> None:
 def test_divergence_at_its_limits() -> None:
     """Empty bins and large gaps of logits, where logarithms of probabilities end in NaN."""
     logits = torch.tensor([[200.0, 0, 0, -200], [0, 0, 0, 0]], requires_grad=True)
-    wanted = torch.tensor([[0.0, 0, 0, 1], [1, 0, 0, 0]])
-    loss = duet.jensen_shannon(logits, wanted)
+    target = torch.tensor([[0.0, 0, 0, 1], [1, 0, 0, 0]])
+    loss = duet.jensen_shannon(logits, target)
     assert loss.item() == pytest.approx((math.log(2) + divergence([0.25] * 4, [1, 0, 0, 0])) / 2, abs=1e-6)
     loss.backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
-    assert duet.jensen_shannon(torch.log(wanted + 1e-30), wanted).item() == pytest.approx(0, abs=1e-6)
+    assert duet.jensen_shannon(torch.log(target + 1e-30), target).item() == pytest.approx(0, abs=1e-6)
 
 
 def divergence(p: list[float], q: list[float]) -> float:
@@ -198,8 +198,8 @@ def test_nt_xent_by_loops() -> None:
 
 
 def test_gradients_in_double_precision() -> None:
-    wanted = duet.von_mises(torch.rand(3), 4).double()
-    assert torch.autograd.gradcheck(lambda x: duet.jensen_shannon(x, wanted), torch.randn(3, 4).double().requires_grad_())
+    target = duet.von_mises(torch.rand(3), 4).double()
+    assert torch.autograd.gradcheck(lambda x: duet.jensen_shannon(x, target), torch.randn(3, 4).double().requires_grad_())
     pair = [torch.randn(4, 5).double().requires_grad_() for _ in range(2)]
     assert torch.autograd.gradcheck(nt_xent, pair)
 
