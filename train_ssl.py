@@ -441,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
     if name == "probe":
         return evaluate_saved(args)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     run = Run("train_ssl", name, args, another="--seed N", may_change=NOT_IN_NAME, files=FILES)
     with parallel.process_group(options.device_of(args).type) as device, run:
