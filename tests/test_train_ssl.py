@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -404,32 +403,6 @@ def test_bars_are_for_terminals(grey: tuple[str, str], tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert run("--linear-probe", tmp_path, str(file), *grey) == 0
     assert "linear probe: " in sys.stderr.getvalue()
-
-
-def test_tensorboard(grey: tuple[str, str], tmp_path: Path) -> None:
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert run(f"{DUET} --tensorboard", tmp_path, *grey) == 0
-    path = directory(tmp_path)
-    board = accumulators.EventAccumulator(str(path / "tensorboard"))
-    board.Reload()
-    events = board.Scalars("train_total_loss")
-    assert [event.step for event in events] == [0, 1, 2]
-    assert [event.value for event in events] == pytest.approx(read_metrics(path / "metrics.csv")["train_total_loss"], rel=1e-5)
-    assert [event.step for event in board.Scalars("test_track_head_top_1_mean")] == [0, 2]
-    assert [event.value for event in board.Scalars("train_lr")] == pytest.approx([4e-7, 4e-4, 2e-4])
-
-
-def test_weights_and_biases_offline(grey: tuple[str, str], tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    line = [*DUET.split(), *grey, "--wandb-project", "duet", "--results-dir", "results"]
-    subprocess.run([sys.executable, ROOT / "train_ssl.py", *line], cwd=tmp_path, env=environment, check=True, timeout=120)
-    (file,) = tmp_path.glob("results/train_ssl/*/wandb/offline-run-*/*.wandb")
-    # records of a key and a number as text
-    logged = [float(value) for value in re.findall(rb"train_total_loss\W{1,4}(\d+\.\d+)", file.read_bytes())]
-    (path,) = (tmp_path / "results" / "train_ssl").iterdir()
-    metrics = read_metrics(path / "metrics.csv")
-    assert list(dict.fromkeys(logged)) == pytest.approx(metrics["train_total_loss"], rel=1e-6)  # twice: history, summary
 
 
 def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
