@@ -399,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.compare:
         return compare(args)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     with Run("routing_networks", name, args, another="--seed N", may_change=NOT_IN_NAME, files=("routing.png",)) as run:
         data = Data(args, options.device_of(args))

@@ -202,32 +202,3 @@ def plot_epochs(
     for panel in panels[len(measures) + 1 :]:
         panel.set_axis_off()
     save_figure(figure, path)
-
-
-def plot_marginals(
-    path: Path, title: str, code: str, parameters: Sequence[float], learned: NDArray[np.floating], target: NDArray[np.floating]
-) -> None:
-    """Heat maps of distributions over bins (n, G), a column for each of n parameters: learned, and wanted."""
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    headline(figure, title)
-    panels = figure.subplots(1, 2, sharey=True)
-    bins, top = learned.shape[1], max(learned.max(), target.max())
-    middles = (np.arange(bins) + 0.5) / bins
-    for panel, distribution, name in (
-        (panels[0], learned, "group marginal, mean of test images"),
-        (panels[1], target, "target"),
-    ):
-        x = _edges(np.asarray(parameters))
-        drawn = panel.pcolormesh(x, np.linspace(0, 1, bins + 1), distribution.T, cmap="viridis", vmin=0, vmax=top)
-        panel.plot([middles[0], middles[-1]], [middles[0], middles[-1]], color="white", linestyle=":", linewidth=1)
-        panel.set(title=name, xlabel=f"parameter of {code} that was applied", xlim=(x[0], x[-1]))
-        panel.title.set_fontsize(9)
-    panels[0].set_ylabel("bin of the structure axis")
-    figure.colorbar(drawn, ax=panels, label="probability")
-    save_figure(figure, path)
-
-
-def _edges(centres: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Borders of cells around increasing or decreasing centres."""
-    between = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate([[2 * centres[0] - between[0]], between, [2 * centres[-1] - between[-1]]])
