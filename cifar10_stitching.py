@@ -147,7 +147,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     if not pairs[chunk_of(args, len(pairs))]:
         parser.error(f"chunk {args.chunk} of {args.num_chunks} has none of the {len(pairs)} pairs: take fewer chunks")
     check_subset(parser, args, validation_share(args))
-    if args.arch not in zoo.CNNS:  # whose channels depend on the zoo's width
+    if args.dry_run and args.arch not in zoo.CNNS:  # whose channels depend on the zoo's width
         zoo_pairs.check(parser, refuse_rank, args, zoo_pairs.points_of(args))
     return args
 

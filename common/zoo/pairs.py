@@ -42,7 +42,8 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--arch is missing: choose from {', '.join(zoo.ARCHITECTURES)}")
     args.zoo = args.zoo or f"results/zoo/{args.dataset}-{args.arch}"
     check(parser, read_pairs, args.pairs or ())
-    check(parser, points_of, args)
+    if args.dry_run:  # a run looks at its own networks
+        check(parser, points_of, args)
 
 
 def check(parser: argparse.ArgumentParser, work: Callable[..., object], *arguments: object) -> None:
