@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.draw is not None:
         return draw_again(args.draw)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     tune_malloc()
     with Run("cifar10_projections", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:

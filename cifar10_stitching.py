@@ -416,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
             return compare(args)
     name = name_of(parser, args)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     tune_malloc()
     with Run("cifar10_stitching", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common.routing as routing
-from common import paper_figures, plotting
+from common import plotting
 from common.datasets import images, multitask
 from common.datasets.multitask import MultitaskSet
 from common.models import routed
@@ -367,7 +367,7 @@ def compare(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         text = comparison_table(groups)
         write_text(folder / "table.md", text + "\n")
-        paper_figures.plot_intervals(folder / "comparison.png", "test accuracy, mean and 95 % interval over seeds", rows)
+        plotting.plot_intervals(folder / "comparison.png", "test accuracy, mean and 95 % interval over seeds", rows)
     echo(f"{text}\n{folder / 'table.md'}, {folder / 'comparison.png'}")
     return 0
 

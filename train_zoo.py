@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser, argv)
     jobs = [Model(args, index) for index in models_of_chunk(args)]
     if args.dry_run:
-        print(f"{args.out}: models {', '.join(job.name for job in jobs) or 'none'}")
+        echo(f"{args.out}: models {', '.join(job.name for job in jobs) or 'none'}")
         return 0
     tune_malloc()
     device = options.device_of(args)

@@ -1,4 +1,4 @@
-"""The style of all pictures, and those of many scripts: learning curves, traces of weights, grids of images.
+"""The style of all pictures, and those of many scripts: learning curves, traces of weights, grids of images, accuracies.
 
 All are drawn from plain numbers and written in one step, without a display.
 """
@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -201,4 +202,20 @@ def plot_epochs(
         panel.grid(alpha=0.25)
     for panel in panels[len(measures) + 1 :]:
         panel.set_axis_off()
+    save_figure(figure, path)
+
+
+def plot_intervals(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of label, accuracy, half of its interval (or None) and chance in per cent, a bar each."""
+    figure = Figure(figsize=(10, 0.6 * len(rows) + 1.4), layout="constrained")
+    headline(figure, title)
+    axes = figure.subplots()
+    halves = [row["half"] or 0.0 for row in rows]
+    axes.errorbar([row["accuracy"] for row in rows], range(len(rows)), xerr=halves, fmt="o", color=VALIDATION, capsize=3)
+    labels = [textwrap.fill(f"{row['label']} (n = {row['n']})", width=60) for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    chances = {row["chance"] for row in rows}
+    axes.set(xlabel="accuracy in %" + (f" (chance {chances.pop():g})" if len(chances) == 1 and None not in chances else ""))
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.25)
     save_figure(figure, path)

@@ -31,7 +31,7 @@ def test_imports_go_one_way(path: Path) -> None:
     assert not any(name.split(".")[0] in SCRIPTS for name in imported)
     if path.parent.name not in ("run", "gallery", "zoo"):
         assert not any(name.startswith("common.run") for name in imported)
-    if path.parent.name not in ("run", "gallery") and path.name not in ("paper_figures.py", "pictures.py"):
+    if path.parent.name not in ("run", "gallery") and path.name not in ("plotting.py", "pictures.py"):
         assert not any(name.startswith("common.plotting") for name in imported)
 
 

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import paper_figures
+import numpy as np
+from matplotlib.figure import Figure
+
+from common import plotting
 from common.errors import one_line
 from common.gallery.key_metrics import value_at
 from common.gallery.runs import Run
 from common.gallery.tables import Group, as_text, group_runs, varying_options
+from common.plotting import PALETTE, draw_baselines, draw_curve, headline, save_figure
 
 # options that name a group in the first place, as the paper's figure does; others follow where these are the same
 MAIN_OPTIONS = {
@@ -86,7 +91,7 @@ def draw_over_time(
     best = sorted(curves, key=lambda label: statistics.fmean(values[-1] for _, values in curves[label]))[:N_CURVES]
     known = {name: value for name, value in baselines.items() if value is not None}
     shown = [(label, *curve) for label in best for curve in curves[label]]
-    paper_figures.plot_over_time(path, title + best_of(len(best), len(curves)), measure, shown, known)
+    plot_over_time(path, title + best_of(len(best), len(curves)), measure, shown, known)
     return True
 
 
@@ -104,9 +109,42 @@ def draw_points(path: Path, title: str, name: str, chance: str, groups: Sequence
         return False
     rows.sort(key=lambda row: -row["accuracy"])
     best = rows[:N_ROWS]
-    paper_figures.plot_intervals(path, f"{title}, mean and standard deviation{best_of(len(best), len(rows))}", best)
+    plotting.plot_intervals(path, f"{title}, mean and standard deviation{best_of(len(best), len(rows))}", best)
     return True
 
 
 def best_of(n_shown: int, n: int) -> str:
     return f" (the {n_shown} best of {n})" if n_shown < n else ""
+
+
+def plot_over_time(
+    path: Path,
+    title: str,
+    measure: str,
+    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    baselines: Mapping[str, float],
+) -> None:
+    """Curves of (label, minutes, values), several of a label faint below their mean.
+
+    A baseline far from the curves, as chance and an oracle often are, stands in the legend alone.
+    """
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    headline(figure, title)
+    axes = figure.subplots()
+    for i, label in enumerate(dict.fromkeys(label for label, *_ in curves)):
+        own = [(minutes, values) for other, minutes, values in curves if other == label]
+        colour = PALETTE[i % len(PALETTE)]
+        for minutes, values in own:
+            draw_curve(axes, minutes, values, color=colour, alpha=0.3 if len(own) > 1 else 1, linewidth=1)
+        begin, end = max(minutes[0] for minutes, _ in own), min(minutes[-1] for minutes, _ in own)
+        grid = np.linspace(begin, max(begin, end), 200)
+        mean = np.mean([np.interp(grid, minutes, values) for minutes, values in own], axis=0)
+        name = textwrap.fill(f"{label} (n = {len(own)})", width=40)
+        axes.plot(grid, mean, color=colour, linewidth=2, linestyle=("-", "--", ":")[i // len(PALETTE) % 3], label=name)
+    low, high = (extreme(extreme(values) for *_, values in curves) for extreme in (min, max))
+    margin = 0.05 * (high - low)
+    draw_baselines(axes, baselines)
+    axes.set(xlabel="minutes of training", ylabel=measure, ylim=(low - margin, high + margin) if margin else None)
+    axes.grid(alpha=0.25)
+    figure.legend(fontsize=8, loc="outside right center")
+    save_figure(figure, path)

@@ -13,7 +13,7 @@ import torch
 
 import amortised_clustering
 import swarm_transformer
-from common import paper_figures, plotting
+from common import plotting
 from common.checkpoint import atomic_write
 from common.routing import pictures as routing_pictures
 from common.run import backtracking, state
@@ -118,7 +118,7 @@ def save_often_draw_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(backtracking, "PATIENCE", 0)
     torch.set_num_threads(1)
     patch.setattr(state, "SAVE_SECONDS", -1.0)
-    pictures = (plotting, paper_figures, amortised_clustering, routing_pictures, ssl_pictures, symmetry_pictures)
+    pictures = (plotting, amortised_clustering, routing_pictures, ssl_pictures, symmetry_pictures)
     for module in pictures:
         for name in vars(module):
             if name.startswith("plot_"):
