@@ -97,7 +97,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
 # ---- one job: a network, or its rest behind a matrix -----------------------------------------------------------------------
 
 
-class Training(CheckedJob):
+class RotationJob(CheckedJob):
     """The training of a network (without a group) or, from its weights, of the rest of it behind a random matrix."""
 
     def __init__(self, folder: Path, activation: str, group: str | None = None, layer: int = 0, run: int = 0):
@@ -109,17 +109,17 @@ class Training(CheckedJob):
         self.pattern = {**self.fields, "accuracy": float, "epochs": [dict, ...]}
 
 
-def make_jobs(args: argparse.Namespace, folder: Path) -> list[Training]:
+def make_jobs(args: argparse.Namespace, folder: Path) -> list[RotationJob]:
     """All trainings, each network before its rests. Runs of the identity differ only in the order of images."""
     jobs = []
     for activation in args.activations:
-        jobs.append(Training(folder, activation))
+        jobs.append(RotationJob(folder, activation))
         for layer, group, run in product(args.layers, args.groups, range(args.repeats)):
-            jobs.append(Training(folder, activation, group, layer, run))
+            jobs.append(RotationJob(folder, activation, group, layer, run))
     return jobs
 
 
-def make_network(args: argparse.Namespace, job: Training, device: torch.device) -> nn.Module:
+def make_network(args: argparse.Namespace, job: RotationJob, device: torch.device) -> nn.Module:
     """A new network, or a trained one with a random matrix in it and all before that frozen."""
     torch.manual_seed(seed_of(args.seed, list(ARCHITECTURES).index(job.activation)))
     network = zoo.make(ARCHITECTURES[job.activation], n_classes(args), args.width)
@@ -132,7 +132,7 @@ def make_network(args: argparse.Namespace, job: Training, device: torch.device) 
     return network.to(device, memory_format=torch.channels_last)
 
 
-def train(args: argparse.Namespace, data: Splits, run: Run, job: Training) -> None:
+def train(args: argparse.Namespace, data: Splits, run: Run, job: RotationJob) -> None:
     """Train the parameters that are not frozen; write the record of the best epoch and, of a network, the weights.
 
     Raises Interrupted, Failed, CheckpointError.
@@ -167,7 +167,7 @@ def train(args: argparse.Namespace, data: Splits, run: Run, job: Training) -> No
     job.finish(record)
 
 
-def describe(job: Training, chance: float) -> str:
+def describe(job: RotationJob, chance: float) -> str:
     """A job that is done, for the log."""
     accuracy, baseline = job.read()["accuracy"], read_json(job.network)["accuracy"]
     change = f"{job.group} behind layer {job.layer}, run {job.run}" if job.group else "untouched"
@@ -180,7 +180,7 @@ def describe(job: Training, chance: float) -> str:
 # ---- the test --------------------------------------------------------------------------------------------------------------
 
 
-def report(args: argparse.Namespace, jobs: Sequence[Training], data: Splits, run: Run) -> dict[str, Any]:
+def report(args: argparse.Namespace, jobs: Sequence[RotationJob], data: Splits, run: Run) -> dict[str, Any]:
     """The result, of all jobs that are done; also writes metrics.csv, a row an epoch."""
     records, seconds = read_records(jobs, run.part / "metrics.csv", "activation", "group", "layer", "run")
     selection = selection_of(args.select, len(data.selection))

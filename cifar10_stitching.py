@@ -42,7 +42,7 @@ from common.run.progress import bar
 from common.run.records import read_results, write_table
 from common.run.run import Run
 from common.run.schedule import halving
-from common.run.state import State, refuse_infinity, rng_state, set_rng_state
+from common.run.state import State, check_finite, rng_state, set_rng_state
 from common.seeds import generator_of, seed_of
 from common.symmetry import pictures
 from common.symmetry.penalties import best_runs, by_layer, merge_chunks, penalty_table
@@ -163,7 +163,7 @@ def validation_share(args: argparse.Namespace) -> float | None:
 
 
 def has_warmup(args: argparse.Namespace) -> bool:
-    """Whether a run has two halves, the first of them without scales."""
+    """True if a run has two halves, the first of them without scales."""
     return not args.nopermwarmup and args.alpha != "crossval"
 
 
@@ -259,7 +259,7 @@ def train(args: argparse.Namespace, job: StitchJob, stitched: StitchedModel, dat
         rate = full_rate * (1.0 if args.noschedule else halving(epoch, epochs) / 16**half)
         train_epoch(args, job, data, state, optimizers, rate)
         loss = state.extra["losses"].mean().item()
-        refuse_infinity(loss, f"epoch {state.epoch + 1}", "--stitch_lr")
+        check_finite(loss, f"epoch {state.epoch + 1}", "--stitch_lr")
         validated, val_accuracy = validate(args, job, data, state)
         better = best.offer(validated, val_accuracy, half=half, epoch=epoch)
         row = {"train_loss": loss, "val_accuracy": val_accuracy, "lr": rate}

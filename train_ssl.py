@@ -39,7 +39,7 @@ from common.run.progress import bar
 from common.run.records import write_json
 from common.run.run import Run
 from common.run.schedule import warmup_cosine
-from common.run.state import State, refuse_infinity
+from common.run.state import State, check_finite
 from common.seeds import generator_of, seed_everything
 from common.ssl import evaluation, pictures
 from common.ssl.data import Data, load_splits
@@ -81,14 +81,20 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("--epochs", type=at_least(0), default=800, metavar="INT", help="[%(default)s]")
     paper.add_argument("--warmup-epochs", type=at_least(0), default=10, metavar="INT", help="linear warm-up [%(default)s]")
     paper.add_argument("--test-every", type=at_least(1), default=10, metavar="INT", help="epochs between tests [%(default)s]")
-    paper.add_argument("--lr", type=real(0, 10, above=True), default=0.0004, metavar="FLOAT", help="rate [%(default)s]")
+    paper.add_argument(
+        "--lr", type=real(0, 10, above=True), default=0.0004, metavar="FLOAT", help="learning rate [%(default)s]"
+    )
     paper.add_argument("--tx", nargs="*", choices=CODES, help="transformations, in the order in which they are applied")
-    structured = "what to learn the structure of: one of --tx for duet, one that is taken out of it for essl"
+    structured = "transformation to structure by (duet, one of --tx) or to predict (essl, taken out of --tx)"
     paper.add_argument("--equi-tx", choices=CODES, help=structured)
-    paper.add_argument("--duet-lambda", type=real(0, 1e9), default=10.0, metavar="FLOAT", help="of structure [%(default)s]")
+    paper.add_argument(
+        "--duet-lambda", type=real(0, 1e9), default=10.0, metavar="FLOAT", help="weight of group loss [%(default)s]"
+    )
     paper.add_argument("--duet-bins", type=at_least(0, 4096), default=8, metavar="INT", help="G; 0 is SimCLR [%(default)s]")
     paper.add_argument("--duet-target", choices=tuple(TARGETS), default="ga", help="Gaussian or von Mises [%(default)s]")
-    paper.add_argument("--essl-lambda", type=real(0, 1e9), default=0.4, metavar="FLOAT", help="of equivariance [%(default)s]")
+    paper.add_argument(
+        "--essl-lambda", type=real(0, 1e9), default=0.4, metavar="FLOAT", help="weight of prediction [%(default)s]"
+    )
     paper.add_argument("--debug-steps", type=at_least(1), metavar="INT", help="steps per epoch, and per test [all]")
     own = parser.add_argument_group("options of this suite")
     own.add_argument("--seed", type=at_least(0), default=0, help="of weights, order and views [%(default)s]")
@@ -176,7 +182,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
 
 
 def make_model(args: argparse.Namespace, device: torch.device) -> Model:
-    """The model of the options, with weights from the seed. With a weight or number of bins of 0, DUET and ESSL are SimCLR."""
+    """The model of the options, with weights from the seed. DUET without bins and ESSL without weight are SimCLR."""
     seed_everything(args.seed)
     blocks = BLOCKS[args.encoder.removeprefix("cifar10_")]
     channels = images.SHAPES[images.BY_OPTION[args.dataset]][0]
@@ -279,7 +285,7 @@ def train(args: argparse.Namespace, data: Data, training: Training) -> None:
         began = clock.used()
         means = {"train": train_epoch(args, data.training, training)}
         seconds = {"train": clock.used() - began}
-        refuse_infinity(means["train"]["total_loss"], f"epoch {training.epoch}", "--lr or --duet-lambda")
+        check_finite(means["train"]["total_loss"], f"epoch {training.epoch}", "--lr or --duet-lambda")
         if training.epoch % args.test_every == 0 or training.epoch == args.epochs - 1:
             training.extra["tested"] = means["test"] = test_epoch(args, data.test, training)
             seconds["test"] = clock.used() - began - seconds["train"]
@@ -418,10 +424,10 @@ def start(args: argparse.Namespace, data: Data, training: Training) -> None:
     if begun:
         training.resume()
     if args.save_dir:
-        parallel.main_says(lambda: training.saved.check(begun=begun, overwrite=args.overwrite), InputError, OSError)
+        parallel.run_on_main(lambda: training.saved.check(begun=begun, overwrite=args.overwrite), InputError, OSError)
     run.open()
     if args.save_dir:
-        parallel.main_says(lambda: training.saved.claim(begun=begun, overwrite=args.overwrite), InputError, OSError)
+        parallel.run_on_main(lambda: training.saved.claim(begun=begun, overwrite=args.overwrite), InputError, OSError)
     training.save()
     side = data.training.images.shape[3]
     run.log(

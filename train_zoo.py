@@ -31,7 +31,7 @@ from common.run.jobs import failures, pending
 from common.run.lock import is_locked
 from common.run.memory import tune_malloc
 from common.run.metrics import Meter, Metrics
-from common.run.options import at_least, refuse_differences
+from common.run.options import at_least, check_same_options
 from common.run.records import RecordError
 from common.run.run import RunError, environment
 from common.run.state import State
@@ -111,7 +111,7 @@ def models_of_chunk(args: argparse.Namespace) -> range:
 # ---- one model -----------------------------------------------------------------------------------------------------------
 
 
-class Model(CheckedJob):
+class ZooJob(CheckedJob):
     """A model of the zoo. It is also done if only its weights are there, trained elsewhere; not if it is to be replaced."""
 
     def __init__(self, args: argparse.Namespace, index: int):
@@ -157,7 +157,7 @@ class Model(CheckedJob):
         noted = content.get("options") if isinstance(content, dict) else None
         if not isinstance(noted, dict):
             raise RecordError(f"{path} is of another version, or damaged: no options are noted; {HINTS}")
-        refuse_differences(noted, self.options, f"{path} was made", HINTS)
+        check_same_options(noted, self.options, f"{path} was made", HINTS)
 
     def _check_metrics(self, epochs: int) -> None:
         """Raises RecordError if the table, where it is, lacks an epoch that is done. (A resume cuts off what follows.)"""
@@ -181,7 +181,7 @@ def make_model(args: argparse.Namespace) -> torch.nn.Module:
     return zoo.make(args.arch, n_classes(args), args.width)
 
 
-def train(args: argparse.Namespace, data: Splits, command: Command, job: Model) -> None:
+def train(args: argparse.Namespace, data: Splits, command: Command, job: ZooJob) -> None:
     """Train a model to its last epoch and write its files. Raises Interrupted, Failed, CheckpointError."""
     seed_everything(job.seed)
     model = make_model(args).to(data.device, memory_format=torch.channels_last)
@@ -223,7 +223,7 @@ def train(args: argparse.Namespace, data: Splits, command: Command, job: Model) 
 
 
 def make_record(
-    args: argparse.Namespace, data: Splits, job: Model, state: State, best: BestEpoch, test: dict[str, float], seconds: float
+    args: argparse.Namespace, data: Splits, job: ZooJob, state: State, best: BestEpoch, test: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """The record of a model that is done."""
     number_of = {split: len(getattr(data, split)) for split in ("training", "selection", "test")}
@@ -243,7 +243,7 @@ def make_record(
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args = parse(parser, argv)
-    jobs = [Model(args, index) for index in models_of_chunk(args)]
+    jobs = [ZooJob(args, index) for index in models_of_chunk(args)]
     if args.dry_run:
         echo(f"{args.out}: models {', '.join(job.name for job in jobs) or 'none'}")
         return 0
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         for job in jobs:
             if job.done and job.record.exists():
-                refuse_differences(job.read(), {"data": data.fingerprint}, f"{job.record} was made", HINTS)
+                check_same_options(job.read(), {"data": data.fingerprint}, f"{job.record} was made", HINTS)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         for job in jobs:  # all at first: a resume then knows what is left to be trained
             if job.replaced and job.take():
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def clear_up(jobs: list[Model]) -> None:
+def clear_up(jobs: list[ZooJob]) -> None:
     """Remove the files that a killed process has left of models that are done."""
     for job in jobs:
         if (job.last.exists() or job.lock.exists()) and job.take():

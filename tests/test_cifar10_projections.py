@@ -100,14 +100,16 @@ def test_the_front_stays_as_it_was_trained(data: Path, tmp_path: Path, monkeypat
     args, _ = script.parse(script.get_parser(), f"{SMALL} --data-dir {data}".split())
     splits = load_splits("MNIST", data, torch.device("cpu"), seed=0)
     run = SimpleNamespace(options={}, signal=None, dash="--", log=print, trackers=Trackers(args, tmp_path, "none"))
-    script.train(args, splits, run, script.Training(tmp_path, "relu"))
-    job = script.Training(tmp_path, "relu", "orthogonal", 2, 1)
+    script.train(args, splits, run, script.RotationJob(tmp_path, "relu"))
+    job = script.RotationJob(tmp_path, "relu", "orthogonal", 2, 1)
     network = script.make_network(args, job, torch.device("cpu"))
     saved = torch.load(tmp_path / "relu.pt", weights_only=True)
     assert torch.equal(network.state_dict()["2.original_op.weight"], saved["2.weight"])
     before = {name: value.clone() for name, value in network.state_dict().items()}
     again = script.make_network(args, job, torch.device("cpu")).state_dict()
-    other = script.make_network(args, script.Training(tmp_path, "relu", "orthogonal", 2, 0), torch.device("cpu")).state_dict()
+    other = script.make_network(
+        args, script.RotationJob(tmp_path, "relu", "orthogonal", 2, 0), torch.device("cpu")
+    ).state_dict()
     assert torch.equal(again["2.transform.weight"], before["2.transform.weight"])
     assert not torch.equal(other["2.transform.weight"], before["2.transform.weight"])
     monkeypatch.setattr(script, "make_network", lambda *_: network)
@@ -135,7 +137,7 @@ def test_a_test_that_is_stopped_between_two_trainings(data: Path, tmp_path: Path
     assert run(line, data, tmp_path / "whole") == 0
     train, begun = script.train, []
 
-    def stopped(args: object, data: object, run: object, job: script.Training) -> None:
+    def stopped(args: object, data: object, run: object, job: script.RotationJob) -> None:
         begun.append(job.name)
         train(args, data, run, job)  # type: ignore[arg-type]
         if len(begun) == 2:

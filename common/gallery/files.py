@@ -29,7 +29,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether there is a regular file. A link is none."""
+    """True if there is a regular file. A link is none."""
     return path.is_file() and not path.is_symlink()
 
 
@@ -42,7 +42,7 @@ def read_bytes(path: Path) -> bytes:
         return file.read(size)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_if_exists(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} if there is no file. Raises OSError, and RecordError for any other content."""
     if not os.path.lexists(path):
         return {}

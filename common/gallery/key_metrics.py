@@ -103,7 +103,7 @@ def key_metric(mean: Any, deviation: Any, n: Any) -> KeyMetric:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number of a sensible size."""
+    """True if a value is a finite number of a sensible size."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
@@ -130,8 +130,9 @@ def last_row(path: Path, options: Mapping[str, Any]) -> str:
         left = ""
         if options.get("wc"):
             left = f", {max(0.0, options['wc'] - seconds / 60):.1f} to go"
-        elif options.get("epochs") and epoch:
-            left = f", {seconds / 60 / epoch * max(0.0, options['epochs'] - epoch):.1f} to go"
+        elif options.get("epochs"):
+            done = epoch + ("test_track_head_top_1_mean" in row)  # train_ssl.py counts epochs from 0
+            left = f", {seconds / 60 / done * max(0.0, options['epochs'] - done):.1f} to go" if done else ""
         return ", ".join([f"epoch {epoch:g}", *shown, f"{seconds / 60:.1f} min{left}"])
     except (OSError, csv.Error, ValueError, LookupError, TypeError, OverflowError):
         return ""

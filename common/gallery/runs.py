@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import one_line
-from common.gallery.files import MAX_NAMES, is_regular, open_regular, read_json
+from common.gallery.files import MAX_NAMES, is_regular, open_regular, read_json_if_exists
 from common.gallery.key_metrics import KeyMetric, is_number, key_metrics, last_row, read_rows, value_at
 from common.run.lock import is_locked
 from common.run.records import RecordError
-from common.run.run import ARGS, BEST, FAILED_LINE, LAST, LOCK, RESULT
+from common.run.run import ARGS, BEST, FAILED_LINE, LAST, LOCK, PICTURES, RESULT
 
 METRICS, LOG = "metrics.csv", "log"
 ZOO_FILE = re.compile(r"([0-9]{1,9})\.(json|last\.pkl|failed\.json)")
-PICTURES = ("metrics.png", "weights.png", "samples.png")  # in this order, then others
 LOG_BYTES = 8_000  # shown, of the end of a log
 N_POINTS = 200  # of a curve
 # options that say where and how to run, the machine and its versions, and what was drawn: no options of the experiment
@@ -121,9 +120,9 @@ def read_directory(run: Run) -> None:
     names = sorted(path.name for path in run.folder.iterdir() if is_regular(path))
     read_files(run, [*(name for name in PICTURES if name in names), *(name for name in names if name not in PICTURES)], METRICS)
     run.log = tail(run.folder / LOG) if LOG in names else ""
-    args = read_json(run.folder / ARGS)
+    args = read_json_if_exists(run.folder / ARGS)
     add_options(run, args.get("options", args), args, "seed")
-    add_result(run, read_json(run.folder / RESULT))
+    add_result(run, read_json_if_exists(run.folder / RESULT))
     last_line = run.log.rstrip().rpartition("\n")[2]
     if run.result:
         failed = run.result.get("failed")
@@ -152,9 +151,9 @@ def read_model(run: Run, index: str) -> None:
         run.state = "running" if is_regular(lock) and is_locked(lock) else "stopped"
         run.note = last_row(metrics, {})
     elif os.path.lexists(failure) and not os.path.lexists(record):
-        run.state, run.note = "failed", one_line(f"failed: {read_json(failure).get('reason')}", 300)
+        run.state, run.note = "failed", one_line(f"failed: {read_json_if_exists(failure).get('reason')}", 300)
     else:
-        result = read_json(record)
+        result = read_json_if_exists(record)
         if not result:
             raise RecordError(f"no {record.name}, which says what the model is")
         add_options(run, result.get("options", {}), result, "model")

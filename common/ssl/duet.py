@@ -1,4 +1,4 @@
-"""DUET: representations that say what is seen, and how it was transformed (Suau et al., ICML 2023, arXiv 2306.16058).
+"""DUET: representations with a part for the content and one for the transformation (Suau et al., ICML 2023, arXiv 2306.16058).
 
 A representation z (B, F) is read as a matrix (B, G, C). Its sum over G is the content, which NT-Xent makes alike for two views
 of an image, as in SimCLR. Its mean over C, through a softmax, is the group marginal: a distribution over G bins of one
@@ -25,7 +25,7 @@ from common.ssl.views import PARAMETRISED, Stack
 
 METRICS = ("loss_mean", "nce_loss_mean", "group_loss_mean", "group_0_loss_mean")
 POINTS = 100  # of a target's density in a bin
-SIGMA, CONCENTRATION = 0.2, 3.0  # as published: a standard deviation, and what a von Mises distribution has instead
+SIGMA, CONCENTRATION = 0.2, 3.0  # published: sigma of the Gaussian, kappa of von Mises
 
 
 def structured(z: Tensor, bins: int) -> Tensor:
@@ -39,7 +39,7 @@ def content(z: Tensor, bins: int) -> Tensor:
 
 
 def group_marginal(z: Tensor, bins: int) -> Tensor:
-    """The distribution over the bins that representations (B, F) stand for: (B, G)."""
+    """Group marginal of representations (B, F), a distribution over the bins: (B, G)."""
     return structured(z, bins).mean(-1).softmax(-1)
 
 
@@ -101,7 +101,7 @@ def duet_loss(
         )
     nce = nt_xent(embedding1, embedding2).mean()
     views = [(structured1, parameter1), (structured2, parameter2)] if training else [(structured2, parameter2)]
-    logits = torch.cat([matrix for matrix, _ in views]).mean(-1)  # (2B, G)
+    logits = torch.cat([matrix for matrix, _ in views]).mean(-1)  # (2B, G), in tests (B, G)
     targets = TARGETS[target](torch.cat([parameter for _, parameter in views])[:, 0], logits.shape[1])
     divergence = jensen_shannon(logits, targets)
     loss = nce + weight * divergence
@@ -109,7 +109,7 @@ def duet_loss(
 
 
 def check_structure(structure: str, codes: Sequence[str]) -> None:
-    """Raises ValueError for a code that has no parameter, or whose parameter views of `codes` do not have."""
+    """Raises ValueError if `structure` has no parameter, or is not applied by `codes`."""
     if structure not in PARAMETRISED:
         raise ValueError(f"{structure} has no parameter to structure by: choose from {' '.join(PARAMETRISED)}")
     if not Stack(codes, size=1).applies(structure):
@@ -120,7 +120,7 @@ def check_structure(structure: str, codes: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class DUETBatch(Batch):
-    """Two views, and the parameters of the structure (n, 1) that made them."""
+    """Two views, and their parameters of the structure (n, 1). In tests view 1 is not transformed: its parameter is unused."""
 
     parameter1: Tensor
     parameter2: Tensor

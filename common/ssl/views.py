@@ -2,7 +2,7 @@
 
 A stack of transformations first draws values for each image of a batch, on the CPU, where a generator gives the same numbers
 everywhere; then it transforms the images, on their device. The values also give the normalised parameter that DUET structures
-its representation by, between 0 and 1 for each of the codes:
+its representation by, about 0 to 1 for each of the codes (scales of larger inputs begin at -0.1):
 
     sca  1 - (height of the crop - 1) / side of the view: about 0 for a whole image, 0.6 for the smallest crops
     rot  (degrees + 180) / 360          ron  1/8, 3/8, 5/8, 7/8 for 0 to 3 quarter turns
@@ -90,7 +90,7 @@ class Stack:
         return images - 0.5
 
     def applies(self, code: str) -> bool:
-        """Whether a transformation is among the codes, by itself or, as a colour in `jit` and a scale in `ccr`, in another."""
+        """True if a transformation is among the codes, by itself or, as a colour in `jit` and a scale in `ccr`, in another."""
         other = {"sca": "ccr"} | dict.fromkeys(COLOURS, "jit")
         return code in self.codes or other.get(code) in self.codes
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from common.matching import best_matching
 
 
-def sinkhorn(A: Tensor, iters: int = 16, *, revive: bool = False) -> Tensor:
+def sinkhorn(A: Tensor, iters: int = 16) -> Tensor:
     """Divide rows, then columns, by their sums, `iters` times: entries >= 0 (n, n) -> nearly doubly stochastic (n, n).
 
     Sinkhorn and Knopp 1967. Columns come last and sum to 1; rows do in the limit. A row or column of zeros, which has no sum to
-    divide by, stays zero, as published (the result is then not doubly stochastic), or with `revive` becomes uniform first.
+    divide by, stays zero, as published (the result is then not doubly stochastic).
 
     >>> sinkhorn(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
     tensor([[0.3333, 0.6667],
@@ -26,12 +26,7 @@ def sinkhorn(A: Tensor, iters: int = 16, *, revive: bool = False) -> Tensor:
     >>> sinkhorn(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
     tensor([[1., 1.],
             [0., 0.]])
-    >>> sinkhorn(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), revive=True)
-    tensor([[0.5000, 0.5000],
-            [0.5000, 0.5000]])
     """
-    if revive:
-        A = torch.where((A.sum(1, keepdim=True) == 0) | (A.sum(0, keepdim=True) == 0), 1 / len(A), A)
     for _ in range(iters):
         for axis in (1, 0):
             sums = A.sum(axis, keepdim=True)

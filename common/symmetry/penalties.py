@@ -53,10 +53,14 @@ def penalty_table(result: dict[str, Any]) -> str:
 def merge_chunks(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One result for each kind of stitching layer: results of one kind are chunks, and their pairs are put together.
 
-    Raises InputError for results of different architectures or data sets, and for a pair that two of them have.
+    Raises InputError for results of different architectures or data sets, for chunks of different seeds or protocols, and for
+    a pair that two of them have.
     """
     if len({(result["arch"], result["dataset"]) for result in results}) > 1:
         raise InputError("these runs are not of one architecture on one data set: compare like with like")
+    for name in ("seed", "select"):
+        if len({(result["kind"], result[name]) for result in results}) > len({result["kind"] for result in results}):
+            raise InputError(f"runs of one kind of stitching layer differ in {name}: they are no chunks of one sweep")
     merged: dict[str, dict[str, Any]] = {}
     for result in results:
         known = merged.setdefault(result["kind"], result | {"cells": []})

@@ -1,4 +1,4 @@
-"""How similar layers of two networks are, up to symmetries of their channels (Godfrey et al. 2022, arXiv 2205.14258).
+"""Similarity of the layers of two networks, up to symmetries of their channels (Godfrey et al. 2022, arXiv 2205.14258).
 
     wreath_procrustes, wreath_cka    up to permutations of channels and positive scales: the symmetries of ReLU
     ortho_procrustes, linear_cka     up to rotations of channels

@@ -55,7 +55,7 @@ def stitch_points(model: nn.Module, example: Tensor | None = None) -> list[Stitc
 
 
 def _is_inside_block(model: nn.Module, name: str) -> bool:
-    """Whether a ReLU is one of several in a block, and not the last, which follows the addition."""
+    """True if a ReLU is one of several in a block, and not the last, which follows the addition."""
     parent, _, own = name.rpartition(".")
     block = model.get_submodule(parent)
     activations = [child for child, module in block.named_children() if isinstance(module, nn.ReLU)]

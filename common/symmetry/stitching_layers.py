@@ -66,7 +66,7 @@ class Birkhoff(StitchingLayer):
 
     The penalty -alpha |W|_F drives W towards a permutation; evaluation rounds it to the best one. The projection, as
     published, sets negative entries to 0 and makes `iters` Sinkhorn sweeps. (It is not the nearest point of the polytope.)
-    With `revive`, rows of zeros become uniform. Without `scalars` all scales are 1 and get no gradient.
+    Without `scalars` all scales are 1 and get no gradient.
 
     >>> layer = Birkhoff(4)
     >>> with torch.no_grad():
@@ -80,9 +80,9 @@ class Birkhoff(StitchingLayer):
 
     has_scales = True
 
-    def __init__(self, channels: int, alpha: float = 1e-3, *, scalars: bool = True, iters: int = 16, revive: bool = False):
+    def __init__(self, channels: int, alpha: float = 1e-3, *, scalars: bool = True, iters: int = 16):
         super().__init__(channels)
-        self.alpha, self.scalars, self.iters, self.revive = alpha, scalars, iters, revive
+        self.alpha, self.scalars, self.iters = alpha, scalars, iters
         self.weight_perms = nn.Parameter(sinkhorn(torch.rand(channels, channels), 100))
         self.weight_scalars = nn.Parameter(torch.ones(channels))
         self._last_rounding: tuple[Tensor, Tensor] | None = None  # the weights that were rounded, their permutation
@@ -107,19 +107,19 @@ class Birkhoff(StitchingLayer):
 
     @torch.no_grad()
     def project(self) -> None:
-        self.weight_perms.copy_(self.onto_polytope(self.weight_perms))
+        self.weight_perms.copy_(self.project_onto_birkhoff(self.weight_perms))
         self.weight_scalars.clamp_(min=0)
 
-    def onto_polytope(self, W: Tensor) -> Tensor:
+    def project_onto_birkhoff(self, W: Tensor) -> Tensor:
         """Project a matrix onto the Birkhoff polytope: any (C, C) -> nearly doubly stochastic (C, C)."""
-        return sinkhorn(W.clamp(min=0), self.iters, revive=self.revive)
+        return sinkhorn(W.clamp(min=0), self.iters)
 
     @torch.no_grad()
     def project_gradients(self, eps: float = 1e-3) -> None:
         """Replace the gradients, after a backward pass, by what the projection leaves of them (--pgd_hook)."""
         W, s = self.weight_perms, self.weight_scalars
         if W.grad is not None:
-            W.grad = projected_gradient(W, W.grad, self.onto_polytope, eps)
+            W.grad = projected_gradient(W, W.grad, self.project_onto_birkhoff, eps)
         if s.grad is not None:
             s.grad = projected_gradient(s, s.grad, lambda s: s.clamp(min=0), eps)
 

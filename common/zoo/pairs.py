@@ -84,7 +84,7 @@ def read_pairs(texts: Sequence[str]) -> list[Pair]:
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is the number of a network, as in 0.pt."""
+    """True if a text is the number of a network, as in 0.pt."""
     return text.isascii() and text.isdigit()
 
 

@@ -34,7 +34,7 @@ class CheckedJob(Job):
 
 
 def fits(value: Any, pattern: Any) -> bool:
-    """Whether a JSON value fits a pattern: a type (float: any number), a value, or a container of patterns.
+    """True if a JSON value fits a pattern: a type (float: any number), a value, or a container of patterns.
 
     A list has as many patterns as elements, or is [pattern, ...] for any number of them. A dict may have further keys. A tuple
     has alternatives.
@@ -65,7 +65,7 @@ def open_run(run: Run, make_jobs: Callable[[Path], Sequence[J]], **made_from: An
     if run.status == "unfinished":
         check_files(make_jobs(run.path))
     run.open(**made_from)
-    checkpoint.save({"name": run.name}, run.last)  # there is something to resume
+    checkpoint.save({"name": run.name}, run.last)  # a mark: the states are those of the jobs
     jobs = make_jobs(run.part)
     jobs[0].folder.mkdir(exist_ok=True)
     return jobs

@@ -20,7 +20,7 @@ from common.run.metrics import Meter
 from common.run.options import at_least, real
 from common.run.progress import bar
 from common.run.schedule import halving, one_cycle
-from common.run.state import State, refuse_infinity
+from common.run.state import State, check_finite
 from common.seeds import generator_of
 
 # defaults of --epochs, --batch-size and --lr
@@ -139,9 +139,9 @@ def train_epoch(
         meter.add(len(x), training_step(model, optimizer, x, labels, args.precision))
         state.after_step()
     means = meter.means()
-    refuse_infinity(means["loss"], f"epoch {epoch + 1}")
+    check_finite(means["loss"], f"epoch {epoch + 1}")
     selected = evaluate(model, data.selection, data.preprocessing, args.precision, state.check_signal)
-    refuse_infinity(selected["loss"], f"the selection images after epoch {epoch + 1}")
+    check_finite(selected["loss"], f"the selection images after epoch {epoch + 1}")
     return means, selected
 
 
