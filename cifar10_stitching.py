@@ -316,9 +316,12 @@ def validate(args: argparse.Namespace, job: StitchJob, data: Splits, state: Stat
             set_rng_state(rng)  # re-estimation is in train mode, with dropout
             state.check_signal()
 
+    n_batches = len(data.training) // args.batch_size
+    n_batches = min(n_batches, args.bn_batches or n_batches)
+
     def batches() -> Iterator[Tensor]:
         epoch = data.batches(args.batch_size, generator_of(args.seed, *job.key, state.epoch, 1))
-        for x, _ in bar(args, islice(epoch, args.bn_batches or None), "batch statistics"):
+        for x, _ in bar(args, islice(epoch, n_batches), "batch statistics", total=n_batches):
             check_signal()
             yield x
 

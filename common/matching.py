@@ -98,7 +98,7 @@ def contingency(predicted: Tensor, labels: Tensor, mask: Tensor, n_labels: int) 
     mask = as_mask(predicted.unsqueeze(2), mask)
     for integers in (predicted, labels):
         check_labels(integers, mask, n_labels)
-    pairs = torch.where(mask, labels * n_labels + predicted, n_labels**2)  # padding is counted in a bin of its own
+    pairs = torch.where(mask, labels.long() * n_labels + predicted, n_labels**2)  # padding is counted in a bin of its own
     counts = torch.zeros(len(pairs), n_labels**2 + 1, dtype=torch.float64, device=pairs.device)
     counts.scatter_add_(1, pairs, torch.ones_like(pairs, dtype=torch.float64))
     return counts[:, :-1].unflatten(1, (n_labels, n_labels))

@@ -1,10 +1,14 @@
 """Command lines: ranges, the dotted spelling, and names of runs."""
 
 import argparse
+import contextlib
+import sys
 
 import pytest
 
-from common.run import dotted, options
+from common.errors import InputError
+from common.run import dotted, options, trackers
+from common.run.progress import bar
 
 # what can be no run's name: not one component of a path, not printable, too long, or the suite's own
 BAD_NAMES = (
@@ -164,3 +168,22 @@ def test_ranges() -> None:
     for wrong, kind in (("0", options.real(0, above=True)), ("1", options.real(0, 1, below=True)), ("1.1", options.real(0, 1))):
         with pytest.raises(argparse.ArgumentTypeError, match="out of range"):
             kind(wrong)
+
+
+@pytest.mark.parametrize("project", ["", "a/b", "a:b", 129 * "x"])
+def test_names_of_projects(project: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(InputError, match="is no name of a project"):
+        trackers.check(argparse.Namespace(wandb_project=project))
+
+
+def test_a_bar_on_a_full_disk_is_lost_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert list(bar(argparse.Namespace(progress=True), range(3), "title", mininterval=0)) == [0, 1, 2]
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            full.write("x\n")
+        with contextlib.suppress(OSError):
+            full.close()

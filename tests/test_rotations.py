@@ -71,3 +71,8 @@ def test_what_does_not_fit_is_refused() -> None:
         transform_layer(network, 2, torch.eye(4))
     with pytest.raises(ValueError, match="no group 'rotations'"):
         random_element("rotations", 4)
+
+
+def test_a_layer_is_counted_from_the_front() -> None:
+    with pytest.raises(ValueError, match="layer -1 is not there"):
+        transform_layer(torch.nn.Sequential(torch.nn.Linear(2, 2)), -1, torch.eye(2))

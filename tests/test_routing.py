@@ -523,7 +523,12 @@ BAD = {
     "actions is None": lambda: call(Selection(nn.ReLU()), actions=None),
     "modules is empty": lambda: Selection(),
     "xs is an empty batch": lambda: Initialization()(torch.zeros(0, 6)),
-    "tasks names 2 tasks: the batch has 3": lambda: Initialization()(torch.zeros(3, 6), [0, 1]),
+    "tasks has the shape (2,): the batch has 3": lambda: Initialization()(torch.zeros(3, 6), [0, 1]),
+    "tasks are torch.float32": lambda: Initialization()(torch.zeros(3, 6), [0.7, 0.7, 0.7]),
+    "tasks has the shape (3, 2)": lambda: Initialization()(torch.zeros(3, 6), torch.zeros(3, 2).long()),
+    "tasks holds -1": lambda: Initialization()(torch.zeros(3, 6), [0, 1, -1]),
+    "prior_actions are torch.float32": lambda: R.WPL(3, 6, num_agents=2)(*start()[:2], torch.full((9,), 0.7)),
+    "mask has values other than 0 and 1": lambda: R.WPL(3, 6)(*start(), mask=torch.tensor([2] * 9)),
     "tasks is ()": lambda: call(R.PerTaskAssignment()),
     "the final rewards hold nan": lambda: Loss(nn.MSELoss(), NegLossReward())(
         torch.full((9, 2), torch.nan), torch.zeros(9, 2), start()[1]

@@ -190,6 +190,12 @@ def test_masks_that_do_not_fit(name: str) -> None:
             call(layer, x, mask)
 
 
+def test_an_lstm_takes_its_channels_alone() -> None:
+    for channels in (1, 3):
+        with pytest.raises(ValueError, match=f"of shape \\(2, 5, {channels}\\): the LSTM takes real numbers \\(N, E, 2\\)"):
+            make_set_model("LSTM", 2, 4, n_hidden=6)(torch.randn(2, 5, channels))
+
+
 def test_wrong_options() -> None:
     for wrong in ({"n_iter": 0}, {"dropout": 1.0}, {"non_lin": "x"}):
         with pytest.raises(ValueError, match=r"positive|unknown"):

@@ -252,6 +252,22 @@ def test_a_task_of_an_unknown_code() -> None:
         essl.make_task("sca", torch.rand(2, 3, 4, 4), torch.zeros(2))
 
 
+def test_losses_refuse_what_they_do_not_know() -> None:
+    embedding, matrix, parameter = torch.randn(6, 5), torch.randn(6, 4, 3), torch.rand(6, 1)
+    with pytest.raises(ValueError, match="there is no target 'x'"):
+        duet.duet_loss(embedding, embedding, matrix, matrix, parameter, parameter, target="x", weight=1.0)
+    for code, labels, message in (
+        ("xxx", torch.zeros(6), "xxx is nothing that ESSL can predict"),
+        ("fli", torch.full((6,), 2), "from 2 to 2: they should be in [0, 2)"),
+        ("fli", torch.full((6,), -100), "from -100 to -100"),
+        ("fli", torch.zeros(6), "torch.float32: integers are needed"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            essl.essl_loss(embedding, embedding, torch.randn(6, 2), labels, code=code, weight=1.0)
+    with pytest.raises(ValueError, match="1 values for 2 images"):
+        essl.make_task("bri", torch.rand(2, 3, 4, 4), torch.zeros(1))
+
+
 def test_losses_refuse_shapes_that_would_be_broadcast() -> None:
     embedding, matrix, parameter = torch.randn(6, 5), torch.randn(6, 4, 3), torch.rand(6, 1)
     options = {"target": "vm", "weight": 1.0}

@@ -149,6 +149,9 @@ class SetLSTM(nn.Module):
         self.sort = sort
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        n_in = self.lstm.input_size  # a packed sequence is not checked by torch
+        if x.ndim != 3 or x.shape[2] != n_in or not x.is_floating_point():
+            raise ValueError(f"input is {x.dtype} of shape {tuple(x.shape)}: the LSTM takes real numbers (N, E, {n_in})")
         mask = as_mask(x, mask)
         key = x[:, :, 0] if self.sort else torch.zeros_like(x[:, :, 0])
         order = torch.where(mask, key, torch.inf).argsort(dim=1, stable=True)  # padding last

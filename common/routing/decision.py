@@ -260,6 +260,6 @@ class Decision(nn.Module, ABC):
             raise ValueError(
                 f"prior_actions is {prior_actions}: with {self.num_agents} agents, each sample needs to name its own"
             )
-        agents = torch.as_tensor(prior_actions, dtype=torch.int64, device=xs.device)
+        agents = torch.as_tensor(prior_actions, device=xs.device)
         check_index("prior_actions", agents, None, len(xs), self.num_agents, "agents")
-        return agents
+        return agents.long()

@@ -24,10 +24,11 @@ class Initialization(nn.Module):
         """Raises ValueError for an empty batch, and for another number of tasks than of samples."""
         if len(xs) == 0:
             raise ValueError("xs is an empty batch: there is nothing to route")
-        labels = torch.as_tensor(tasks, dtype=torch.int64, device=xs.device)
-        if len(labels) not in (0, len(xs)):
-            raise ValueError(f"tasks names {len(labels)} tasks: the batch has {len(xs)} samples")
-        return xs, Trajectories(len(xs), labels if len(labels) else None, xs.device), None
+        if len(tasks) == 0:
+            return xs, Trajectories(len(xs), None, xs.device), None
+        labels = torch.as_tensor(tasks, device=xs.device)
+        check_index("tasks", labels, None, len(xs), 2**63 - 1, "tasks")
+        return xs, Trajectories(len(xs), labels.long(), xs.device), None
 
 
 class Selection(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -10,6 +11,8 @@ def check_index(argument: str, index: Tensor, mask: Tensor | None, batch_size: i
 
     Values are checked on CPUs only: the host would wait for a GPU.
     """
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(f"{argument} are {index.dtype}: integers are needed")
     if index.shape != (batch_size,):
         raise ValueError(f"{argument} has the shape {tuple(index.shape)}: the batch has {batch_size} samples")
     if index.device.type == "cpu":
@@ -27,6 +30,8 @@ def checked_mask(mask: Tensor | None, batch_size: int) -> Tensor | None:
         return None
     if mask.shape != (batch_size,):
         raise ValueError(f"mask has the shape {tuple(mask.shape)}: the batch has {batch_size} samples")
+    if mask.device.type == "cpu" and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask has values other than 0 and 1")
     mask = mask.bool()
     n_active = int(mask.sum())
     if n_active == 0:

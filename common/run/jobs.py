@@ -7,15 +7,15 @@ for i, job in pending(run, jobs):
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
-from tqdm import tqdm
-
 from common import checkpoint
 from common.errors import Failed, InputError
+from common.run import progress
 from common.run.command import Command
 from common.run.lock import release_lock, take_lock
 from common.run.records import read_json, write_json
@@ -87,7 +87,7 @@ def pending(command: Command, jobs: Sequence[J], *, retry_failed: bool = False, 
     that did. Each is to be used in a `with`.
     """
     reasons: dict[str, str] = {}
-    for i, job in enumerate(tqdm(jobs, "jobs", disable=False if bar else None, leave=False), 1):
+    for i, job in enumerate(progress.bar(argparse.Namespace(progress=bar), jobs, "jobs"), 1):
         command.check_signal(f"before {job.name}")
         if not job.take():
             command.log(f"{job.name} is left to another process, which is at it")

@@ -122,7 +122,7 @@ class State:
             self.save()
             parallel.wait_for_all()  # torchrun ends the others when the first has gone
             job = self.path.name.removesuffix("last.pkl").rstrip(".")
-            raise Interrupted(f"after step {self.step}" + (f" of {job}" if job else ""))
+            raise Interrupted(f"after step {self.step}" + (f" of job {job}" if job else ""))
 
     def save_if_due(self) -> None:
         if time.monotonic() - self.saved_at > SAVE_SECONDS:

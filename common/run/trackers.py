@@ -7,12 +7,14 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common import parallel
+from common.checkpoint import atomic_write
 from common.errors import InputError
 
 CREDENTIALS = Path(".wandb.yaml")
@@ -29,6 +31,8 @@ def check(args: argparse.Namespace, dash: str = "--") -> None:
             raise InputError(f"{option} needs a package that is not installed: pip install {package}")
     if project is None:
         return
+    if not re.fullmatch(r"[^/\\#?%:]{1,128}", project):
+        raise InputError(f"{wandb_option} {project!r} is no name of a project: 1 to 128 characters, none of / \\ # ? % :")
     if CREDENTIALS.exists():
         os.environ.update(_read_credentials())
     elif "WANDB_API_KEY" not in os.environ and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
@@ -70,15 +74,14 @@ class Trackers:
         self.folder.mkdir(parents=True, exist_ok=True)
         identity = self.folder / "wandb-id"
         if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:12])
+            atomic_write(identity, lambda file: file.write(uuid.uuid4().hex[:12].encode()))
         options = {"project": self.project, "name": self.name, "config": vars(self.args), "dir": str(self.folder)}
         try:
             self._wandb = importlib.import_module("wandb").init(**options, id=identity.read_text(), resume="allow")
         except Exception as error:  # of the key, the server, the network
             first, *_ = str(error).splitlines() or [type(error).__name__]
-            raise InputError(
-                f"Weights & Biases cannot be reached: {first}; WANDB_MODE=offline works without, and resuming continues"
-            ) from None
+            hint = "check the project and the key; WANDB_MODE=offline works without a network, and resuming continues"
+            raise InputError(f"Weights & Biases: {first}; {hint}") from None
 
     def log(self, row: Mapping[str, float], step: int, group: str = "") -> None:
         """Add metrics of an epoch or a step; NaN is left out. The rows of each job of a run are a `group` of their own."""

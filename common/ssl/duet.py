@@ -94,10 +94,13 @@ def duet_loss(
     """
     shapes = [tuple(tensor.shape) for tensor in (structured1, structured2, parameter1, parameter2)]
     B, *matrix = shapes[0]
-    if len(matrix) != 2 or shapes != [(B, *matrix), (B, *matrix), (B, 1), (B, 1)] or len(embedding1) != B:
+    if target not in TARGETS:
+        raise ValueError(f"there is no target {target!r}: choose from {' '.join(TARGETS)}")
+    n_embeddings = len(embedding1), len(embedding2)
+    if len(matrix) != 2 or shapes != [(B, *matrix), (B, *matrix), (B, 1), (B, 1)] or n_embeddings != (B, B):
         raise ValueError(
-            f"representations {shapes[0]}, {shapes[1]} and parameters {shapes[2]}, {shapes[3]} of {len(embedding1)} images: "
-            "they should be (B, G, C) and (B, 1)"
+            f"representations {shapes[0]}, {shapes[1]} and parameters {shapes[2]}, {shapes[3]} of {len(embedding1)} and "
+            f"{len(embedding2)} images: they should be (B, G, C) and (B, 1)"
         )
     nce = nt_xent(embedding1, embedding2).mean()
     views = [(structured1, parameter1), (structured2, parameter2)] if training else [(structured2, parameter2)]

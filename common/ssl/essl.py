@@ -50,9 +50,12 @@ def make_task(code: str, images: Tensor, values: Tensor) -> tuple[Tensor, Tensor
     """Images (B, C, H, H) in [0, 1], transformed, and what is to be predicted of them.
 
     Classes: all variants of every image, one after the other (4B for quarter turns, else 2B), and their labels. Values: each
-    image once, and degrees / 180 or the colour factor (B, 1). Raises ValueError for a code that ESSL does not predict.
+    image once, and degrees / 180 or the colour factor (B, 1). Raises ValueError for a code that ESSL does not predict, and for
+    another number of values than of images.
     """
     check_code(code)
+    if len(values) != len(images):
+        raise ValueError(f"{len(values)} values for {len(images)} images: each needs one")
     match code:
         case "rot":
             return tf.rotate(images, values), values[:, None] / 180
@@ -79,8 +82,9 @@ def essl_loss(
     """NT-Xent of embeddings (B, D), plus `weight` times the loss of predicting the transformation, and METRICS.
 
     Values (N, 1) are compared with labels (N, 1) by squared error, logits (N, classes) with labels (N) by cross entropy.
-    Raises ValueError for other shapes.
+    Raises ValueError for other shapes or classes, and for a code that ESSL does not predict.
     """
+    check_code(code)
     expected = (len(logits), 1) if code in VALUE_CODES else (len(logits),)
     columns = CLASSES.get(code, 1)
     if tuple(logits.shape) != (len(logits), columns) or tuple(labels.shape) != expected:
@@ -88,6 +92,10 @@ def essl_loss(
             f"predictions {tuple(logits.shape)} and labels {tuple(labels.shape)} of {code!r}: they should be "
             f"(N, {columns}) and {'(N)' if code in CLASSES else '(N, 1)'}"
         )
+    if code in CLASSES and labels.is_floating_point():
+        raise ValueError(f"labels of {code!r} are {labels.dtype}: integers are needed")
+    if code in CLASSES and labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < columns:
+        raise ValueError(f"labels of {code!r} are from {labels.min()} to {labels.max()}: they should be in [0, {columns})")
     nce = nt_xent(embedding1, embedding2).mean()
     prediction = F.cross_entropy(logits, labels) if code in CLASSES else F.mse_loss(logits, labels)
     loss = nce + weight * prediction

@@ -68,7 +68,7 @@ def transform_layer(model: nn.Sequential, index: int, matrix: Tensor) -> nn.Sequ
     >>> [name for name, p in transform_layer(net, 0, torch.eye(4)).named_parameters() if p.requires_grad]
     ['2.weight', '2.bias']
     """
-    layer = model[index] if index < len(model) else None
+    layer = model[index] if 0 <= index < len(model) else None
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         kind = "not there" if layer is None else f"a {type(layer).__name__}"
         raise ValueError(f"layer {index} is {kind}: take a convolution or a linear layer")
