@@ -95,6 +95,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     name = "-".join([args.dataset, args.arch, *options.not_defaults(parser, args, (*NOT_IN_NAME, "dataset", "arch"))])
     options.check(parser, args, name)
     args.out = args.out or str(Path("results") / "zoo" / name)
+    reason = options.name_error(Path(args.out).name)
+    if reason or not args.out.isprintable():
+        parser.error(f"--out {args.out!r} cannot be a zoo's directory: {reason or 'it has characters that cannot be printed'}")
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

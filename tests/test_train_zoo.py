@@ -134,6 +134,16 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("out", ["..", "a/..", "x.part", "a\nb", "\x1b[31m", "\udcff", "a\tb/c", 130 * "ä"])
+def test_what_is_no_directory_of_a_zoo(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(script.main, ["--arch", "mCNN", "--dry-run", "--out", out]) == 2
+    printed = capsys.readouterr()
+    assert "cannot be a zoo's directory" in printed.err and printed.err[:-1].isprintable() and not printed.out
+
+
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input_is_one_line(line: str, grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "zoo"
