@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint
+from common import checkpoint, parallel
 from common.datasets.classification import Splits
 from common.errors import InputError
 from common.models import zoo
@@ -153,8 +153,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 
 def chunk_of(args: argparse.Namespace, n_pairs: int) -> slice:
-    """The pairs of this job among all pairs: consecutive ones, chunks as equal as can be."""
-    return slice(n_pairs * args.chunk // args.num_chunks, n_pairs * (args.chunk + 1) // args.num_chunks)
+    """The pairs of this job among all pairs."""
+    return parallel.chunk(n_pairs, args.chunk, args.num_chunks)
 
 
 def validation_share(args: argparse.Namespace) -> float | None:

@@ -54,7 +54,7 @@ DECISIONS = (
     "QLearning", "SARSA", "AdvantageLearning", "BootstrapAdvantageLearning", "GumbelSoftmax", "RELAX",
 )  # fmt: skip
 LEARNED = ("routed-all-fc", "dispatched", "single-agent")  # models with decisions
-MAX_NORM = 40.0  # of the gradients of modules and of routers, each clipped by itself
+MAX_NORM = 40.0  # gradient clipping, of modules and routers separately
 NOT_IN_NAME = (*options.RUN_OPTIONS, "data_dir", "compare")  # options that do not make another run
 COLUMNS = (
     "epoch", "step", "seconds", "lr", "exploration", "train_loss", "train_accuracy", "train_routing_loss", "test_loss",

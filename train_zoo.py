@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from common import checkpoint
+from common import checkpoint, parallel
 from common.datasets.classification import Splits
 from common.models import cnn, zoo
 from common.run import options
@@ -106,9 +106,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 
 def models_of_chunk(args: argparse.Namespace) -> range:
-    """The numbers of the models that this job trains: consecutive ones, chunks as equal as can be."""
-    n, chunks, chunk = args.num_models, args.num_chunks or 1, args.chunk or 0
-    return range(n * chunk // chunks, n * (chunk + 1) // chunks)
+    """The numbers of the models that this job trains."""
+    return range(args.num_models)[parallel.chunk(args.num_models, args.chunk or 0, args.num_chunks or 1)]
 
 
 # ---- one model -----------------------------------------------------------------------------------------------------------

@@ -51,9 +51,14 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def chunk(n: int, index: int, count: int) -> slice:
+    """The chunk `index` of n items that are cut into `count` chunks: consecutive items, sizes as equal as can be."""
+    return slice(n * index // count, n * (index + 1) // count)
+
+
 def shard(n: int) -> slice:
     """This process's rows of a batch of n."""
-    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
+    return chunk(n, rank(), world_size())
 
 
 def gather(own: Tensor, n: int, copies: int = 1) -> Tensor:

@@ -1,11 +1,19 @@
 """What every script does with its command line, right or wrong."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 Main = Callable[[list[str]], int]
+
+
+class Terminal(io.StringIO):
+    """A stderr that shows progress bars."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def exit_status(main: Main, argv: list[str]) -> int:

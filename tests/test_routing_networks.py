@@ -1,7 +1,6 @@
 """routing_networks.py as its users run it: data, networks, bad input, what a run leaves, stops, comparing runs."""
 
 import csv
-import io
 import json
 import sys
 from pathlib import Path
@@ -16,7 +15,12 @@ from common.datasets import multitask
 from common.datasets.images import DataError, ImageSet
 from common.models import routed
 from common.routing import measures
-from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
+from tests.command_lines import (
+    Terminal,
+    assert_help_shows_the_papers_options_first,
+    assert_one_line_and_nothing_made,
+    exit_status,
+)
 from tests.reference import Vectors, assert_agrees
 from tests.small_images import smooth, write_mnist
 from tests.test_images import write_cifar
@@ -307,11 +311,6 @@ def test_variants(more: str, grey: str, tmp_path: Path, no_pictures: None) -> No
         return
     history = saved["routers.0.reward_func.history"]
     assert (history >= 0).all() and len(history) == 256
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_colour_on_a_terminal(tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:

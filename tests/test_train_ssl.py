@@ -22,7 +22,7 @@ from common.run.state import State
 from common.ssl import duet
 from common.ssl.models import load_encoder, read_saved
 from common.ssl.simclr import SimCLR
-from tests.command_lines import exit_status
+from tests.command_lines import Terminal, exit_status
 from tests.interruptions.cases import assert_equal, outcome
 from tests.small_images import smooth, write_mnist
 from tests.stopping import signal_at
@@ -385,11 +385,6 @@ def test_encoders_of_another_version(grey: tuple[str, str], tmp_path: Path, caps
 
 
 # ---- bars and trackers --------------------------------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_bars_are_for_terminals(grey: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

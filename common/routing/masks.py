@@ -30,7 +30,7 @@ def checked_mask(mask: Tensor | None, batch_size: int) -> Tensor | None:
         return None
     if mask.shape != (batch_size,):
         raise ValueError(f"mask has the shape {tuple(mask.shape)}: the batch has {batch_size} samples")
-    if mask.device.type == "cpu" and not ((mask == 0) | (mask == 1)).all():
+    if mask.dtype != torch.bool and mask.device.type == "cpu" and not ((mask == 0) | (mask == 1)).all():
         raise ValueError("mask has values other than 0 and 1")
     mask = mask.bool()
     n_active = int(mask.sum())

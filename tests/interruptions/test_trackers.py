@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import deepsets_exercise
-from tests.command_lines import exit_status
+from tests.command_lines import Terminal, exit_status
 from tests.interruptions.cases import Case, make_case
 
 # what each script is to show, and how many times (epochs, of all its jobs)
@@ -63,11 +63,6 @@ def test_trackers_of_the_exercise(tmp_path: Path) -> None:
     line = ["--steps", "201", "--no-sweep", "--tensorboard", "--results-dir", str(tmp_path)]
     assert exit_status(deepsets_exercise.main, line) == 0
     assert [step for step, _ in scalars(tmp_path, "loss")] == [0, 100, 200] * 3
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.mark.slow
