@@ -73,14 +73,14 @@ class _Recurrence(torch.autograd.Function):
     ) -> Tensor:
         hc, gates = _forward(x, (Wih, bias, Whh, Whp), mask, dropout_scale, make_pooling, n_iter, fuse, keep=True)
         ctx.save_for_backward(x, Wih, bias, Whh, Whp, mask, dropout_scale, *gates)
-        ctx.make_pooling, ctx.n_iter, ctx.fuse = make_pooling, n_iter, fuse
+        ctx.make_pooling, ctx.fuse = make_pooling, fuse
         return hc
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dhc: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _backward(dhc, ctx.saved_tensors[:7], ctx.saved_tensors[7:], ctx.make_pooling, ctx.n_iter, ctx.fuse)
-        return *gradients, None, None, None, None, None
+        saved, kept_gates = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        return *_backward(dhc, saved, kept_gates, ctx.make_pooling, ctx.fuse), None, None, None, None, None
 
 
 def _blocks(n_sets: int, gates_of_set: int, device: torch.device) -> Iterator[slice]:
@@ -115,11 +115,13 @@ class _RecurrentProduct:
         hp = self.Whh.new_empty(self.Whhp.shape[1], n, E)
         return hp, hp[:H], self.Whh.new_empty(P, n, 1) if self.shared else hp[H:]
 
-    def forward(self, x_term: Tensor, hp: Tensor, p: Tensor) -> Tensor:
-        """The gates before their activations, (4H, n, E): x_term + Whh h + Whp p."""
-        gates = x_term + product(self.Whp, _columns(p)).unsqueeze(2) if self.shared else x_term.clone()
+    def forward(self, x_term: Tensor, hp: Tensor, p: Tensor, gates: Tensor) -> None:
+        """gates = x_term + Whh h + Whp p, (4H, n, E)."""
+        if self.shared:
+            torch.add(x_term, product(self.Whp, _columns(p)).unsqueeze(2), out=gates)
+        else:
+            gates.copy_(x_term)
         add_product(_columns(gates), self.Whhp, _columns(hp))
-        return gates
 
     def backward(self, dgates: Tensor, hp: Tensor, p: Tensor, dWhhp: Tensor) -> tuple[Tensor, Tensor]:
         """dWhhp += dgates [h, p]^T. Return dh = Whh^T dgates and dp = Whp^T dgates."""
@@ -143,7 +145,7 @@ def _forward(
     fuse: bool,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return [h, c] (N, E, 2H) and, if `keep`, the gates (4H, n, E) of all iterations, block by block."""
+    """Return [h, c] (N, E, 2H) and, if `keep`, the gates (n_iter, 4H, n, E) of each block."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     sum_dtype, work_dtype = _pointwise_dtypes(dtype, device)
@@ -160,17 +162,21 @@ def _forward(
             x_term = product(Wih, x_block.flatten(0, 1).T).add_(bias[:, None]).view(4 * H, len(x_block), E)
             hp, h, p = recurrent.buffers(len(x_block), E)
             c = torch.zeros_like(h, dtype=sum_dtype)
+            gates = x_term.new_empty(n_iter if keep else 1, *x_term.shape)
             for t in range(n_iter):
+                gates_now = gates[t if keep else 0]
                 if t == 0:
-                    gates = x_term.to(work_dtype, copy=True)  # h and p are 0
+                    gates_now.copy_(x_term)  # h and p are 0
                 else:
                     pooling.pool(h, p)
-                    gates = recurrent.forward(x_term, hp, p).to(work_dtype)
-                cell_forward(gates, c, h)
+                    recurrent.forward(x_term, hp, p, gates_now)
+                work = gates_now.to(work_dtype)
+                cell_forward(work, c, h)
+                gates_now.copy_(work)  # nothing, where they are the same
                 if dropout_scale is not None:
                     h *= dropout_scale[t, :, sets]
-                if keep:
-                    kept_gates.append(gates.to(dtype))
+            if keep:
+                kept_gates.append(gates)
             hc[sets, :, :H], hc[sets, :, H:] = h.permute(1, 2, 0), c.permute(1, 2, 0)
     return hc, kept_gates
 
@@ -180,13 +186,12 @@ def _backward(
     saved: tuple[Tensor, ...],
     kept_gates: tuple[Tensor, ...],
     make_pooling: type[FastPooling],
-    n_iter: int,
     fuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, Wih, bias, Whh and Whp, from that of [h, c] (N, E, 2H)."""
     x, Wih, bias, Whh, Whp, mask, dropout_scale = saved
     (N, E, _), H, P = x.shape, Whh.shape[1], Whp.shape[1]
-    dtype = kept_gates[0].dtype if kept_gates else x.dtype
+    dtype, n_iter = (kept_gates[0].dtype, len(kept_gates[0])) if kept_gates else (x.dtype, 0)  # none of no sets
     sum_dtype, work_dtype = _pointwise_dtypes(dtype, x.device.type)
     dx = torch.empty_like(x)
     dWih, dbias = torch.zeros_like(Wih, dtype=sum_dtype), torch.zeros_like(bias, dtype=sum_dtype)
@@ -195,10 +200,9 @@ def _backward(
     with torch.autocast(x.device.type, enabled=False):
         Wih, Whh, Whp = (w.to(dtype) for w in (Wih, Whh, Whp))
         recurrent = _RecurrentProduct(Whh, Whp, make_pooling.shared)
-        for block, sets in enumerate(_blocks(N, 4 * H * E * sum_dtype.itemsize, x.device)):
-            pooling, kept = make_pooling(mask[sets], dtype), kept_gates[block * n_iter : (block + 1) * n_iter]
-            n = kept[0].shape[1]
-            c = kept[0].new_zeros(n_iter + 1, H, n, E, dtype=sum_dtype)  # c[t] goes into iteration t
+        for sets, kept in zip(_blocks(N, 4 * H * E * sum_dtype.itemsize, x.device), kept_gates, strict=True):
+            pooling, n = make_pooling(mask[sets], dtype), kept.shape[2]
+            c = kept.new_zeros(n_iter + 1, H, n, E, dtype=sum_dtype)  # c[t] goes into iteration t
             for t in range(n_iter):
                 _next_c(kept[t].to(work_dtype), c[t], out=c[t + 1])
             hp, h, p = recurrent.buffers(n, E)
