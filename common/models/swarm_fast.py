@@ -86,9 +86,10 @@ class _Recurrence(torch.autograd.Function):
 def _blocks(n_sets: int, gates_of_set: int, device: torch.device) -> Iterator[slice]:
     """Cut a batch into blocks of whole sets, which do not depend on each other; the batch is one block on a GPU.
 
-    On a CPU the gates of a block, `gates_of_set` bytes a set, fit into its cache if those of one set do.
+    On a CPU the gates of a block, `gates_of_set` bytes a set, fill twice a core's cache: what is calculated at a time, half of
+    them, stays there. Smaller blocks mean more calls. A set that is larger is a block of its own.
     """
-    size = max(1, cache_size() // max(1, gates_of_set)) if device.type == "cpu" else max(1, n_sets)
+    size = max(1, 2 * cache_size() // max(1, gates_of_set)) if device.type == "cpu" else max(1, n_sets)
     for start in range(0, n_sets, size):
         yield slice(start, min(start + size, n_sets))
 
