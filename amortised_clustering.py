@@ -208,7 +208,7 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
             refresh=False,
         )
         progress.update()
-        training.step_done(len(points), value)
+        training.record_step(len(points), value)
     return True
 
 
@@ -395,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
         introduce(args, data, training, given)
         drawn_at = -math.inf
         with bar(args, bar_format="{desc}") as progress:
-            while training.goes_on(args.max_epochs):
+            while training.has_next_epoch(args.max_epochs):
                 finite = train_epoch(args, data, training, progress)
                 validate_epoch(args, data, training, finite)
                 if training.clock.used() - drawn_at >= 60 * args.update_interval:

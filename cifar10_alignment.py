@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,25 +27,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from common import checkpoint, paper_figures
+from common import checkpoint
 from common.datasets import images
 from common.datasets.augmentation import Preprocessing, as_rgb_32
 from common.datasets.images import DataError, ImageSet
 from common.errors import Failed, InputError
 from common.models import zoo
-from common.paper_figures import layer_labels
-from common.run import options, zoo_pairs
+from common.run import options
 from common.run.clock import Clock
 from common.run.command import Command, echo
-from common.run.jobs import Job, check_files, failures, pending
+from common.run.jobs import Job, pending
 from common.run.memory import tune_malloc
 from common.run.options import at_least
 from common.run.records import read_results, write_table
 from common.run.run import Run
 from common.seeds import seed_of
+from common.symmetry import pictures
 from common.symmetry.measures import ESTIMATORS, features_of
+from common.symmetry.pictures import layer_labels
 from common.symmetry.similarity import layer_similarities
-from common.symmetry.stitching import Place
+from common.symmetry.stitching import StitchPoint
+from common.zoo import pairs as zoo_pairs
+from common.zoo.pairs import Pair
+from common.zoo.sweeps import CheckedJob, make_result, open_run, read_records, spread
 
 # the original's names; the last is the suite's own
 MEASURES = {
@@ -56,7 +60,7 @@ MEASURES = {
     "linear_cka": "linear_cka",
 }
 PUBLISHED_PAIRS = {"procrustes": 32, "ortho_procrustes": 32}  # with others, 16
-MAY_CHANGE = (*zoo_pairs.MAY_CHANGE, "batched", "block")
+MAY_CHANGE_ON_RESUME = (*zoo_pairs.MAY_CHANGE_ON_RESUME, "batched", "block")
 FILES = ("untrained.*", "run[0-9]*.*", "similarity.*")  # beside those of every run
 VALUES = ("published", "live")  # with dead channels, as published, and without
 
@@ -77,6 +81,7 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--images", type=at_least(4), metavar="N", help="compare on the first N test images [all]")
     own.add_argument("--block", type=at_least(1), default=400, help="images whose features are held at a time [%(default)s]")
     own.add_argument("--seed", type=at_least(0), default=0, help="of pairs, and of untrained networks [%(default)s]")
+    own.add_argument("--device", choices=("cpu", "cuda"), help="[cuda when available]")
     return parser
 
 
@@ -102,74 +107,67 @@ def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 # ---- networks and images ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Data:
-    """Test images of 32x32 in three channels, uint8, on the device."""
-
-    test: ImageSet
-    preprocessing: Preprocessing
-
-
-def load_data(args: argparse.Namespace, device: torch.device) -> Data:
-    """The test images that are compared on. Raises DataError."""
-    name = images.BY_OPTION[args.dataset]
-    test = images.load(name, "test", args.data_dir, download=True)
+def load_images(args: argparse.Namespace) -> ImageSet:
+    """The test images that are compared on, on the device: (N, 3, 32, 32) uint8. Raises DataError."""
+    test = images.load(images.BY_OPTION[args.dataset], "test", args.data_dir, download=True)
     if args.images is not None and args.images > len(test):
         raise DataError(f"--images {args.images} is more than the {len(test)} test images of {args.dataset}")
-    return Data(as_rgb_32(test[: args.images]).to(device), Preprocessing(name, device))
+    return as_rgb_32(test[: args.images]).to(options.device_of(args))
 
 
 def untrained(args: argparse.Namespace, like: nn.Module, number: int) -> nn.Module:
-    """A network with random weights, of a saved one's width and classes: what similarities are judged by."""
-    tensors = list(like.state_dict().values())
-    width = tensors[0].shape[0] if args.arch in zoo.CNNS else None
+    """A network with random weights, of the sizes of a saved one: the baseline of similarities."""
     torch.manual_seed(seed_of(args.seed, number))
-    return zoo.make(args.arch, tensors[-1].shape[0], width).eval()
+    return zoo.make(args.arch, *zoo.sizes_of(like.state_dict(), args.arch)).eval()
 
 
 # ---- one pair --------------------------------------------------------------------------------------------------------------
 
 
-class PairJob(Job):
+class PairJob(CheckedJob):
     """The comparison of a pair of networks or, if it is None, of two untrained ones."""
 
-    def __init__(self, folder: Path, name: str, pair: tuple[int, int] | None):
+    def __init__(self, folder: Path, name: str, pair: Pair | None, n_layers: int):
         super().__init__(folder, name, keeps=("pt",))
         self.pair, self.matrix = pair, folder / f"{name}.pt"
         self.title = "two untrained networks" if pair is None else f"pair {pair[0]}-{pair[1]}"
+        matrix = [[(float, None)] * n_layers] * n_layers
+        self.pattern = {"pair": pair and list(pair), **dict.fromkeys(VALUES, matrix), "dead": [[int] * n_layers] * 2}
 
 
-def jobs_of(folder: Path, pairs: list[tuple[int, int]]) -> list[PairJob]:
+def make_jobs(folder: Path, pairs: list[Pair], n_layers: int) -> list[PairJob]:
     """The untrained networks, then run by run, as published."""
-    return [PairJob(folder, "untrained", None), *(PairJob(folder, f"run{i}", pair) for i, pair in enumerate(pairs))]
+    runs = [PairJob(folder, f"run{i}", pair, n_layers) for i, pair in enumerate(pairs)]
+    return [PairJob(folder, "untrained", None, n_layers), *runs]
 
 
 def run_job(
-    args: argparse.Namespace, job: PairJob, networks: dict[int, nn.Module], places: list[Place], data: Data, run: Run
+    args: argparse.Namespace, job: PairJob, networks: dict[int, nn.Module], points: list[StitchPoint], test: ImageSet, run: Run
 ) -> dict[str, Any]:
     """Compare a job's networks and write their matrix; the job's record."""
     clock, some = Clock(), next(iter(networks.values()))
     both = [networks[n] for n in job.pair] if job.pair else [untrained(args, some, number) for number in (1, 2)]
-    metrics = compare_networks(args, job, both, places, data, run)
+    metrics = compare_networks(args, job, both, points, test, run)
     checkpoint.save(torch.tensor(metrics["published"]), job.matrix)
     return {"pair": job.pair, "seconds": clock.used(), **metrics}
 
 
 def compare_networks(
-    args: argparse.Namespace, job: PairJob, networks: list[nn.Module], places: list[Place], data: Data, run: Run
+    args: argparse.Namespace, job: PairJob, networks: list[nn.Module], points: list[StitchPoint], test: ImageSet, run: Run
 ) -> dict[str, Any]:
     """All layers of one network with all of the other. Raises Interrupted if a signal comes, Failed if they do not compare."""
-    names = [place.name for place in places]
+    names, device = [point.name for point in points], test.labels.device
+    preprocessing = Preprocessing(images.BY_OPTION[args.dataset], device)
 
     def features(network: nn.Module, part: slice) -> list[Tensor]:
         run.check_signal(f"in {job.name}")
-        x = data.preprocessing.normalise(data.test.images[part])
+        x = preprocessing.normalise(test.images[part])
         return [tokens_as_maps(maps) for maps in features_of(network, x, names)]
 
-    first, second = (partial(features, network.to(data.test.labels.device)) for network in networks)
-    settings = {name: getattr(args, name) for name in ("estimator", "block", "progress")}
+    first, second = (partial(features, network.to(device)) for network in networks)
+    settings = {"estimator": args.estimator, "block": args.block, "progress": True if args.progress else None}
     try:
-        similarities = layer_similarities(MEASURES[args.similarity], first, second, len(data.test), **settings)
+        similarities = layer_similarities(MEASURES[args.similarity], first, second, len(test), **settings)
     except ValueError as error:
         raise Failed(f"{job.title} cannot be compared: {error}") from None
     matrices = {name: getattr(similarities, name).tolist() for name in VALUES}
@@ -187,7 +185,7 @@ def tokens_as_maps(features: Tensor) -> Tensor:
 # ---- the run ---------------------------------------------------------------------------------------------------------------
 
 
-def line_of(args: argparse.Namespace, job: PairJob, record: dict[str, Any], reference: Job) -> str:
+def describe(args: argparse.Namespace, job: PairJob, record: dict[str, Any], reference: Job) -> str:
     """The diagonal of a pair for the log, beside that of the untrained networks, if they could be compared."""
 
     def diagonal(record: dict[str, Any]) -> str:
@@ -198,37 +196,27 @@ def line_of(args: argparse.Namespace, job: PairJob, record: dict[str, Any], refe
     return f"{job.title}: {args.similarity} of layers with themselves {diagonal(record)}{beside}; dead channels {dead}"
 
 
-def report(args: argparse.Namespace, jobs: list[PairJob], places: list[Place], run: Run) -> dict[str, Any]:
+def report(args: argparse.Namespace, jobs: Sequence[PairJob], points: list[StitchPoint], run: Run) -> dict[str, Any]:
     """The result of a run: metrics over the pairs that could be compared."""
-    reference = jobs[0].read() if jobs[0].done else {"published": None}
-    records, failed = [job.read() for job in jobs[1:] if job.done], failures(jobs)
-    return {
-        "script": "cifar10_alignment",
-        "name": run.name,
-        "arch": args.arch,
-        "dataset": args.dataset,
-        "similarity": args.similarity,
-        "measure": MEASURES[args.similarity],
-        "estimator": args.estimator if args.similarity == "cka" else None,
-        "seed": args.seed,
-        "zoo": args.zoo,
-        "test_images": args.images or "all",
-        "seconds": sum(record.get("seconds", 0.0) for record in [reference, *records]),
-        "pairs": [record["pair"] for record in records],
-        **over_pairs(records, places),
-        "untrained": reference["published"],
-        **({"failed": failed} if failed else {}),
-    }
+    records, seconds = read_records(jobs)
+    baseline = [record["published"] for record in records if record["pair"] is None]
+    records = [record for record in records if record["pair"] is not None]
+    return make_result(
+        run, ("arch", "dataset", "similarity", "seed", "zoo"), jobs,
+        measure=MEASURES[args.similarity], estimator=args.estimator if args.similarity == "cka" else None,
+        test_images=args.images or "all", seconds=seconds, pairs=[record["pair"] for record in records],
+        **over_pairs(records, points), untrained=baseline[0] if baseline else None,
+    )  # fmt: skip
 
 
-def over_pairs(records: list[dict[str, Any]], places: list[Place]) -> dict[str, Any]:
-    """Layers, and means and deviations (n - 1) of similarities over pairs; of no pairs there are none."""
+def over_pairs(records: list[dict[str, Any]], points: list[StitchPoint]) -> dict[str, Any]:
+    """Layers, and means and deviations (n - 1) of similarities over pairs; nothing without pairs."""
     if not records:
         return {"layers": [], **{name: [] for name in VALUES}, **{f"{name}_deviation": None for name in VALUES}}
     dead = np.mean([record["dead"] for record in records], axis=0)  # of the first networks of pairs, and of the second ones
     layers = [
-        {name: getattr(place, name) for name in ("index", "name", "inside_block", "channels")} | {"dead_channels": counts}
-        for place, counts in zip(places, dead.T.tolist(), strict=True)
+        {name: getattr(point, name) for name in ("index", "name", "inside_block", "channels")} | {"dead_channels": counts}
+        for point, counts in zip(points, dead.T.tolist(), strict=True)
     ]
     values = {name: np.array([record[name] for record in records], float) for name in VALUES}  # null becomes NaN
     means = {name: values[name].mean(0).tolist() for name in VALUES}
@@ -238,7 +226,7 @@ def over_pairs(records: list[dict[str, Any]], places: list[Place]) -> dict[str, 
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
-    """similarity.csv, a row per pair of layers, and the heat map similarity.png, from a run's result alone."""
+    """Write similarity.csv, a row per pair of layers, and the heat map similarity.png, from a run's result alone."""
     rows = []
     labels = layer_labels(result["layers"])
     columns = [f"{name}{suffix}" for name in VALUES for suffix in ("", "_deviation")] + ["untrained"]
@@ -249,30 +237,30 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     write_table(folder / "similarity.csv", rows)
     n = len(result["pairs"])
     title = f"{result['arch']} on {result['dataset']}, mean of {n} pair{'s' * (n > 1)}"
-    maps = {result["similarity"]: np.array(result["published"], float)}
-    paper_figures.plot_heat_maps(folder / "similarity.png", title, labels, maps)
+    pictures.plot_heat_maps(folder / "similarity.png", title, labels, {result["similarity"]: as_array(result["published"])})
+
+
+def as_array(matrix: list[list[float | None]]) -> NDArray[np.floating]:
+    """A matrix of a record or result; null becomes NaN."""
+    return np.array(matrix, float)
 
 
 def diagonal_of(record: dict[str, Any], name: str) -> NDArray[np.floating]:
-    """Layers with themselves (L), of a record that was read: null is NaN there, and so is a deviation where there is none."""
-    if record[name] is None:
-        return np.full(len(record["published"]), np.nan)
-    return np.array(record[name], float).diagonal()
+    """Layers with themselves (L), of a record or result; NaN for null, and for a deviation that there is not."""
+    return np.full(len(record["published"]), np.nan) if record[name] is None else as_array(record[name]).diagonal()
 
 
 def report_table(result: dict[str, Any]) -> str:
     """The diagonal as text."""
     names = ("published", "published_deviation", "live", "untrained")
+    diagonals = np.stack([diagonal_of(result, name) for name in names], axis=1)  # a row a layer
     lines = [
         f"{result['similarity']} of layers with themselves: mean, deviation, live channels alone, untrained (* inside a block)"
     ]
-    columns = zip(*(diagonal_of(result, name) for name in names), strict=True)
-    for label, layer, (mean, deviation, live, untrained) in zip(
-        layer_labels(result["layers"]), result["layers"], columns, strict=True
-    ):
-        spread = "" if np.isnan(deviation) else f" +- {deviation:.3f}"
+    layers = result["layers"]
+    for label, layer, (mean, deviation, live, untrained) in zip(layer_labels(layers), layers, diagonals, strict=True):
         lines.append(
-            f"  layer {label:>4} {mean:.3f}{spread}  live {live:.3f}  untrained {untrained:.3f}  "
+            f"  layer {label:>4} {mean:.3f}{spread(deviation, 3)}  live {live:.3f}  untrained {untrained:.3f}  "
             f"({np.mean(layer['dead_channels']):.3g} of {layer['channels']} channels dead)"
         )
     return "\n".join(lines)
@@ -293,20 +281,19 @@ def compare(args: argparse.Namespace) -> int:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two of these runs are of {name}: compare one of each")
-    title, labels = f"{results[0]['arch']} on {results[0]['dataset']}", layer_labels(results[0]["layers"])
-    folder = Path(args.results_dir) / "cifar10_alignment" / f"figures-{results[0]['arch']}-{results[0]['dataset']}"
+    folder, title = zoo_pairs.make_figures_folder(args, results[0])
+    labels = layer_labels(results[0]["layers"])
     columns = {"mean": "published", "deviation": "published_deviation", "live": "live", "untrained": "untrained"}
     rows: list[dict[str, Any]] = []
     for name, result in zip(names, results, strict=True):
-        diagonals = zip(*(diagonal_of(result, of) for of in columns.values()), strict=True)
-        for label, values in zip(labels, diagonals, strict=True):
-            row = {"similarity": name, "layer": label, **dict(zip(columns, values, strict=True))}
-            rows.append(row | {"n": len(result["pairs"])})
-    folder.mkdir(parents=True, exist_ok=True)
+        diagonals = {column: diagonal_of(result, key) for column, key in columns.items()}
+        for i, label in enumerate(labels):
+            values = {column: diagonal[i] for column, diagonal in diagonals.items()}
+            rows.append({"similarity": name, "layer": label, **values, "n": len(result["pairs"])})
     write_table(folder / "diagonals.csv", rows)
-    paper_figures.plot_diagonals(folder / "diagonals.png", f"{title}: layers with themselves", labels, rows)
-    maps = {name: np.array(result["published"], float) for name, result in zip(names, results, strict=True)}
-    paper_figures.plot_heat_maps(folder / "similarities.png", f"{title}, means of pairs", labels, maps)
+    pictures.plot_diagonals(folder / "diagonals.png", f"{title}: layers with themselves", labels, rows)
+    maps = {name: as_array(result["published"]) for name, result in zip(names, results, strict=True)}
+    pictures.plot_heat_maps(folder / "similarities.png", f"{title}, means of pairs", labels, maps)
     for result in results:
         echo(report_table(result))
     echo(f"figures: {', '.join(str(path) for path in sorted(folder.iterdir()))}")
@@ -321,26 +308,22 @@ def main(argv: list[str] | None = None) -> int:
             return compare(args)
     name = name_of(parser, args)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     tune_malloc()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with Run("cifar10_alignment", name, args, another="--name NAME", may_change=MAY_CHANGE, files=FILES) as run:
-        pairs = zoo.pairs_of(args.zoo, args.pairs, args.repeats, args.seed)
-        networks, places = zoo_pairs.load(args, pairs)
-        data = load_data(args, device)
-        if run.status == "unfinished":
-            check_files(jobs_of(run.path, pairs))
-        run.open(drawn_pairs=pairs, networks=zoo.fingerprint(networks), data=data.test.fingerprint())
-        checkpoint.save({"name": run.name}, run.last)  # there is something to resume
-        run.log(f"{len(pairs)} pairs, {len(places)} layers, {len(data.test)} images on {device}: {args.similarity}")
-        jobs = jobs_of(run.part, pairs)
+    with Run("cifar10_alignment", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:
+        pairs = zoo_pairs.pairs_of(args, args.repeats)
+        networks, points = zoo_pairs.load(args, pairs)
+        test = load_images(args)
+        made_from = {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": test.fingerprint()}
+        jobs = open_run(run, lambda folder: make_jobs(folder, pairs, len(points)), **made_from)
+        run.log(f"{len(pairs)} pairs, {len(points)} layers, {len(test)} images on {test.labels.device}: {args.similarity}")
         for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
             with job:
-                record = run_job(args, job, networks, places, data, run)
+                record = run_job(args, job, networks, points, test, run)
                 job.finish(record)
-                run.log(f"[{i - 1}/{len(pairs)}] {line_of(args, job, record, reference=jobs[0])}")
-        result = report(args, jobs, places, run)
+                run.log(f"[{i - 1}/{len(pairs)}] {describe(args, job, record, reference=jobs[0])}")
+        result = report(args, jobs, points, run)
         if result["pairs"]:
             draw(result, run.part)
             run.log(report_table(result))

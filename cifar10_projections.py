@@ -1,18 +1,19 @@
 """The rotation test (Godfrey et al., NeurIPS 2022): channels are mixed behind a frozen front, and the rest is trained anew.
 
-A permutation with positive scales before a ReLU can be undone by what follows; a rotation cannot. So the accuracy that a
-rotation costs, and a permutation with scales does not, shows that the channels of a ReLU network are a basis of its own. The
-published run, an mCNN without batch norm and its twin with sigmoids, ten elements of either group at three layers:
+The layers behind a ReLU can undo a permutation with positive scales before it, but not a rotation. So the accuracy lost to a
+rotation, and not to a permutation with scales, shows that the channels of a ReLU network are a basis of its own. The published
+run, an mCNN without batch norm and its twin with sigmoids, ten elements of either group at three layers:
 
     python cifar10_projections.py --repeats=10
 
-leaves its figures in results/cifar10_projections/. README.md says what each of them means.
+leaves its results in results/cifar10_projections/. README.md says what each metric means.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,29 +22,31 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import checkpoint, paper_figures
-from common.datasets import images
-from common.datasets.classification import Splits, load_splits
+from common import checkpoint
+from common.datasets.classification import Splits
 from common.models import zoo
 from common.run import options
-from common.run.classifier import RECIPES, BestEpoch, evaluate, make_optimizer, train_epoch
 from common.run.clock import Clock
 from common.run.command import Command, echo
-from common.run.jobs import Job, check_files, failures, pending
+from common.run.jobs import pending
 from common.run.memory import tune_malloc
 from common.run.metrics import Meter
-from common.run.options import at_least, real
+from common.run.options import at_least
 from common.run.records import RecordError, read_json, read_results, write_table
 from common.run.run import Run
 from common.run.state import State
 from common.seeds import generator_of, seed_of
+from common.symmetry import pictures
 from common.symmetry.rotations import GROUPS, random_element, transform_layer
+from common.zoo import training
+from common.zoo.sweeps import CheckedJob, make_result, open_run, read_records, selection_of, spread
+from common.zoo.training import RECIPES, BestEpoch, describe_epoch, evaluate, make_optimizer, n_classes, splits_of, train_epoch
 
 ARCHITECTURES = {"relu": "mCNN_k", "sigmoid": "mCNN_k_sigmoid"}
-LAYERS = (0, 2, 5, 8)  # convolutions, by their places in the network; the last one is published nowhere
+LAYERS = (0, 2, 5, 8)  # indices of convolutions; the last one has no published results
 LISTS = ("activations", "groups", "layers")  # options with several values
-MAY_CHANGE = ("results_dir", "data_dir", "resume", "retry_failed", "overwrite", "progress", "dry_run", "draw")
-NOT_IN_NAME = (*MAY_CHANGE, *LISTS, "name")
+MAY_CHANGE_ON_RESUME = (*options.RUN_OPTIONS, "data_dir", "draw")
+NOT_IN_NAME = (*MAY_CHANGE_ON_RESUME, *LISTS, "name")
 FILES = ("cells/*", "penalties.csv", "penalties.png")
 
 
@@ -57,18 +60,15 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--activations", nargs="+", choices=tuple(ARCHITECTURES), default=["relu", "sigmoid"], help="[both]")
     own.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="of matrices [all]")
     own.add_argument("--layers", nargs="+", type=int, choices=LAYERS, default=[0, 2, 5], help="convolutions [0 2 5]")
-    own.add_argument("--dataset", choices=tuple(images.BY_OPTION), default="cifar10", help="[%(default)s]")
-    own.add_argument("--data-dir", metavar="DIR", default="data", help="where the data set lies [%(default)s]")
+    training.add_data_options(own)
     own.add_argument("--name", type=options.run_id, help="of the run [projections]")
-    own.add_argument("--recipe", choices=tuple(RECIPES), default="published", help="as of train_zoo.py [%(default)s]")
-    own.add_argument("--epochs", type=at_least(1), help="of the network, and again of each rest [by recipe: 50, 12]")
-    own.add_argument("--batch-size", type=at_least(2), help="[by recipe: 32, 128]")
-    own.add_argument("--lr", type=real(0, 10, above=True), help="highest learning rate [by recipe: 0.001, 0.003]")
+    training.add_recipe_options(own)
     own.add_argument("--width", type=at_least(1, 4096), default=64, help="channels of the first layer [%(default)s]")
     own.add_argument("--seed", type=at_least(0), default=0, help="of weights, split, order and matrices [%(default)s]")
     own.add_argument("--subset", type=at_least(20), metavar="N", help="use N training images, chosen by the seed [all]")
     own.add_argument("--select", choices=("validation", "test"), default="validation", help="which images choose the epoch")
-    own.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="[%(default)s]")
+    options.add_device_options(own)
+    options.add_tracker_options(own)
     own.add_argument("--retry-failed", action="store_true", help="repeat jobs that failed")
     options.add_run_options(own, "test")
     own.add_argument("--draw", metavar="RUN", help="instead: figure and table of a finished test, from its result.json")
@@ -90,38 +90,39 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     for option, value in RECIPES[args.recipe].items():
         if getattr(args, option) is None:
             setattr(args, option, value)
+    training.check_subset(parser, args)
     return args, name
 
 
 # ---- one job: a network, or its rest behind a matrix -----------------------------------------------------------------------
 
 
-class Training(Job):
-    """The training of a network (no group), whose weights the others start from, or of its rest behind a random matrix."""
+class RotationJob(CheckedJob):
+    """The training of a network (without a group) or, from its weights, of the rest of it behind a random matrix."""
 
     def __init__(self, folder: Path, activation: str, group: str | None = None, layer: int = 0, run: int = 0):
         name = activation + (f"_{group}_layer_{layer}_run_{run}" if group else "")
         super().__init__(folder, name, needs=(activation,) if group else (), keeps=() if group else ("pt",))
         self.activation, self.group, self.layer, self.run = activation, group, layer, run
         self.network, self.weights = folder / f"{activation}.json", folder / f"{activation}.pt"
-        self.place = {"activation": activation, "group": group, "layer": layer, "run": run}
+        self.fields = {"activation": activation, "group": group, "layer": layer, "run": run}
+        self.pattern = {**self.fields, "accuracy": float, "epochs": [dict, ...]}
 
 
-def jobs_of(args: argparse.Namespace, folder: Path) -> list[Training]:
-    """All trainings, each network before its rests. Runs of the identity differ in the order of images alone."""
+def make_jobs(args: argparse.Namespace, folder: Path) -> list[RotationJob]:
+    """All trainings, each network before its rests. Runs of the identity differ only in the order of images."""
     jobs = []
     for activation in args.activations:
-        jobs.append(Training(folder, activation))
-        places = product(args.layers, args.groups, range(args.repeats))
-        jobs += [Training(folder, activation, group, layer, run) for layer, group, run in places]
+        jobs.append(RotationJob(folder, activation))
+        for layer, group, run in product(args.layers, args.groups, range(args.repeats)):
+            jobs.append(RotationJob(folder, activation, group, layer, run))
     return jobs
 
 
-def make_network(args: argparse.Namespace, job: Training, device: torch.device) -> nn.Module:
+def make_network(args: argparse.Namespace, job: RotationJob, device: torch.device) -> nn.Module:
     """A new network, or a trained one with a random matrix in it and all before that frozen."""
     torch.manual_seed(seed_of(args.seed, list(ARCHITECTURES).index(job.activation)))
-    classes = images.N_CLASSES[images.BY_OPTION[args.dataset]]
-    network = zoo.make(ARCHITECTURES[job.activation], classes, args.width)
+    network = zoo.make(ARCHITECTURES[job.activation], n_classes(args), args.width)
     if job.group is not None:
         assert isinstance(network, nn.Sequential)
         checkpoint.load_model(network, checkpoint.read(job.weights), job.weights)
@@ -131,7 +132,7 @@ def make_network(args: argparse.Namespace, job: Training, device: torch.device) 
     return network.to(device, memory_format=torch.channels_last)
 
 
-def train(args: argparse.Namespace, data: Splits, run: Run, job: Training) -> None:
+def train(args: argparse.Namespace, data: Splits, run: Run, job: RotationJob) -> None:
     """Train the parameters that are not frozen; write the record of the best epoch and, of a network, the weights.
 
     Raises Interrupted, Failed, CheckpointError.
@@ -147,28 +148,31 @@ def train(args: argparse.Namespace, data: Splits, run: Run, job: Training) -> No
     # the same images for all groups, so that they differ in the matrix alone
     key = (args.seed, job.layer, job.run, int(job.group is not None))
     while state.epoch < args.epochs:
-        means, selected = train_epoch(args, data, state, optimizer, meter, key)
+        means, selected = train_epoch(args, data, state, optimizer, meter, key, job.name)
         row = {"epoch": state.epoch + 1, "train_loss": means["loss"], "train_accuracy": 100 * means["accuracy"]}
         row |= {"lr": optimizer.param_groups[0]["lr"], "val_loss": selected["loss"], "val_accuracy": 100 * selected["accuracy"]}
         state.extra["epochs"].append(row)
-        best.offer(network, selected["accuracy"], epoch=row["epoch"])
+        better = best.offer(network, selected["accuracy"], epoch=row["epoch"])
+        run.trackers.log(row, row["epoch"], group=job.name)
+        chance = 1 / n_classes(args)
+        run.log(describe_epoch(job.name, state, clock.used(), row["lr"], args.select, means, selected, chance, better))
         meter.reset()
         state.end_epoch()
     network.load_state_dict(best.weights)
     test = evaluate(network, data.test, data.preprocessing, check_signal=state.check_signal)
     if job.group is None:
-        checkpoint.save({name: value.cpu().contiguous() for name, value in best.weights.items()}, job.weights)
-    record = job.place | {"accuracy": 100 * test["accuracy"], "best_epoch": best.metrics["epoch"]}
+        checkpoint.save(best.plain_weights(), job.weights)
+    record = job.fields | {"accuracy": 100 * test["accuracy"], "best_epoch": best.metrics["epoch"]}
     record |= {"val_accuracy": 100 * best.accuracy, "epochs": state.extra["epochs"], "seconds": clock.used()}
     job.finish(record)
 
 
-def in_words(job: Training, chance: float) -> str:
+def describe(job: RotationJob, chance: float) -> str:
     """A job that is done, for the log."""
     accuracy, baseline = job.read()["accuracy"], read_json(job.network)["accuracy"]
-    what = f"{job.group} behind layer {job.layer}, run {job.run}" if job.group else "untouched"
+    change = f"{job.group} behind layer {job.layer}, run {job.run}" if job.group else "untouched"
     return (
-        f"{job.activation}, {what}: {accuracy:.2f} % of test images (untouched {baseline:.2f}, chance {chance:.3g}), "
+        f"{job.activation}, {change}: {accuracy:.2f} % of test images (untouched {baseline:.2f}, chance {chance:.3g}), "
         f"penalty {baseline - accuracy:.2f}"
     )
 
@@ -176,40 +180,23 @@ def in_words(job: Training, chance: float) -> str:
 # ---- the test --------------------------------------------------------------------------------------------------------------
 
 
-def report(args: argparse.Namespace, jobs: list[Training], data: Splits, run: Run) -> dict[str, Any]:
-    """The result, of all jobs that are done; also metrics.csv, a row an epoch."""
-    records = [job.read() for job in jobs if job.done]
-    seconds, rows = 0.0, []
-    for record in records:
-        seconds += record.pop("seconds", 0.0)
-        place = {name: record[name] for name in ("activation", "group", "layer", "run")}
-        rows += [place | row for row in record.pop("epochs")]
-    if rows:
-        write_table(run.part / "metrics.csv", rows)
-    left_out = f"{len(data.selection)} training images that were left out"
-    result = {
-        "script": "cifar10_projections",
-        "name": run.name,
-        "dataset": args.dataset,
-        "seed": args.seed,
-        "protocol": f"best epoch by {left_out if args.select == 'validation' else 'the test images'}; "
-        "accuracies are of the test images",
-        "device": str(data.device),
-        "training_images": len(data.training),
-        "seconds": seconds,
-        "baselines": {record["activation"]: record["accuracy"] for record in records if record["group"] is None},
-        "penalties": penalties_of(args, records),
-        "cells": records,
-    }
-    failed = failures(jobs)
-    return result | {"failed": failed} if failed else result
+def report(args: argparse.Namespace, jobs: Sequence[RotationJob], data: Splits, run: Run) -> dict[str, Any]:
+    """The result, of all jobs that are done; also writes metrics.csv, a row an epoch."""
+    records, seconds = read_records(jobs, run.part / "metrics.csv", "activation", "group", "layer", "run")
+    selection = selection_of(args.select, len(data.selection))
+    return make_result(
+        run, ("dataset", "seed"), jobs, device=str(data.device), training_images=len(data.training), seconds=seconds,
+        protocol=f"best epoch by {selection}; accuracies are of the test images",
+        baselines={record["activation"]: record["accuracy"] for record in records if record["group"] is None},
+        penalties=penalties_of(args, records), cells=records,
+    )  # fmt: skip
 
 
 def penalties_of(args: argparse.Namespace, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each activation, layer and group: accuracy that was lost, against the untouched network and against the identity.
+    """Accuracy lost by activation, layer and group, against the untouched network and against the identity.
 
-    The identity, too, has been trained twice as long as the untouched network. Means and deviations (n - 1) over runs; against
-    the identity the runs are paired, as they saw the same images in the same order. Runs that are missing are left out.
+    Like all rests, the identity was trained twice as long as the untouched network. Means and deviations (n - 1) over runs;
+    against the identity runs are paired, since they saw the same images in the same order. Missing runs are left out.
     """
     accuracies = {(r["activation"], r["group"], r["layer"], r["run"]): r["accuracy"] for r in records}
     rows = []
@@ -218,29 +205,30 @@ def penalties_of(args: argparse.Namespace, records: list[dict[str, Any]]) -> lis
         if not runs:
             continue
         own = np.array([accuracies[activation, group, layer, run] for run in runs])
-        lost = accuracies[activation, None, 0, 0] - own
+        penalties = accuracies[activation, None, 0, 0] - own
         row = {"activation": activation, "layer": layer, "group": group, "n": len(runs), "accuracy": float(own.mean())}
-        row |= {"penalty": float(lost.mean()), "deviation": deviation_of(own)}
+        row |= {"penalty": float(penalties.mean()), "deviation": deviation(own)}
         control = np.array([accuracies.get((activation, "identity", layer, run), np.nan) for run in runs])
-        lost = (control - own)[~np.isnan(control)]
-        if len(lost):
-            row |= {"penalty_to_identity": float(lost.mean()), "deviation_to_identity": deviation_of(lost)}
+        penalties = (control - own)[~np.isnan(control)]
+        if len(penalties):
+            row |= {"penalty_to_identity": float(penalties.mean()), "deviation_to_identity": deviation(penalties)}
         rows.append(row)
     return rows
 
 
-def deviation_of(values: np.ndarray) -> float | None:
+def deviation(values: np.ndarray) -> float | None:
+    """Standard deviation (n - 1); None for a single value."""
     return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
-    """penalties.csv and penalties.png, from a test's result alone."""
+    """Write penalties.csv and penalties.png, from a test's result alone."""
     rows = result["penalties"]
     write_table(folder / "penalties.csv", rows)
     n = sorted({row["n"] for row in rows})
     title = f"rotation test on {result['dataset']}: mean and deviation of {n[0]}" + (f" to {n[-1]}" if len(n) > 1 else "")
     bars = [row | {"kind": f"{row['activation']}, {row['group']}", "inside_block": False} for row in rows]
-    paper_figures.plot_penalties(folder / "penalties.png", title, bars)
+    pictures.plot_penalties(folder / "penalties.png", title, bars)
 
 
 def draw_again(place: str) -> int:
@@ -260,11 +248,9 @@ def report_table(result: dict[str, Any]) -> str:
         "penalty in % of accuracy against the untouched network (and against the identity, trained as long): mean, deviation"
     ]
     for row in result["penalties"]:
-        deviation = "" if row["deviation"] is None else f" +- {row['deviation']:.2f}"
+        place = f"{row['activation']:>8} layer {row['layer']} {row['group']:>10}"
         to_identity = f"  ({row['penalty_to_identity']:.2f})" if "penalty_to_identity" in row else ""
-        lines.append(
-            f"  {row['activation']:>8} layer {row['layer']} {row['group']:>10} {row['penalty']:7.2f}{deviation}{to_identity}"
-        )
+        lines.append(f"  {place} {row['penalty']:7.2f}{spread(row['deviation'], 2)}{to_identity}")
     return "\n".join(lines)
 
 
@@ -274,24 +260,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.draw is not None:
         return draw_again(args.draw)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     tune_malloc()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with Run("cifar10_projections", name, args, another="--name NAME", may_change=MAY_CHANGE, files=FILES) as run:
-        splits = {option: getattr(args, option) for option in ("seed", "batch_size", "subset", "select")}
-        data = load_splits(images.BY_OPTION[args.dataset], args.data_dir, device, **splits)
-        if run.status == "unfinished":
-            check_files(jobs_of(args, run.path / "cells"))
-        run.open(data=data.fingerprint)
-        checkpoint.save({"name": run.name}, run.last)  # there is something to resume
-        jobs = jobs_of(args, run.part / "cells")
-        (run.part / "cells").mkdir(exist_ok=True)
-        run.log(f"{len(jobs)} trainings on {len(data.training)} images, device {device}, seed {args.seed}")
+    with Run("cifar10_projections", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:
+        data = splits_of(args, options.device_of(args))
+        jobs = open_run(run, lambda folder: make_jobs(args, folder / "cells"), data=data.fingerprint)
+        run.log(f"{len(jobs)} trainings on {len(data.training)} images, device {data.device}, seed {args.seed}")
         for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
             with job:
                 train(args, data, run, job)
-                run.log(f"[{i}/{len(jobs)}] {in_words(job, 100 / len(data.test.classes))}")
+                run.log(f"[{i}/{len(jobs)}] {describe(job, 100 / len(data.test.classes))}")
         result = report(args, jobs, data, run)
         if result["penalties"]:
             draw(result, run.part)

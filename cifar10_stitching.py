@@ -1,7 +1,7 @@
-"""Stitching (Godfrey et al., NeurIPS 2022, section 4): the front of one network, a learned joint, the back of another.
+"""Stitching (Godfrey et al., NeurIPS 2022, section 4): the front of one network, a learned layer, the back of another.
 
-How much accuracy is lost tells how much the two differ by more than the joint can undo. The published runs on a zoo of
-networks (train_zoo.py), with joints of permutations and scales, and with any linear map:
+The accuracy that is lost tells how much the two networks differ beyond what the stitching layer can undo. The published runs on
+a zoo of networks (train_zoo.py), with stitching layers of permutations and scales, and with any linear map:
 
     python cifar10_stitching.py --recipe Grelu --arch mCNN
     python cifar10_stitching.py --recipe standard --arch mCNN
@@ -19,7 +19,7 @@ import argparse
 import copy
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,41 +28,46 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint, paper_figures, plotting
-from common.datasets import images
-from common.datasets.classification import Splits, load_splits
+from common import checkpoint
+from common.datasets.classification import Splits
 from common.errors import InputError
 from common.models import zoo
-from common.run import options, zoo_pairs
-from common.run.classifier import BestEpoch, accuracy, evaluate
+from common.run import options
 from common.run.clock import Clock
 from common.run.command import Command, echo
-from common.run.jobs import Job, check_files, failures, pending
+from common.run.jobs import pending
 from common.run.memory import tune_malloc
 from common.run.options import at_least, real
-from common.run.penalties import by_layer, choose_runs, with_chunks_together
+from common.run.progress import bar
 from common.run.records import read_results, write_table
 from common.run.run import Run
 from common.run.schedule import halving
-from common.run.state import State, refuse_infinity, rng_state, set_rng_state
+from common.run.state import State, check_finite, rng_state, set_rng_state
 from common.seeds import generator_of, seed_of
-from common.symmetry.joints import Birkhoff, Full, Joint, Lasso, LowRank, Wreath
-from common.symmetry.stitching import Place, StitchedModel, reestimate_statistics, stitch
+from common.symmetry import pictures
+from common.symmetry.penalties import best_runs, by_layer, merge_chunks, penalty_table
+from common.symmetry.stitching import StitchedModel, StitchPoint, reestimate_statistics, stitch
+from common.symmetry.stitching_layers import Birkhoff, Full, Lasso, LowRank, StitchingLayer, Wreath
 from common.symmetry.train import make_optimizers, published_lr, training_step
+from common.zoo import pairs as zoo_pairs
+from common.zoo.pairs import MAY_CHANGE_ON_RESUME, Pair
+from common.zoo.sweeps import CheckedJob, make_result, open_run, read_arrays, read_records, selection_of
+from common.zoo.training import BestEpoch, accuracy, check_subset, evaluate, splits_of
 
 # what the original's batch files pass. All of them pass a rate of 0.001, too, which it ignores: see --stitch_lr
-RECIPES: dict[str, dict[str, Any]] = {
-    "Grelu": {"birkhoff": True, "alpha": 0.1, "stitch_repeats": 1, "stitch_epochs": 20, "noschedule": True, "bn_epoch": True},
-    "standard": {"stitch_repeats": 1, "stitch_epochs": 20, "nopermwarmup": True, "noschedule": True},
-    "lowrank": {"lowrank": True, "stitch_repeats": 1, "stitch_epochs": 20, "nopermwarmup": True, "noschedule": True},
-    "lasso": {"lasso": True, "stitch_repeats": 1, "stitch_epochs": 20, "nopermwarmup": True, "noschedule": True},
-    "crossval": {
-        "birkhoff": True, "alpha": "crossval", "stitch_repeats": 5, "stitch_epochs": 5, "noschedule": True, "bn_epoch": True,
-    },
-}  # fmt: skip
+STANDARD: dict[str, Any] = {"stitch_repeats": 1, "stitch_epochs": 20, "nopermwarmup": True, "noschedule": True}
+GRELU: dict[str, Any] = {"birkhoff": True, "noschedule": True, "bn_epoch": True}
+RECIPES = {
+    "Grelu": GRELU | {"alpha": 0.1, "stitch_repeats": 1, "stitch_epochs": 20},
+    "standard": STANDARD,
+    "lowrank": STANDARD | {"lowrank": True},
+    "lasso": STANDARD | {"lasso": True},
+    "crossval": GRELU | {"alpha": "crossval", "stitch_repeats": 5, "stitch_epochs": 5},
+}
 PUBLISHED_PAIRS = {"mCNN": 32}  # of others, 16
 KINDS = ("wreath", "birkhoff", "lowrank", "lasso")
 CROSSVAL_SHARE = 0.2  # of the training images, which validate
+FILES = ("cells/*", "matrices.png")  # beside those of every run
 
 
 def alpha(text: str) -> float | str:
@@ -75,15 +80,15 @@ def get_parser() -> argparse.ArgumentParser:
     parser = options.OneLineParser(prog="cifar10_stitching.py", description=__doc__)
     paper = parser.add_argument_group("options of the original")
     paper.add_argument("--arch", choices=zoo.ARCHITECTURES, metavar="ARCH", help=f"{', '.join(zoo.ARCHITECTURES)}")
-    paper.add_argument("--name", type=options.run_id, help="of the run [architecture and kind of joint]")
+    paper.add_argument("--name", type=options.run_id, help="of the run [architecture and kind of stitching layer]")
     paper.add_argument("--retrain_repeats", type=at_least(1), help="pairs of networks [32 for mCNN, 16 for others]")
     paper.add_argument("--stitch_repeats", type=at_least(1), default=1, help="runs of a layer, or alphas [%(default)s]")
     paper.add_argument("--stitch_epochs", type=at_least(1), default=20, help="of a run, both halves together [%(default)s]")
     paper.add_argument("--progress", action="store_true", help="show a bar")
-    paper.add_argument("--wreath", action="store_true", help="joint: softly sorted permutation times scales")
-    paper.add_argument("--birkhoff", action="store_true", help="joint: doubly stochastic matrix times scales")
-    paper.add_argument("--lowrank", action="store_true", help="joint: matrix of --rank [of neither kind: any matrix]")
-    paper.add_argument("--lasso", action="store_true", help="joint: matrix with a penalty of --multiplier times sum |w|")
+    paper.add_argument("--wreath", action="store_true", help="layer: softly sorted permutation times scales")
+    paper.add_argument("--birkhoff", action="store_true", help="layer: doubly stochastic matrix times scales")
+    paper.add_argument("--lowrank", action="store_true", help="layer: matrix of --rank [of neither kind: any matrix]")
+    paper.add_argument("--lasso", action="store_true", help="layer: matrix with a penalty of --multiplier times sum |w|")
     paper.add_argument("--rank", type=at_least(1), help="of --lowrank")
     paper.add_argument("--multiplier", type=real(0), default=0.1, help="of --lasso [%(default)s]")
     paper.add_argument("--alpha", type=alpha, default=1e-3, help="weight of Birkhoff's penalty; crossval: chosen [%(default)s]")
@@ -97,19 +102,17 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("--num_chunks", type=at_least(1), default=1, help="parts that the pairs are cut into [%(default)s]")
     paper.add_argument("--chunk", type=at_least(0), default=0, help="which of them, from 0 [%(default)s]")
     own = parser.add_argument_group("options of this suite")
-    own.add_argument("--recipe", choices=tuple(RECIPES), help="what the published batch files pass; other options override it")
-    zoo_pairs.add_options(own, "sweep", layers="joints [all, the last first]")
+    text = "options of a published batch file for stitching (not train_zoo.py's recipe); typed options override them"
+    own.add_argument("--recipe", choices=tuple(RECIPES), help=text)
+    zoo_pairs.add_options(own, "sweep", layers="stitch points [all, the last first]")
     own.add_argument("--batch-size", type=at_least(2), default=32, help="[%(default)s]")
     own.add_argument("--bn_batches", "--bn-batches", type=at_least(0), default=100, help="of --bn_epoch; 0: all [%(default)s]")
-    own.add_argument(
-        "--threshold", type=real(0), default=1e-3, help="of --lasso: below it weights are rounded to 0 [%(default)s]"
-    )
-    own.add_argument("--seed", type=at_least(0), default=0, help="of pairs, split, joints and order [%(default)s]")
-    own.add_argument(
-        "--subset", type=at_least(50), metavar="N", help="training images, as of a zoo of this seed and subset [all]"
-    )
+    own.add_argument("--threshold", type=real(0), default=1e-3, help="of --lasso: smaller weights round to 0 [%(default)s]")
+    own.add_argument("--seed", type=at_least(0), default=0, help="of pairs, split, stitching layers and order [%(default)s]")
+    own.add_argument("--subset", type=at_least(50), metavar="N", help="training images, as for a zoo of this seed [all]")
     own.add_argument("--select", choices=("validation", "test"), default="validation", help="chooses the epoch [%(default)s]")
-    own.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="[%(default)s]")
+    options.add_device_options(own)
+    options.add_tracker_options(own)
     return parser
 
 
@@ -127,7 +130,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     zoo_pairs.complete(parser, args)
     kinds = [f"--{kind}" for kind in KINDS if getattr(args, kind)]
     if len(kinds) > 1:
-        parser.error(f"{' and '.join(kinds)} are two kinds of joint: choose one")
+        parser.error(f"{' and '.join(kinds)} are two kinds of stitching layer: choose one")
     if args.lowrank != (args.rank is not None):
         parser.error("--lowrank and --rank R belong together")
     if args.chunk >= args.num_chunks:
@@ -140,16 +143,32 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     if args.stitch_epochs < 2 and has_warmup(args):
         parser.error("--stitch_epochs 1 cannot be halved: take at least 2, or --nopermwarmup")
     args.retrain_repeats = args.retrain_repeats or PUBLISHED_PAIRS.get(args.arch, 16)
+    pairs = args.pairs or range(args.retrain_repeats)
+    if not pairs[chunk_of(args, len(pairs))]:
+        parser.error(f"chunk {args.chunk} of {args.num_chunks} has none of the {len(pairs)} pairs: take fewer chunks")
+    check_subset(parser, args, validation_share(args))
+    if args.dry_run and args.arch not in zoo.CNNS:  # whose channels depend on the zoo's width
+        zoo_pairs.check(parser, refuse_rank, args, zoo_pairs.points_of(args))
     return args
 
 
+def chunk_of(args: argparse.Namespace, n_pairs: int) -> slice:
+    """The pairs of this job among all pairs: consecutive ones, chunks as equal as can be."""
+    return slice(n_pairs * args.chunk // args.num_chunks, n_pairs * (args.chunk + 1) // args.num_chunks)
+
+
+def validation_share(args: argparse.Namespace) -> float | None:
+    """The share of the training images that validates, if it is not the usual one."""
+    return CROSSVAL_SHARE if args.alpha == "crossval" else None
+
+
 def has_warmup(args: argparse.Namespace) -> bool:
-    """Whether a run has two halves: the first, of permutations, without scales."""
+    """True if a run has two halves, the first of them without scales."""
     return not args.nopermwarmup and args.alpha != "crossval"
 
 
 def kind_of(args: argparse.Namespace) -> str:
-    """The joint, as results and pictures name it."""
+    """The kind of stitching layer, as results and pictures name it."""
     if args.lowrank:
         return f"rank {args.rank}"
     if args.lasso:
@@ -160,55 +179,48 @@ def kind_of(args: argparse.Namespace) -> str:
 
 
 def name_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """The run's name: architecture and joint (or --name), recipe, and other options that are not at their defaults."""
+    """The run's name: architecture and kind (or --name), recipe, and other options that are not at their defaults."""
     kind = kind_of(args).replace(" ", "").replace("(", "-").replace(")", "")
     first = [args.name or f"{args.arch}-{kind}", *([f"recipe.{args.recipe}"] if args.recipe else [])]
     return zoo_pairs.name_of(parser, args, first, (*KINDS, "recipe", "rank", "multiplier"), "retrain_repeats")
 
 
-# ---- images, pairs and jobs ----------------------------------------------------------------------------------------------
+# ---- pairs and jobs ------------------------------------------------------------------------------------------------------
 
 
-def load_data(args: argparse.Namespace, device: torch.device) -> Splits:
-    """Images that train, choose and are reported. Raises DataError."""
-    share = CROSSVAL_SHARE if args.alpha == "crossval" else None
-    shared = {name: getattr(args, name) for name in ("seed", "batch_size", "subset", "select")}
-    return load_splits(images.BY_OPTION[args.dataset], args.data_dir, device, validation_share=share, **shared)
+class StitchJob(CheckedJob):
+    """The training of one stitching layer: for a pair of networks, a stitch point, and one of its runs."""
+
+    def __init__(self, folder: Path, pair: Pair, point: StitchPoint, run: int):
+        super().__init__(folder, f"{pair[0]}-{pair[1]}_layer_{point.index}_run_{run}", keeps=("pt",))
+        self.pair, self.point, self.run = pair, point, run
+        self.key = (*pair, point.index, run)  # of its random numbers
+        self.title = f"pair {pair[0]}-{pair[1]} layer {point.index}{'*' * point.inside_block} run {run}"
+        self.weights = folder / f"{self.name}.pt"
+        self.fields = {"pair": list(pair), "layer": point.index, "module": point.name, "run": run}
+        self.fields |= {"channels": point.channels, "inside_block": point.inside_block}
+        numbers = ("accuracy", "val_accuracy", "penalty", "joint_parameters")
+        self.pattern = {**self.fields, **dict.fromkeys(numbers, float), "parents": [float, float], "epochs": [dict, ...]}
 
 
-def pairs_of(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """Pairs of numbers of networks, those of this chunk. Raises InputError if the zoo has too few."""
-    pairs = zoo.pairs_of(args.zoo, args.pairs, args.retrain_repeats, args.seed)
-    chunk = pairs[len(pairs) * args.chunk // args.num_chunks : len(pairs) * (args.chunk + 1) // args.num_chunks]
-    if not chunk:
-        raise InputError(f"chunk {args.chunk} of {args.num_chunks} has none of the {len(pairs)} pairs: take fewer chunks")
-    return chunk
-
-
-class StitchJob(Job):
-    """The training of one joint: of a pair of networks, after a layer, in one of the layer's runs."""
-
-    def __init__(self, folder: Path, pair: tuple[int, int], place: Place, run: int):
-        super().__init__(folder, f"{pair[0]}-{pair[1]}_layer_{place.index}_run_{run}", keeps=("pt",))
-        self.pair, self.place, self.run = pair, place, run
-        self.key = (*pair, place.index, run)  # of its random numbers
-        self.joint = folder / f"{self.name}.pt"
-
-
-def jobs_of(args: argparse.Namespace, folder: Path, pairs: list[tuple[int, int]], places: list[Place]) -> list[StitchJob]:
-    """All jobs in the published order: pair by pair, the last layer first. Raises InputError if the rank is too large."""
-    for place in places:
-        if args.lowrank and args.rank > place.channels:
-            raise InputError(f"--rank {args.rank} is above the {place.channels} channels of layer {place.index}")
+def make_jobs(args: argparse.Namespace, folder: Path, pairs: list[Pair], points: list[StitchPoint]) -> list[StitchJob]:
+    """All jobs in the published order: pair by pair, the last layer first."""
     runs = range(args.sr_offset, args.sr_offset + args.stitch_repeats)
-    return [StitchJob(folder, pair, place, run) for pair in pairs for place in reversed(places) for run in runs]
+    return [StitchJob(folder, pair, point, run) for pair in pairs for point in reversed(points) for run in runs]
+
+
+def refuse_rank(args: argparse.Namespace, points: list[StitchPoint]) -> None:
+    """Raises InputError if --rank is above the channels of a stitch point."""
+    for point in points:
+        if args.lowrank and args.rank > point.channels:
+            raise InputError(f"--rank {args.rank} is above the {point.channels} channels of layer {point.index}")
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 
-def make_joint(args: argparse.Namespace, channels: int, run: int) -> Joint:
-    """The joint of the options, with random weights."""
+def make_layer(args: argparse.Namespace, channels: int, run: int) -> StitchingLayer:
+    """The stitching layer of the options, with random weights."""
     if args.lowrank:
         return LowRank(channels, args.rank)
     if args.lasso:
@@ -222,34 +234,41 @@ def make_joint(args: argparse.Namespace, channels: int, run: int) -> Joint:
 
 
 def train(args: argparse.Namespace, job: StitchJob, stitched: StitchedModel, data: Splits, run: Run) -> dict[str, Any]:
-    """Train a joint, or resume; leaves the best epoch's weights, with the statistics of its validation. Returns the metrics."""
-    joint, halves = stitched.joint, 2 if has_warmup(args) else 1
-    epochs, full_rate = args.stitch_epochs // halves, args.stitch_lr or published_lr(joint)
-    optimizers = make_optimizers(joint, full_rate, alternating=args.alternating)
-    best, clock = BestEpoch(), Clock()
+    """Train a stitching layer, or resume; leaves the best epoch's weights, with the statistics of its validation.
+
+    With a warm-up, the first half of the epochs is without scales. Returns the metrics.
+    """
+    layer = stitched.stitching_layer
+    halves = 2 if has_warmup(args) else 1
+    epochs = args.stitch_epochs // halves  # of a half
+    full_rate = args.stitch_lr or published_lr(layer)
+    optimizers = make_optimizers(layer, full_rate, alternating=args.alternating)
+    best, clock, chance = BestEpoch(), Clock(), 100 / len(data.test.classes)
     parts = {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)} | {"best": best, "clock": clock}
     state = State(job.last, run.options, run, data=data.fingerprint, model=stitched, **parts)
-    state.extra = {"epochs": [], "losses": torch.zeros(len(data.training) // args.batch_size)}
+    state.extra = {"epochs": [], "losses": torch.zeros(len(data.training) // args.batch_size)}  # of each batch of the epoch
     if job.last.exists():
         state.resume()
     state.extra["losses"] = state.extra["losses"].to(data.device)
     while state.epoch < halves * epochs:
         half, epoch = divmod(state.epoch, epochs)
-        if isinstance(joint, Birkhoff | Wreath):
-            joint.scalars = half == halves - 1
-        if half and epoch == state.batch == 0:  # begin the second half with the best weights of the first
-            stitched.load_state_dict(best.weights)
-            for optimizer in optimizers:
-                optimizer.state.clear()
-            if isinstance(joint, Birkhoff | Wreath):
-                best.accuracy = -math.inf  # with scales it is another joint
+        if layer.has_scales:
+            layer.scalars = half == halves - 1
+        if half == 1 and epoch == state.batch == 0:
+            begin_second_half(stitched, optimizers, best)
         rate = full_rate * (1.0 if args.noschedule else halving(epoch, epochs) / 16**half)
         train_epoch(args, job, data, state, optimizers, rate)
         loss = state.extra["losses"].mean().item()
-        refuse_infinity(loss, f"epoch {state.epoch + 1}", "--stitch_lr")
-        validated, value = validate(args, job, data, state)
-        best.offer(validated, value, half=half, epoch=epoch)
-        state.extra["epochs"].append({"half": half, "epoch": epoch, "train_loss": loss, "val_accuracy": value, "lr": rate})
+        check_finite(loss, f"epoch {state.epoch + 1}", "--stitch_lr")
+        validated, val_accuracy = validate(args, job, data, state)
+        better = best.offer(validated, val_accuracy, half=half, epoch=epoch)
+        row = {"train_loss": loss, "val_accuracy": val_accuracy, "lr": rate}
+        state.extra["epochs"].append({"half": half, "epoch": epoch, **row})
+        run.trackers.log(row, state.epoch + 1, group=job.name)
+        run.log(
+            f"{job.name}  epoch {state.epoch + 1:>3}  step {state.step:>6}  {clock.used() / 60:8.2f} min | training {loss:.4f} "
+            f"| {args.select} {val_accuracy:.2f} % (chance {chance:.3g}) | lr {rate:.3g}" + " | best so far" * better
+        )
         state.end_epoch()
     stitched.load_state_dict(best.weights)
     test = evaluate(stitched, data.test, data.preprocessing, check_signal=state.check_signal)
@@ -257,25 +276,38 @@ def train(args: argparse.Namespace, job: StitchJob, stitched: StitchedModel, dat
     return metrics | {"epochs": state.extra["epochs"], "seconds": clock.used()}
 
 
+def begin_second_half(stitched: StitchedModel, optimizers: list[torch.optim.Optimizer], best: BestEpoch) -> None:
+    """Continue from the best weights of the first half, with new optimisers. Accuracies without scales no longer count."""
+    stitched.load_state_dict(best.weights)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    if stitched.stitching_layer.has_scales:
+        best.accuracy = -math.inf
+
+
 def train_epoch(
     args: argparse.Namespace, job: StitchJob, data: Splits, state: State, optimizers: list[torch.optim.Optimizer], rate: float
 ) -> None:
-    """Train on the batches of an epoch that are left; notes their losses. Raises Interrupted, saved, if a signal comes."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = rate
+    """Train on the remaining batches of an epoch and note their losses. Raises Interrupted, saved, if a signal comes."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
     state.model.train()
     key, losses = (args.seed, *job.key, state.epoch), state.extra["losses"]
-    choices = torch.randint(len(optimizers), losses.shape, generator=generator_of(*key, 2)).tolist()  # with --alternating
-    step = {"hook_eps": 1e-3 if args.pgd_hook else None, "amp": torch.bfloat16 if args.precision == "bf16" else None}
-    for x, labels in data.batches(args.batch_size, generator_of(*key, 0), first=state.batch):
-        losses[state.batch] = training_step(state.model, x, labels, optimizers[choices[state.batch]], **step)
+    draws = torch.randint(len(optimizers), losses.shape, generator=generator_of(*key, 2)).tolist()  # with --alternating
+    hook_eps = 1e-3 if args.pgd_hook else None
+    batches = data.batches(args.batch_size, generator_of(*key, 0), first=state.batch)
+    for x, labels in bar(args, batches, f"epoch {state.epoch + 1}", total=len(losses), initial=state.batch):
+        optimizer = optimizers[draws[state.batch]]
+        loss = training_step(state.model, x, labels, optimizer, hook_eps=hook_eps, precision=args.precision)
+        losses[state.batch] = loss
         state.after_step()
 
 
 def validate(args: argparse.Namespace, job: StitchJob, data: Splits, state: State) -> tuple[nn.Module, float]:
     """A copy of the model, with re-estimated statistics for --bn_epoch, and its accuracy on the selection images (%).
 
-    Raises Interrupted if a signal comes; what is saved then is the state before the validation.
+    Raises Interrupted if a signal comes; the saved state is that before the validation.
     """
     model, rng = copy.deepcopy(state.model), rng_state()
 
@@ -286,7 +318,7 @@ def validate(args: argparse.Namespace, job: StitchJob, data: Splits, state: Stat
 
     def batches() -> Iterator[Tensor]:
         epoch = data.batches(args.batch_size, generator_of(args.seed, *job.key, state.epoch, 1))
-        for x, _ in islice(epoch, args.bn_batches or None):
+        for x, _ in bar(args, islice(epoch, args.bn_batches or None), "batch statistics"):
             check_signal()
             yield x
 
@@ -298,143 +330,77 @@ def validate(args: argparse.Namespace, job: StitchJob, data: Splits, state: Stat
 def run_job(
     args: argparse.Namespace, job: StitchJob, networks: dict[int, nn.Module], parents: dict[int, float], data: Splits, run: Run
 ) -> dict[str, Any]:
-    """Train a job's joint and write its state; the job's record."""
+    """Train a job's stitching layer and write its state; the job's record."""
     torch.manual_seed(seed_of(args.seed, *job.key))
-    joint = make_joint(args, job.place.channels, job.run)
-    stitched = stitch(*(networks[number] for number in job.pair), job.place.index, joint.to(data.device))
+    point = job.point
+    layer = make_layer(args, point.channels, job.run)
+    stitched = stitch(networks[job.pair[0]], networks[job.pair[1]], point.index, layer.to(data.device))
     metrics = train(args, job, stitched, data, run)
-    state = {name: value.cpu() for name, value in joint.state_dict().items()}
-    matrices = {"matrix": joint.matrix().detach().cpu(), "rounded": joint.rounded().cpu()}
-    checkpoint.save(state | matrices, job.joint)
+    state = {name: value.cpu() for name, value in layer.state_dict().items()}
+    matrices = {"matrix": layer.matrix().detach().cpu(), "rounded": layer.rounded().cpu()}
+    checkpoint.save(state | matrices, job.weights)
     accuracies = [parents[number] for number in job.pair]
-    return {
-        "pair": list(job.pair),
-        "layer": job.place.index,
-        "module": job.place.name,
-        "inside_block": job.place.inside_block,
-        "channels": job.place.channels,
-        "run": job.run,
-        "joint_parameters": sum(p.numel() for p in joint.parameters()),
-        "parents": accuracies,
-        "val_accuracy": metrics["best"]["val_accuracy"],
-        "penalty": sum(accuracies) / 2 - metrics["accuracy"],
-        **metrics,
-        **learned(joint),
-    }
-
-
-def learned(joint: Joint) -> dict[str, Any]:
-    """Permutation and scales, or sparsity, of a joint that has them."""
-    if isinstance(joint, Lasso):
-        return {"sparsity": joint.sparsity()}
-    if isinstance(joint, Birkhoff):
-        permutation, scales = joint.permutation(), joint.weight_scalars
-        return {"permutation": permutation.argmax(1).tolist(), "scales": scales.tolist(), "alpha": joint.alpha}
-    if isinstance(joint, Wreath):
-        return {"permutation": joint.permutation().argmax(1).tolist(), "scales": joint.weight_scalars.exp().tolist()}
-    return {}
+    record = {**job.fields, **metrics, **layer.learned(), "joint_parameters": sum(p.numel() for p in layer.parameters())}
+    record |= {"parents": accuracies, "penalty": sum(accuracies) / 2 - metrics["accuracy"]}
+    return record | {"val_accuracy": metrics["best"]["val_accuracy"]}
 
 
 # ---- the sweep -----------------------------------------------------------------------------------------------------------
 
 
 def measure_parents(networks: dict[int, nn.Module], data: Splits, run: Run) -> dict[int, float]:
-    """Move the networks to the device; their accuracies (% of test images). Raises Interrupted if a signal comes."""
+    """Move the networks to the device and measure them (% of test images). Raises Interrupted if a signal comes."""
     accuracies = {}
-    for number, network in networks.items():
-        run.check_signal("before the first joint")
+    for number, network in bar(run.args, networks.items(), "networks"):
+        run.check_signal("before the first stitching layer")
         network.to(data.device, memory_format=torch.channels_last)
         accuracies[number] = accuracy(network, data.test, data.preprocessing)
         run.log(f"network {number}: {accuracies[number]:.2f} % of {len(data.test)} test images")
     return accuracies
 
 
-def line_of(record: dict[str, Any], n_classes: int) -> str:
-    """The metrics of a joint for the log."""
-    (first, second), (accuracy1, accuracy2) = record["pair"], record["parents"]
-    return (
-        f"pair {first}-{second} layer {record['layer']}{'*' * record['inside_block']} run {record['run']}: "
-        f"{record['accuracy']:.2f} % of test images (parents {accuracy1:.2f}, {accuracy2:.2f}; "
-        f"chance {100 / n_classes:.3g}), penalty {record['penalty']:.2f}"
-    )
+def describe(job: StitchJob, record: dict[str, Any], n_classes: int) -> str:
+    """The metrics of a stitching layer for the log."""
+    references = f"parents {record['parents'][0]:.2f}, {record['parents'][1]:.2f}; chance {100 / n_classes:.3g}"
+    return f"{job.title}: {record['accuracy']:.2f} % of test images ({references}), penalty {record['penalty']:.2f}"
 
 
-def report(args: argparse.Namespace, jobs: list[StitchJob], data: Splits, run: Run) -> dict[str, Any]:
-    """The result of a sweep; also metrics.csv, a row per epoch, and a picture of each layer's first joint."""
-    done, failed = [job for job in jobs if job.done], failures(jobs)
-    records = [job.read() for job in done]
-    rows = [
-        {"pair": f"{job.pair[0]}-{job.pair[1]}", "layer": job.place.index, "run": job.run} | epoch
-        for job, record in zip(done, records, strict=True)
-        for epoch in record.pop("epochs")
-    ]
-    if done:
-        write_table(run.part / "metrics.csv", rows)
-        draw_matrices(done, run)
-    seconds = sum(record.pop("seconds", 0.0) for record in records)
-    by = "the test images" if args.select == "test" else f"{len(data.selection)} training images that were left out"
-    return {
-        "script": "cifar10_stitching",
-        "name": run.name,
-        "arch": args.arch,
-        "dataset": args.dataset,
-        "kind": kind_of(args),
-        "seed": args.seed,
-        "zoo": args.zoo,
-        "select": args.select,
-        "protocol": f"best epoch, and best of a layer's runs, by {by}; accuracies are of the test images",
-        "device": str(data.device),
-        "training_images": len(data.training),
-        "seconds": seconds,
-        "layers": by_layer(choose_runs(args.select, records)),
-        "cells": records,
-        **({"failed": failed} if failed else {}),
-    }
+def report(args: argparse.Namespace, jobs: Sequence[StitchJob], data: Splits, run: Run) -> dict[str, Any]:
+    """The result of a sweep; also writes metrics.csv, a row an epoch, and a picture of the first pair's matrices."""
+    records, seconds = read_records(jobs, run.part / "metrics.csv", "pair", "layer", "run")
+    if records:
+        draw_matrices([job for job in jobs if job.done], run)
+    selection = selection_of(args.select, len(data.selection))
+    return make_result(
+        run, ("arch", "dataset", "seed", "zoo", "select"), jobs,
+        kind=kind_of(args), device=str(data.device), training_images=len(data.training), seconds=seconds,
+        protocol=f"best epoch, and best of a layer's runs, by {selection}; accuracies are of the test images",
+        layers=by_layer(best_runs(args.select, records)), cells=records,
+    )  # fmt: skip
 
 
-def report_table(result: dict[str, Any]) -> str:
-    """The penalties as text."""
-    lines = [f"{result['kind']}: penalty in % of accuracy, mean and deviation over pairs (* inside a residual block)"]
-    for metrics in result["layers"]:
-        layer, deviation = f"{metrics['layer']:>3}{'*' if metrics['inside_block'] else ' '}", metrics["deviation"]
-        spread = "" if deviation is None else f" +- {deviation:.2f}"
-        lines.append(f"  layer {layer} {metrics['penalty']:7.2f}{spread}  (n = {metrics['n']})")
-    return "\n".join(lines)
-
-
-def draw_matrices(jobs: list[StitchJob], run: Run) -> None:
-    """matrices.png: the joints of the first pair, as trained and as rounded for evaluation."""
-    first = [job for job in reversed(jobs) if (job.pair, job.run) == (jobs[0].pair, jobs[0].run)]
-    states = [checkpoint.read(job.joint) for job in first]
-    shown = [(f"layer {j.place.index}", s["matrix"].numpy(), s["rounded"].numpy()) for j, s in zip(first, states, strict=True)]
-    plotting.plot_matrices(run.part / "matrices.png", run.name, shown)
-
-
-# ---- figures of several runs ---------------------------------------------------------------------------------------------
+def draw_matrices(jobs: Sequence[StitchJob], run: Run) -> None:
+    """matrices.png: the matrices of the first pair, as trained and as rounded for evaluation."""
+    first_pair = [job for job in reversed(jobs) if (job.pair, job.run) == (jobs[0].pair, jobs[0].run)]
+    matrices = [(f"layer {job.point.index}", *read_arrays(job.weights, "matrix", "rounded")) for job in first_pair]
+    pictures.plot_matrices(run.part / "matrices.png", run.name, matrices)
 
 
 def compare(args: argparse.Namespace) -> int:
     """--compare: penalties.csv and .png of several finished runs, accuracy by rank, accuracy by sparsity."""
-    results = with_chunks_together(read_results(args.compare, "cifar10_stitching"))
+    results = merge_chunks(read_results(args.compare, "cifar10_stitching"))
     order = ["full", "permutation", "permutation (cross-validated)", "softsort"]
     results.sort(key=lambda result: (order.index(result["kind"]) if result["kind"] in order else 9, result["kind"]))
     rows = [{"kind": result["kind"], **layer} for result in results for layer in result["layers"]]
     if not rows:
-        raise InputError("all joints of these runs failed")
-    folder = Path(args.results_dir) / "cifar10_stitching" / f"figures-{results[0]['arch']}-{results[0]['dataset']}"
-    folder.mkdir(parents=True, exist_ok=True)
+        raise InputError("all stitching layers of these runs failed")
+    folder, title = zoo_pairs.make_figures_folder(args, results[0])
     write_table(folder / "penalties.csv", rows)
-    title = f"{results[0]['arch']} on {results[0]['dataset']}"
-    paper_figures.plot_penalties(folder / "penalties.png", f"{title}: mean and deviation over pairs", rows)
-    for kind, axis in (("rank", "rank"), ("lasso", "sparsity")):
-        points = [row for row in rows if row["kind"].split()[0] == kind]
-        if kind == "rank":
-            points = [row | {"rank": int(row["kind"].split()[1])} for row in points]
-        if points:
-            baselines = [row for row in rows if row["kind"] in ("full", "permutation")]
-            paper_figures.plot_accuracies(folder / f"{axis}.png", title, axis, points, baselines)
+    pictures.plot_penalties(folder / "penalties.png", f"{title}: mean and deviation over pairs", rows)
+    pictures.plot_ranks(folder / "rank.png", title, rows)
+    pictures.plot_sparsities(folder / "sparsity.png", title, rows)
     for result in results:
-        echo(report_table(result))
+        echo(penalty_table(result))
     echo(f"figures: {', '.join(str(path) for path in sorted(folder.iterdir()))}")
     return 0
 
@@ -450,30 +416,26 @@ def main(argv: list[str] | None = None) -> int:
             return compare(args)
     name = name_of(parser, args)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     tune_malloc()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    own = {"another": "--name NAME", "may_change": zoo_pairs.MAY_CHANGE, "files": ("cells/*", "matrices.png")}
-    with Run("cifar10_stitching", name, args, **own) as run:
-        pairs = pairs_of(args)
-        networks, places = zoo_pairs.load(args, pairs)
-        jobs = jobs_of(args, run.part / "cells", pairs, places)
-        data = load_data(args, device)
-        if run.status == "unfinished":
-            check_files(jobs_of(args, run.path / "cells", pairs, places))
-        run.open(drawn_pairs=pairs, networks=zoo.fingerprint(networks), data=data.fingerprint)
-        (run.part / "cells").mkdir(exist_ok=True)
-        checkpoint.save({"name": run.name}, run.last)  # there is something to resume
-        run.log(f"{len(pairs)} pairs, {len(places)} layers, {len(jobs)} joints to train: {kind_of(args)}, seed {args.seed}")
+    with Run("cifar10_stitching", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:
+        pairs = zoo_pairs.pairs_of(args, args.retrain_repeats)
+        pairs = pairs[chunk_of(args, len(pairs))]
+        networks, points = zoo_pairs.load(args, pairs)
+        refuse_rank(args, points)
+        data = splits_of(args, options.device_of(args), validation_share(args))
+        made_from = {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": data.fingerprint}
+        jobs = open_run(run, lambda folder: make_jobs(args, folder / "cells", pairs, points), **made_from)
+        run.log(f"{len(pairs)} pairs, {len(points)} layers, {len(jobs)} stitchings to train: {kind_of(args)}, seed {args.seed}")
         parents = measure_parents(networks, data, run)
         for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
             with job:
                 record = run_job(args, job, networks, parents, data, run)
                 job.finish(record)
-                run.log(f"[{i}/{len(jobs)}] {line_of(record, len(data.test.classes))}")
+                run.log(f"[{i}/{len(jobs)}] {describe(job, record, len(data.test.classes))}")
         result = report(args, jobs, data, run)
-        run.log(report_table(result))
+        run.log(penalty_table(result))
         status = run.finish(result)
     echo(zoo_pairs.where_to_look(run, result))
     return status

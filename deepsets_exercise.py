@@ -150,7 +150,7 @@ def train(model: nn.Module, steps: int = 4000, batch_size: int = 128, lr: float 
 def evaluate(model: nn.Module) -> tuple[float, float]:
     """Loss and accuracy over every instance that there is, both classes counting the same."""
     X, y = all_instances()
-    return tuple(figure.item() for figure in balanced(model(X), y))
+    return tuple(metric.item() for metric in balanced(model(X), y))
 
 
 def balanced(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,14 +204,14 @@ def train_together(models: list[nn.Module], steps: int, batch_size: int, lr: flo
 
 
 def sweep(args: argparse.Namespace) -> dict[str, Any]:
-    """DeepSets of several seeds, and MLPs of growing width: figures of each, as {"DeepSet": row, "MLP": [rows]}."""
-    how = args.steps, args.batch_size, args.lr
-    losses, accuracies = train_together([DeepSet(args.hidden) for _ in range(args.seeds)], *how)
+    """DeepSets of several seeds, and MLPs of growing width: metrics of each, as {"DeepSet": row, "MLP": [rows]}."""
+    settings = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
+    losses, accuracies = train_together([DeepSet(args.hidden) for _ in range(args.seeds)], **settings)
     deep_set = {
         "parameters": count_params(DeepSet(args.hidden)), "losses": losses.tolist(), "accuracies": accuracies.tolist(),
     }  # fmt: skip
     mlps = [make_mlp(width) for width in SWEEP_WIDTHS for _ in range(args.seeds)]
-    losses, accuracies = train_together([widened(mlp, SWEEP_WIDTHS[-1]) for mlp in mlps], *how)
+    losses, accuracies = train_together([widened(mlp, SWEEP_WIDTHS[-1]) for mlp in mlps], **settings)
     rows = []
     for i, width in enumerate(SWEEP_WIDTHS):
         own = slice(i * args.seeds, (i + 1) * args.seeds)
@@ -228,7 +228,7 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
 
 def first_match(swept: dict[str, Any]) -> dict[str, Any] | None:
     """The smallest MLP whose median loss and median accuracy are as good as the DeepSet's; None if none is."""
-    loss, accuracy = (np.median(swept["DeepSet"][figures]) for figures in ("losses", "accuracies"))
+    loss, accuracy = (np.median(swept["DeepSet"][metric]) for metric in ("losses", "accuracies"))
     for row in swept["MLP"]:
         if np.median(row["losses"]) <= loss and np.median(row["accuracies"]) >= accuracy:
             return row
@@ -305,7 +305,7 @@ def compare_permutations(models: dict[str, nn.Module]) -> tuple[str, dict[str, f
 
 @torch.no_grad()
 def pooled_by_class(model: DeepSet) -> list[float]:
-    """What the set network of a DeepSet is given for an instance of each class."""
+    """Mean pooled value of each class: the input of the set network."""
     X, y = all_instances()
     pooled = model.element_network(X).sum(1)
     return [pooled[y == label].mean().item() for label in (0, 1)]
@@ -337,7 +337,7 @@ def exercise(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     """Every step of the sheet in its order; what goes into result.json."""
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
-    how = args.steps, args.batch_size, args.lr
+    settings = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
 
     run.log("1. Data: 10 objects; class 0 has three of 1/3, class 1 five of 1/5")
     X, y = make_data(args.batch_size)
@@ -349,8 +349,8 @@ def exercise(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     run.log(f"{deep_set}\n{mlp}")
 
     run.log(f"3. Training both for {args.steps} steps of {args.batch_size} fresh instances")
-    deep_set, deep_set_history = train(deep_set, *how)
-    mlp, mlp_history = train(mlp, *how)
+    deep_set, deep_set_history = train(deep_set, **settings)
+    mlp, mlp_history = train(mlp, **settings)
     result: dict[str, Any] = {}
     for name, model in (("DeepSet", deep_set), ("MLP", mlp)):
         loss, accuracy = evaluate(model)
@@ -383,7 +383,7 @@ def exercise(args: argparse.Namespace, run: Run) -> dict[str, Any]:
         result["sweep"] = swept | {"match": match}
 
     run.log("6. The DeepSet without the non-linearity in its element network")
-    linear, linear_history = train(DeepSet(args.hidden, linear_elements=True), *how)
+    linear, linear_history = train(DeepSet(args.hidden, linear_elements=True), **settings)
     assert isinstance(linear, DeepSet)
     loss, accuracy = evaluate(linear)
     class_0, class_1 = pooled_by_class(linear)

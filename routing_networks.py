@@ -26,14 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common.routing as routing
-from common import paper_figures, plotting
+from common import plotting
 from common.datasets import images, multitask
 from common.datasets.multitask import MultitaskSet
+from common.errors import InputError
 from common.models import routed
 from common.models.routed import RoutedNet, SoftMixture
 from common.precision import autocast
 from common.routing import Decision, Loss, Trajectories, pictures
 from common.routing.comparison import comparison_table, interval
+from common.routing.loss import NonFiniteLossError
 from common.routing.measures import modules_used, policy_entropy, task_overlap
 from common.run import options
 from common.run.clock import Clock
@@ -44,7 +46,7 @@ from common.run.options import at_least, real
 from common.run.progress import bar
 from common.run.records import read_results, write_text
 from common.run.run import Run, environment
-from common.run.state import State, refuse_infinity
+from common.run.state import State, check_finite
 from common.seeds import generator_of, seed_everything, seed_of
 
 DECISIONS = (
@@ -73,7 +75,8 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("--modules", type=at_least(1, 10**4), metavar="N", help="in each layer [as many as tasks]")
     paper.add_argument("--agents", type=at_least(1, 10**4), metavar="N", help="of dispatched [as many as tasks]")
     paper.add_argument("--depth", type=at_least(1, 100), default=3, metavar="N", help="fully connected layers [%(default)s]")
-    paper.add_argument("--exploration", type=real(0, 1), default=0.1, metavar="E", help="of routers, 0 to 1 [%(default)s]")
+    exploring = "of epsilon-greedy decisions; temperature of GumbelSoftmax; others ignore it [%(default)s]"
+    paper.add_argument("--exploration", type=real(0, 1), default=0.1, metavar="E", help=exploring)
     popular = "share of reward for popular modules [%(default)s]"
     paper.add_argument("--collaboration", type=real(0, 1), default=0.3, metavar="R", help=popular)
     paper.add_argument("--lr", type=real(0, 10, above=True), default=0.003, help="of trunk and modules [%(default)s]")
@@ -273,12 +276,11 @@ def train(args: argparse.Namespace, data: Data, training: Training) -> None:
         try:
             train_epoch(args, data, training)
             tested = evaluate(args, data, training)
-        except ValueError as error:  # of rewards
-            if "no finite value" in str(error):
-                refuse_infinity(math.nan, f"epoch {epoch}")
+        except NonFiniteLossError:
+            check_finite(math.nan, f"epoch {epoch}")
             raise
         means = training.meter.means()
-        refuse_infinity(means["loss"] + means["routing_loss"], f"epoch {epoch}")
+        check_finite(means["loss"] + means["routing_loss"], f"epoch {epoch}")
         training.extra["maps"] = [*training.extra.get("maps", []), tested.pop("maps")]
         training.extra["tested"] = tested
         row: dict[str, float | int] = {"epoch": epoch, "step": training.step, "seconds": training.clock.used()}
@@ -357,6 +359,9 @@ def compare(args: argparse.Namespace) -> int:
     """--compare: write table.md and comparison.png, with a row for runs that differ only by their seed."""
     with Command("routing_networks"):
         results = read_results(args.compare, "routing_networks")
+        data = {result["options"]["data"] for result in results}
+        if len(data) > 1:
+            raise InputError(f"these runs are of several data sets ({', '.join(sorted(data))}): compare those of one")
         groups = {label: [r for r in results if label_of(r) == label] for label in sorted(map(label_of, results))}
         rows = []
         for label, runs in groups.items():
@@ -367,7 +372,7 @@ def compare(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         text = comparison_table(groups)
         write_text(folder / "table.md", text + "\n")
-        paper_figures.plot_intervals(folder / "comparison.png", "test accuracy, mean and 95 % interval over seeds", rows)
+        plotting.plot_intervals(folder / "comparison.png", "test accuracy, mean and 95 % interval over seeds", rows)
     echo(f"{text}\n{folder / 'table.md'}, {folder / 'comparison.png'}")
     return 0
 
@@ -399,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.compare:
         return compare(args)
     if args.dry_run:
-        print(name)
+        echo(name)
         return 0
     with Run("routing_networks", name, args, another="--seed N", may_change=NOT_IN_NAME, files=("routing.png",)) as run:
         data = Data(args, options.device_of(args))

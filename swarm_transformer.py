@@ -244,7 +244,7 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
     for indices in batches[training.batch :]:
         if training.time_is_up():
             break
-        loss = micro.as_fits(partial(accumulate_gradients, training.model, data.training[indices], args.precision))
+        loss = micro.run_in_parts(partial(accumulate_gradients, training.model, data.training[indices], args.precision))
         norm = gradient_norm(training.model)
         if not math.isfinite(loss) or not math.isfinite(norm):
             return False
@@ -257,7 +257,7 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
             refresh=False,
         )
         progress.update()
-        training.step_done(len(indices), loss, gradient_norm=norm)
+        training.record_step(len(indices), loss, gradient_norm=norm)
     return True
 
 
@@ -266,7 +266,7 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
     val_loss = math.nan
     if finite:
         validate = partial(evaluate, training.model, data.validation, args.precision, check_signal=training.check_signal)
-        val_loss = micro.as_fits(validate).mean().item()
+        val_loss = micro.run_in_parts(validate).mean().item()
     row = {
         "epoch": training.epoch + 1,
         "step": training.step,
@@ -333,7 +333,7 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, mic
     """The metrics of the best model: on the validation images, which chose it, and, once, on the test images."""
     training.best.load()
     validation, test = (
-        micro.as_fits(partial(evaluate, training.model, split, args.precision)) for split in (data.validation, data.test)
+        micro.run_in_parts(partial(evaluate, training.model, split, args.precision)) for split in (data.validation, data.test)
     )
     labels = data.test.labels.cpu()
     by_class = {
@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
         introduce(args, data, training)
         micro, drawn_at = MicroBatches(args.bs, run.log), -math.inf
         with bar(args, bar_format="{desc}") as progress:
-            while training.goes_on(args.max_epochs or math.inf):
+            while training.has_next_epoch(args.max_epochs or math.inf):
                 finite = train_epoch(args, data, training, micro, progress)
                 validate_epoch(args, data, training, micro, finite)
                 if training.clock.used() - drawn_at >= 60 * args.update_interval:

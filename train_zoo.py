@@ -6,11 +6,15 @@ Stitching and alignment (cifar10_*.py) compare its members. The published line, 
 
 leaves 0.pt to 24.pt in results/zoo/cifar10-mCNN/, each a plain state dict under the original's keys, beside a record (.json)
 and a row an epoch (.csv). The same line again trains what is missing. README.md says what each logged quantity means.
+
+Exit status 0: all models that were asked for are there, or left to other processes that are at them, as the last line says.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,27 +22,27 @@ from typing import Any
 import torch
 
 from common import checkpoint
-from common.datasets import images
-from common.datasets.classification import Splits, load_splits
+from common.datasets.classification import Splits
 from common.models import cnn, zoo
 from common.run import options
-from common.run.classifier import RECIPES, BestEpoch, evaluate, make_optimizer, train_epoch
 from common.run.clock import Clock
 from common.run.command import Command, echo
-from common.run.jobs import Job, failures, pending
+from common.run.jobs import failures, pending
 from common.run.lock import is_locked
 from common.run.memory import tune_malloc
 from common.run.metrics import Meter, Metrics
-from common.run.options import at_least, real, refuse_differences
+from common.run.options import at_least, check_same_options
 from common.run.records import RecordError
 from common.run.run import RunError, environment
 from common.run.state import State
+from common.run.trackers import Trackers
 from common.seeds import seed_everything, seed_of
+from common.zoo import training
+from common.zoo.sweeps import CheckedJob, fits
+from common.zoo.training import RECIPES, BestEpoch, describe_epoch, evaluate, make_optimizer, n_classes, splits_of, train_epoch
 
-NOT_IN_NAME = (  # options that do not make another model
-    "num_models", "progress", "num_chunks", "chunk", "data_dir", "device", "compile", "out", "resume", "retry_failed",
-    "overwrite", "dry_run",
-)  # fmt: skip
+# options that do not make another model
+NOT_IN_NAME = (*options.RUN_OPTIONS, "num_models", "num_chunks", "chunk", "data_dir", "compile", "out")
 PROTOCOLS = {
     "validation": "the epoch with the highest accuracy on the validation images, measured once on the test images",
     "test": "as published: the epoch with the highest accuracy on the test images, and that accuracy",
@@ -56,23 +60,15 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("--num_chunks", type=at_least(1, 10**6), metavar="INT", help="jobs that share the zoo [1]")
     paper.add_argument("--chunk", type=at_least(0), metavar="INT", help="which of them this one is, from 0 [0]")
     own = parser.add_argument_group("options of this suite")
-    own.add_argument("--dataset", choices=tuple(images.BY_OPTION), default="cifar10", help="[%(default)s]")
-    own.add_argument("--data-dir", metavar="PATH", default="data", help="where the data set lies, or is saved [%(default)s]")
-    own.add_argument("--recipe", choices=tuple(RECIPES), default="published", help="[%(default)s]")
-    for name, kind, what in (
-        ("--epochs", at_least(1, 10**6), "passes over the training images"),
-        ("--batch-size", at_least(2, 10**6), "images a step"),
-        ("--lr", real(0, 10, above=True), "highest learning rate"),
-    ):
-        of_recipes = ", ".join(str(recipe[name[2:].replace("-", "_")]) for recipe in RECIPES.values())
-        own.add_argument(name, type=kind, metavar="N", help=f"{what} [by recipe: {of_recipes}]")
+    training.add_data_options(own)
+    training.add_recipe_options(own)
     own.add_argument("--select", choices=("validation", "test"), default="validation", help="which images choose the epoch")
     own.add_argument("--seed", type=at_least(0), default=0, help="of the zoo; each model has its own from it [%(default)s]")
     own.add_argument("--width", type=at_least(1, 4096), metavar="N", help="channels of the first convolution [64, cw: 512]")
     own.add_argument("--subset", type=at_least(20), metavar="N", help="use N training images, chosen by the seed [all]")
-    own.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of products and convolutions [%(default)s]")
+    options.add_device_options(own)
     own.add_argument("--compile", action="store_true", help="torch.compile the network")
-    own.add_argument("--device", choices=("cpu", "cuda"), help="[cuda when available]")
+    options.add_tracker_options(own)
     own.add_argument("--out", metavar="PATH", help="directory of the zoo [results/zoo/NAME]")
     own.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help="continue models that were interrupted")
     own.add_argument("--retry-failed", action="store_true", help="repeat jobs that failed")
@@ -102,6 +98,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    training.check_subset(parser, args)
     return args
 
 
@@ -114,14 +111,16 @@ def models_of_chunk(args: argparse.Namespace) -> range:
 # ---- one model -----------------------------------------------------------------------------------------------------------
 
 
-class Model(Job):
+class ZooJob(CheckedJob):
     """A model of the zoo. It is also done if only its weights are there, trained elsewhere; not if it is to be replaced."""
 
     def __init__(self, args: argparse.Namespace, index: int):
         super().__init__(Path(args.out), str(index))
         self.weights, self.metrics = (self.folder / f"{index}.{kind}" for kind in ("pt", "csv"))
+        self.trackers = Trackers(args, self.folder / f"{index}.trackers", f"{self.folder.name}-{index}")
         self.options = {name: value for name, value in vars(args).items() if name not in NOT_IN_NAME}
         self.index, self.seed, self.replaced = index, seed_of(args.seed, index), args.overwrite
+        self.pattern = {"options": dict, "data": str, "epochs": int}
 
     @property
     def done(self) -> bool:
@@ -131,13 +130,20 @@ class Model(Job):
         """Raises InputError if files that are there are damaged, or do not fit the options."""
         if self.replaced:
             return
-        known = any(path.exists() for path in (self.weights, self.last, self.failed))
-        if not known and (self.record.exists() or self.metrics.exists()):
-            raise RunError(f"{self.record} or {self.metrics} is there without its model; {HINTS}")
+        if not any(path.exists() for path in (self.weights, self.last, self.failed)):
+            for path in (self.record, self.metrics, self.trackers.folder):
+                if path.exists():
+                    raise RunError(f"{path} is there without its model; {HINTS}")
         if self.weights.exists() and self.record.exists():
-            self._compare(self.read(), self.weights)
+            record = self.read()
+            self._compare(record, self.weights)
+            self._check_metrics(record["epochs"])
         elif self.last.exists() and not is_locked(self.lock):
-            self._compare(checkpoint.read(self.last), self.last)
+            state = checkpoint.read(self.last)
+            self._compare(state, self.last)
+            progress = state.get("progress")  # State.resume refuses what is no tuple of three numbers
+            whole = isinstance(progress, tuple) and fits(list(progress), [int, int, int])
+            self._check_metrics(progress[0] if whole else 0)
             if not (args.resume or args.retry_failed):
                 raise RunError(f"{self.last} is there, of a model in training: --resume continues it, {HINTS}")
         elif self.weights.exists() and not self.last.exists():
@@ -151,24 +157,31 @@ class Model(Job):
         noted = content.get("options") if isinstance(content, dict) else None
         if not isinstance(noted, dict):
             raise RecordError(f"{path} is of another version, or damaged: no options are noted; {HINTS}")
-        refuse_differences(noted, self.options, f"{path} was made", HINTS)
+        check_same_options(noted, self.options, f"{path} was made", HINTS)
+
+    def _check_metrics(self, epochs: int) -> None:
+        """Raises RecordError if the table, where it is, lacks an epoch that is done. (A resume cuts off what follows.)"""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.is_file() else []
+        rows = [line.split(",") for line in lines[: epochs + 1]]
+        whole = [row[0] for row in rows] == ["epoch", *map(str, range(1, epochs + 1))]
+        if not self.metrics.is_file() or (epochs and not (whole and len(set(map(len, rows))) == 1)):
+            raise RecordError(f"{self.metrics} is damaged; {HINTS}")
 
     def remove(self) -> None:
         """Remove the files. The record comes after the weights, which without it would look like trained elsewhere."""
         for path in (self.weights, self.last, self.record, self.metrics):
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.trackers.folder, ignore_errors=True)
         self.replaced = False
-
-
-def n_classes(args: argparse.Namespace) -> int:
-    return images.N_CLASSES[images.BY_OPTION[args.dataset]]
 
 
 def make_model(args: argparse.Namespace) -> torch.nn.Module:
     return zoo.make(args.arch, n_classes(args), args.width)
 
 
-def train(args: argparse.Namespace, data: Splits, command: Command, job: Model) -> None:
+def train(args: argparse.Namespace, data: Splits, command: Command, job: ZooJob) -> None:
     """Train a model to its last epoch and write its files. Raises Interrupted, Failed, CheckpointError."""
     seed_everything(job.seed)
     model = make_model(args).to(data.device, memory_format=torch.channels_last)
@@ -176,7 +189,7 @@ def train(args: argparse.Namespace, data: Splits, command: Command, job: Model) 
         model.compile()
     optimizer = make_optimizer(model, args.recipe, args.lr)
     columns = ("epoch", "step", "seconds", "lr", "train_loss", "train_accuracy")
-    metrics = Metrics(job.metrics, (*columns, f"{args.select}_loss", f"{args.select}_accuracy"))
+    metrics = Metrics(job.metrics, (*columns, f"{args.select}_loss", f"{args.select}_accuracy"), job.trackers)
     best, meter, clock = BestEpoch(), Meter(), Clock()
     parts = {"optimizer": optimizer, "best": best, "meter": meter, "metrics": metrics, "clock": clock}
     state = State(job.last, job.options, command, data=data.fingerprint, model=model, **parts)
@@ -185,57 +198,43 @@ def train(args: argparse.Namespace, data: Splits, command: Command, job: Model) 
     command.begun = True
     if state.step == 0:
         state.save()
+    job.trackers.open()
+    title, chance = f"model {job.index:>3}", 1 / n_classes(args)
     while state.epoch < args.epochs:
-        bar = f"model {job.index} epoch {state.epoch + 1}" if args.progress else None
-        means, selected = train_epoch(args, data, state, optimizer, meter, (job.seed,), bar)
+        means, selected = train_epoch(args, data, state, optimizer, meter, (job.seed,), title)
         row = {"epoch": state.epoch + 1, "step": state.step, "seconds": clock.used(), "lr": optimizer.param_groups[0]["lr"]}
         better = best.offer(model, selected["accuracy"], epoch=row["epoch"], loss=selected["loss"], train=means)
         row |= {f"train_{name}": value for name, value in means.items()}
         metrics.append(row | {f"{args.select}_{name}": value for name, value in selected.items()})
-        command.log(
-            f"model {job.index:>3}  epoch {row['epoch']:>3}  step {state.step:>6}  {clock.used() / 60:8.2f} min | training "
-            f"{means['loss']:.4f}, accuracy {means['accuracy']:.4f} | {args.select} {selected['loss']:.4f}, accuracy "
-            f"{selected['accuracy']:.4f} (chance {1 / n_classes(args):g}) | lr {row['lr']:.3g}"
-            + (" | best so far" if better else "")
-        )
+        command.log(describe_epoch(title, state, row["seconds"], row["lr"], args.select, means, selected, chance, better))
         meter.reset()
         state.end_epoch()
     model.load_state_dict(best.weights)
     test = {"loss": best.metrics["loss"], "accuracy": best.accuracy}
     if args.select != "test":
         test = evaluate(model, data.test, data.preprocessing, args.precision, state.check_signal)
-    checkpoint.save({name: value.cpu().contiguous() for name, value in best.weights.items()}, job.weights)
+    checkpoint.save(best.plain_weights(), job.weights)
     record = make_record(args, data, job, state, best, test, clock.used())
     job.finish(record)
     command.log(
-        f"model {job.index:>3}  finished after {record['seconds'] / 60:.2f} min: test accuracy {test['accuracy']:.4f} "
-        f"(epoch {record['best_epoch']}, chance {record['chance_accuracy']:g}): {job.weights}"
+        f"{title}  finished after {record['seconds'] / 60:.2f} min: test accuracy {test['accuracy']:.4f} "
+        f"(epoch {record['best_epoch']}, chance {chance:g}): {job.weights}"
     )
 
 
 def make_record(
-    args: argparse.Namespace, data: Splits, job: Model, state: State, best: BestEpoch, test: dict[str, float], seconds: float
+    args: argparse.Namespace, data: Splits, job: ZooJob, state: State, best: BestEpoch, test: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """The record of a model that is done."""
-    return {
-        "script": "train_zoo",
-        "model": job.index,
-        "seed": job.seed,
-        "options": job.options,
-        "parameters": sum(p.numel() for p in state.model.parameters()),
-        "protocol": PROTOCOLS[args.select],
-        "epochs": state.epoch,
-        "best_epoch": best.metrics["epoch"],
-        "steps": state.step,
-        "seconds": seconds,
-        "images": {split: len(getattr(data, split)) for split in ("training", "selection", "test")},
-        "training": best.metrics["train"],  # while it was trained on: augmented, and with the weights of each step
-        "validation": {"loss": best.metrics["loss"], "accuracy": best.accuracy} if args.select == "validation" else None,
-        "test": test,
-        "chance_accuracy": 1 / n_classes(args),
-        "data": data.fingerprint,
-        **environment(),
-    }
+    number_of = {split: len(getattr(data, split)) for split in ("training", "selection", "test")}
+    selected = {"loss": best.metrics["loss"], "accuracy": best.accuracy}
+    record = {"script": "train_zoo", "model": job.index, "seed": job.seed, "options": job.options}
+    record |= {"parameters": sum(p.numel() for p in state.model.parameters()), "protocol": PROTOCOLS[args.select]}
+    record |= {"epochs": state.epoch, "best_epoch": best.metrics["epoch"], "steps": state.step, "seconds": seconds}
+    record |= {"images": number_of, "chance_accuracy": 1 / n_classes(args), "data": data.fingerprint}
+    # training: while it was trained on, so augmented, and with the weights of each step
+    record |= {"training": best.metrics["train"], "validation": selected if args.select == "validation" else None, "test": test}
+    return record | environment()
 
 
 # ---- the zoo -------------------------------------------------------------------------------------------------------------
@@ -244,12 +243,12 @@ def make_record(
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args = parse(parser, argv)
-    jobs = [Model(args, index) for index in models_of_chunk(args)]
+    jobs = [ZooJob(args, index) for index in models_of_chunk(args)]
     if args.dry_run:
-        print(f"{args.out}: models {', '.join(job.name for job in jobs) or 'none'}")
+        echo(f"{args.out}: models {', '.join(job.name for job in jobs) or 'none'}")
         return 0
     tune_malloc()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = options.device_of(args)
     with Command("train_zoo") as command:
         for job in jobs:
             job.check(args)
@@ -257,29 +256,31 @@ def main(argv: list[str] | None = None) -> int:
             clear_up(jobs)
             echo(f"all models of {args.out} that were asked for are there: nothing to do")
             return 0
-        splits = {option: getattr(args, option) for option in ("seed", "batch_size", "subset", "select")}
-        data = load_splits(images.BY_OPTION[args.dataset], args.data_dir, device, **splits)
+        data = splits_of(args, device)
         command.log(
             f"{args.out}: {len(jobs)} models, {sum(job.done for job in jobs)} of them finished; {len(data.training)} training, "
             f"{len(data.selection)} {args.select} images on {device}"
         )
         for job in jobs:
             if job.done and job.record.exists():
-                refuse_differences(job.read(), {"data": data.fingerprint}, f"{job.record} was made", HINTS)
+                check_same_options(job.read(), {"data": data.fingerprint}, f"{job.record} was made", HINTS)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         for job in jobs:  # all at first: a resume then knows what is left to be trained
             if job.replaced and job.take():
                 job.remove()
                 job.release()
-        for _, job in pending(command, jobs, retry_failed=args.retry_failed or args.overwrite):
-            with job:
+        for _, job in pending(command, jobs, retry_failed=args.retry_failed or args.overwrite, bar=args.progress):
+            with job, contextlib.closing(job.trackers):
                 train(args, data, command, job)
     if failed := failures(jobs):
         echo(f"{len(failed)} of {len(jobs)} models failed ({', '.join(failed)}): --retry-failed repeats them")
+    if left := [job.name for job in jobs if not job.done and job.name not in failed]:
+        number = f"{len(left)} of {len(jobs)} models are left to other processes ({', '.join(left)})"
+        echo(f"{number}: the same line again tells when they are done")
     return 1 if failed else 0
 
 
-def clear_up(jobs: list[Model]) -> None:
+def clear_up(jobs: list[ZooJob]) -> None:
     """Remove the files that a killed process has left of models that are done."""
     for job in jobs:
         if (job.last.exists() or job.lock.exists()) and job.take():

@@ -42,7 +42,7 @@ from common.symmetry.similarity import (
     wreath_cka,
     wreath_procrustes,
 )
-from common.symmetry.stitching import joints_of
+from common.symmetry.stitching import stitch_points
 
 Shape = tuple[int, int, int, int]
 
@@ -149,7 +149,7 @@ def resnet20_similarities(measure: str, n_images: int) -> None:
     torch.manual_seed(0)
     images = torch.randn(n_images, 3, 32, 32)
     networks = [zoo.make("resnet20").eval() for _ in range(2)]
-    layers = [place.name for place in joints_of(networks[0])]
+    layers = [point.name for point in stitch_points(networks[0])]
     features = [lambda part, net=net: features_of(net, images[part], layers) for net in networks]
     layer_similarities(measure, *features, n_images)
 

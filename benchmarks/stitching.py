@@ -1,10 +1,10 @@
-"""Speed and memory of a training step of a joint between two mCNNs, against autograd through both halves.
+"""Speed and memory of a training step of a stitching layer between two mCNNs, against autograd through both halves.
 
     python -m benchmarks.stitching             # about 3 minutes on two cores
     python -m benchmarks.stitching --quick     # narrow networks, few rounds: a look in half a minute
 
-(a) Seconds per step (forward, loss, backward, optimiser, projection) with a Birkhoff joint, batch 32: "both halves" is the same
-    network with all its weights trainable, of which only the joint is in the optimiser, as the original does; "stitched" is
+(a) Seconds per step (forward, loss, backward, optimiser, projection) with a Birkhoff layer, batch 32: "both halves" is the same
+    network with all its weights trainable, of which only the layer is in the optimiser, as the original does; "stitched" is
     this suite's; "channels last" that with maps in the layout (B, H, W, C). In turn, in one process; medians, and medians of
     the ratios round by round.
 (b) Peak memory of the same steps, each in a process of its own, less that of a process that has only the networks and images.
@@ -26,8 +26,8 @@ import torch
 from benchmarks.swarm_layer import peak_resident, seconds
 from common.models import zoo
 from common.run.memory import tune_malloc
-from common.symmetry.joints import Birkhoff
 from common.symmetry.stitching import stitch
+from common.symmetry.stitching_layers import Birkhoff
 from common.symmetry.train import make_optimizers, training_step
 
 KINDS = ("both halves", "stitched", "channels last")
@@ -39,13 +39,13 @@ def make_step(kind: str, layer: int, width: int, device: str) -> Callable[[], ob
     """A training step of one kind at one layer."""
     torch.manual_seed(0)
     models = (zoo.make("mCNN", width=width) for _ in range(2))
-    joint = Birkhoff(CHANNELS[layer] * width, alpha=0.1)
-    stitched = stitch(*models, layer, joint).to(device).train()
+    stitching_layer = Birkhoff(CHANNELS[layer] * width, alpha=0.1)
+    stitched = stitch(*models, layer, stitching_layer).to(device).train()
     images, labels = torch.randn(BATCH, 3, 32, 32, device=device), torch.arange(BATCH, device=device) % 10
     if kind == "channels last":
         stitched.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
-    (optimizer,) = make_optimizers(joint, 0.01)
+    (optimizer,) = make_optimizers(stitching_layer, 0.01)
     if kind == "both halves":
         stitched.requires_grad_(True)  # gradients of weights add up, as nobody sets them to zero
 

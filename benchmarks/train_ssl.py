@@ -3,7 +3,7 @@
     python -m benchmarks.train_ssl            # cifar10_resnet20, batch 64 on a CPU, 1024 on a GPU
 
 "plain" is the step as one writes it first: fp32, contiguous memory, kornia's augmentations as they come (where kornia is
-installed), figures fetched in each step. All kinds are timed in turn, several times; medians.
+installed), metrics fetched in each step. All kinds are timed in turn, several times; medians.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from common.models.resnet import CifarResNet
+from common.precision import autocast
 from common.run.memory import tune_malloc
-from common.ssl.method import Batch, Method
+from common.ssl.duet import DUET, DUETBatch
+from common.ssl.steps import encode_views
 
-METHOD = Method(("sca", "rot"), 32, bins=8, structure="rot", target="vm", weight=1000.0)
 PARTS = ("views", "encoder, forward", "heads and losses, forward", "heads and losses, backward", "encoder, backward", "AdamW")
 
 
@@ -46,9 +47,12 @@ class Step:
     def __init__(self, kind: str, batch_size: int, width: int, device: str):
         torch.manual_seed(0)
         self.kind, self.device = kind, torch.device(device)
-        self.precision = torch.bfloat16 if "bf16" in kind else torch.float32
+        self.precision = "bf16" if "bf16" in kind else "fp32"
         layout = torch.contiguous_format if kind == "plain" else torch.channels_last
-        self.model = METHOD.make_model(CifarResNet((3, 3, 3), width=width), 10).to(self.device, memory_format=layout)
+        model = DUET(
+            CifarResNet((3, 3, 3), width=width), ("sca", "rot"), 32, n_classes=10, structure="rot", target="vm", weight=1000.0
+        )
+        self.model = model.to(self.device, memory_format=layout)
         if "compile" in kind:
             self.model.base_network.compile()
         self.layout = layout
@@ -60,16 +64,15 @@ class Step:
         self.batch_size, self.gen = batch_size, torch.Generator().manual_seed(0)
         self.augment = kornia_views(self.device) if kind == "plain" else None
 
-    def batch(self) -> Batch:
-        chosen = torch.randperm(len(self.images), generator=self.gen)[: self.batch_size].to(self.device)
+    def batch(self) -> DUETBatch:
+        indices = torch.randperm(len(self.images), generator=self.gen)[: self.batch_size].to(self.device)
         if self.augment is None:
-            batch = METHOD.make_batch(self.images, self.labels, chosen, self.gen, training=True)
+            batch = self.model.make_batch(self.images, self.labels, indices, self.gen, training=True)
         else:
-            pixels = self.images[chosen].float() / 255
+            pixels = self.images[indices].float() / 255
             (view1, parameter1), (view2, parameter2) = self.augment(pixels), self.augment(pixels)
-            batch = Batch(view1, view2, parameter1, parameter2, self.labels[chosen])
-        views = (view.contiguous(memory_format=self.layout) for view in (batch.view1, batch.view2))
-        return replace(batch, **dict(zip(("view1", "view2"), views, strict=True)))
+            batch = DUETBatch((view1, view2), self.labels[indices], parameter1, parameter2)
+        return replace(batch, views=[view.contiguous(memory_format=self.layout) for view in batch.views])
 
     def __call__(self) -> dict[str, float]:
         """One step; the seconds of its parts."""
@@ -82,13 +85,13 @@ class Step:
         mark()
         batch = self.batch()
         mark()
-        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision == torch.bfloat16):
-            z = self.encode(batch)
+        with autocast(batch.views[0], self.precision):
+            z = encode_views(model.base_network, batch.views, jointly="joint" in self.kind)
         mark()
         cut = [rows.detach().requires_grad_() for rows in z]
-        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision == torch.bfloat16):
+        with autocast(batch.views[0], self.precision):
             out = model.outputs(*cut)
-        loss, figures = METHOD.loss(out.float(), batch, training=True)
+        loss, metrics = model.loss({name: value.float() for name, value in out.items()}, batch, training=True)
         mark()
         self.optimizer.zero_grad()
         loss.backward()
@@ -97,14 +100,9 @@ class Step:
         mark()
         self.optimizer.step()
         if self.kind == "plain":
-            {name: value.item() for name, value in figures.items()}
+            {name: value.item() for name, value in metrics.items()}
         mark()
         return dict(zip(PARTS, (end - begin for begin, end in pairwise(times)), strict=True))
-
-    def encode(self, batch: Batch) -> list[Tensor]:
-        if "joint" in self.kind:
-            return list(self.model.base_network(torch.cat([batch.view1, batch.view2])).chunk(2))
-        return [self.model.base_network(view) for view in (batch.view1, batch.view2)]
 
 
 def kornia_views(device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -20,8 +20,8 @@ import torch
 from common.datasets import augmentation
 from common.datasets.augmentation import Preprocessing
 from common.models import zoo
-from common.run import classifier
 from common.run.memory import tune_malloc
+from common.zoo import training
 
 N_TRAINING = 45_000
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -41,9 +41,9 @@ class Kind:
     def __init__(self, arch: str, recipe: str, precision: str, layout: str, width: int | None, device: torch.device):
         torch.manual_seed(0)
         self.precision, self.device, self.layout = precision, device, FORMATS[layout]
-        self.batch_size, self.epochs = (int(classifier.RECIPES[recipe][name]) for name in ("batch_size", "epochs"))
+        self.batch_size, self.epochs = (int(training.RECIPES[recipe][name]) for name in ("batch_size", "epochs"))
         self.model = zoo.make(arch, width=width if arch in zoo.CNNS else None).to(device, memory_format=self.layout)
-        self.optimizer = classifier.make_optimizer(self.model, recipe, 0.001)
+        self.optimizer = training.make_optimizer(self.model, recipe, 0.001)
         self.images = torch.randint(0, 256, (4 * self.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
         self.labels = torch.randint(0, 10, (4 * self.batch_size,), device=device)
         self.preprocessing = Preprocessing("CIFAR10", device)
@@ -57,7 +57,7 @@ class Kind:
             order, flip, offset = (draw[: self.batch_size].to(self.device) for draw in draws)
             x = self.preprocessing.augment(self.images[order], flip, offset)
             x = x.contiguous(memory_format=self.layout)
-            classifier.training_step(self.model, self.optimizer, x, self.labels[order], self.precision)
+            training.training_step(self.model, self.optimizer, x, self.labels[order], self.precision)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - began) / steps
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     tune_malloc()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = args.steps or (50 if device.type == "cuda" else 2)
-    choices = list(product(("mCNN", "resnet20"), classifier.RECIPES, ("fp32", "bf16"), FORMATS))
+    choices = list(product(("mCNN", "resnet20"), training.RECIPES, ("fp32", "bf16"), FORMATS))
     kinds = {choice: Kind(*choice, args.width, device) for choice in choices}
     for kind in kinds.values():
         kind.seconds(1)  # warm-up

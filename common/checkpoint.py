@@ -26,6 +26,8 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises OSError (a full disk, for example) with the old file untouched and nothing left next to it.
     """
     new = path.with_name(path.name + ".new")
+    if new.is_symlink():  # it would be written through
+        new.unlink()
     try:
         with open(new, "wb") as file:
             write(file)

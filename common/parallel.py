@@ -25,12 +25,12 @@ def rank() -> int:
 
 
 def launched() -> bool:
-    """Whether torchrun has started this process."""
+    """True if torchrun has started this process."""
     return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes; also before the group is made."""
+    """True in the process that writes; also before the group is made."""
     return not launched() or int(os.environ["RANK"]) == 0
 
 
@@ -81,7 +81,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether a flag is set in any process: all have to stop at the same step."""
+    """True if a flag is set in any process: all have to stop at the same step."""
     if world_size() == 1:
         return flag
     flags = torch.tensor(int(flag))
@@ -94,8 +94,8 @@ def wait_for_all() -> None:
     any_process(False)
 
 
-def main_says(compute: Callable[[], Any], *expected: type[Exception]) -> Any:
-    """What the first process computes, for all of them. An error that is `expected` is raised there, and ends the others."""
+def run_on_main(compute: Callable[[], Any], *expected: type[Exception]) -> Any:
+    """Compute in the first process, and send the result to all. An `expected` error is raised there, and ends the others."""
     if world_size() == 1:
         return compute()
     value, problem = None, None
@@ -116,7 +116,7 @@ def main_says(compute: Callable[[], Any], *expected: type[Exception]) -> Any:
 def main_first(load: Callable[[], Any], *expected: type[Exception]) -> None:
     """Let the first process find out whether something can be loaded, and fetch it, while the others wait."""
     if world_size() > 1:
-        main_says(lambda: load() and None, *expected)
+        run_on_main(lambda: load() and None, *expected)
 
 
 class _Sum(torch.autograd.Function):

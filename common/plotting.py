@@ -1,4 +1,4 @@
-"""The style of all pictures, and those of many scripts: learning curves, traces of weights, grids of images.
+"""The style of all pictures, and those of many scripts: learning curves, traces of weights, grids of images, accuracies.
 
 All are drawn from plain numbers and written in one step, without a display.
 """
@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -204,45 +205,17 @@ def plot_epochs(
     save_figure(figure, path)
 
 
-def plot_marginals(
-    path: Path, title: str, code: str, parameters: Sequence[float], learned: NDArray[np.floating], target: NDArray[np.floating]
-) -> None:
-    """Heat maps of distributions over bins (n, G), a column for each of n parameters: learned, and wanted."""
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+def plot_intervals(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of label, accuracy, half of its interval (or None) and chance in per cent, a bar each."""
+    figure = Figure(figsize=(10, 0.6 * len(rows) + 1.4), layout="constrained")
     headline(figure, title)
-    panels = figure.subplots(1, 2, sharey=True)
-    bins, top = learned.shape[1], max(learned.max(), target.max())
-    middles = (np.arange(bins) + 0.5) / bins
-    for panel, distribution, name in (
-        (panels[0], learned, "group marginal, mean of test images"),
-        (panels[1], target, "target"),
-    ):
-        x = _edges(np.asarray(parameters))
-        drawn = panel.pcolormesh(x, np.linspace(0, 1, bins + 1), distribution.T, cmap="viridis", vmin=0, vmax=top)
-        panel.plot([middles[0], middles[-1]], [middles[0], middles[-1]], color="white", linestyle=":", linewidth=1)
-        panel.set(title=name, xlabel=f"parameter of {code} that was applied", xlim=(x[0], x[-1]))
-        panel.title.set_fontsize(9)
-    panels[0].set_ylabel("bin of the structure axis")
-    figure.colorbar(drawn, ax=panels, label="probability")
-    save_figure(figure, path)
-
-
-def _edges(centres: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Borders of cells around increasing or decreasing centres."""
-    between = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate([[2 * centres[0] - between[0]], between, [2 * centres[-1] - between[-1]]])
-
-
-def plot_matrices(path: Path, title: str, matrices: Sequence[tuple[str, NDArray[np.floating], NDArray[np.floating]]]) -> None:
-    """Matrices of joints as (name, as trained, as rounded for evaluation), the rounded ones below."""
-    figure = Figure(figsize=(3.0 * len(matrices) + 0.8, 6.4), layout="constrained")
-    headline(figure, title)
-    panels = figure.subplots(2, len(matrices), squeeze=False)
-    for column, (name, *both) in enumerate(matrices):
-        for panel, matrix, how in zip(panels[:, column], both, ("trained", "in evaluation"), strict=True):
-            top = max(float(np.abs(matrix).max()), 1e-6)
-            drawn = panel.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
-            panel.set_title(f"{name}, {how}", fontsize=9)
-            panel.set(xlabel="channel of network 1", ylabel="channel of network 2")
-            figure.colorbar(drawn, ax=panel, shrink=0.7)
+    axes = figure.subplots()
+    halves = [row["half"] or 0.0 for row in rows]
+    axes.errorbar([row["accuracy"] for row in rows], range(len(rows)), xerr=halves, fmt="o", color=VALIDATION, capsize=3)
+    labels = [textwrap.fill(f"{row['label']} (n = {row['n']})", width=60) for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    chances = {row["chance"] for row in rows}
+    axes.set(xlabel="accuracy in %" + (f" (chance {chances.pop():g})" if len(chances) == 1 and None not in chances else ""))
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.25)
     save_figure(figure, path)

@@ -34,9 +34,9 @@ CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
 
 from common.errors import InputError, one_line  # noqa: E402
+from common.gallery.key_metrics import key_metrics, last_row  # noqa: E402
 from common.run.command import RESUMABLE  # noqa: E402
 from common.run.dotted import split_command_line  # noqa: E402
-from common.run.figures import figures_of, last_row  # noqa: E402
 from common.run.lock import is_locked  # noqa: E402
 from common.run.records import read_json, write_text  # noqa: E402
 from common.run.run import ARGS, LAST, RESULT  # noqa: E402
@@ -239,7 +239,7 @@ def progress(line: Line) -> str:
         return "; ".join(filter(None, [f"{done} of {len(line.models)} models{and_failed(failed)}", *rows]))
     if (line.path / RESULT).exists():
         result = read_json(line.path / RESULT)
-        metrics = ", ".join(f"{name} {figure.mean:.4g}" for name, figure in figures_of(result).items())
+        metrics = ", ".join(f"{name} {metric.mean:.4g}" for name, metric in key_metrics(result).items())
         return metrics + and_failed(len(result.get("failed", {})))
     jobs = [*line.path.glob("cells/*.json"), *line.path.glob("run*.json")]  # joints, trainings, pairs
     if jobs:

@@ -235,14 +235,14 @@ def test_budget_ends_the_run_and_does_not_count_plots(tmp_path: Path, monkeypatc
 
 def test_the_time_ends_between_two_looks_at_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the look before an epoch: the epoch takes one step, and is validated."""
-    honest = BudgetedTraining.goes_on
+    honest = BudgetedTraining.has_next_epoch
 
-    def goes_on(self: BudgetedTraining, max_epochs: float) -> bool:
+    def has_next_epoch(self: BudgetedTraining, max_epochs: float) -> bool:
         result = honest(self, max_epochs)
         self.clock.budget = 0.0 if self.epoch == 1 else 1e6
         return result
 
-    monkeypatch.setattr(BudgetedTraining, "goes_on", goes_on)
+    monkeypatch.setattr(BudgetedTraining, "has_next_epoch", has_next_epoch)
     assert run(SHORT, tmp_path) == 0
     assert read_metrics(directory(tmp_path) / "metrics.csv")["step"] == [6, 7]
 

@@ -86,6 +86,16 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in tmp_path.iterdir()] == ["last.pkl"]
 
 
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"intact")
+    (tmp_path / "file.new").symlink_to("victim")
+    (tmp_path / "file").symlink_to("victim")
+    checkpoint.atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
+    assert (tmp_path / "victim").read_bytes() == b"intact"
+    assert (tmp_path / "file").read_bytes() == b"new" and not (tmp_path / "file").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "victim"]
+
+
 def test_a_write_that_fails_gives_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The zip writer of PyTorch hides it."""
     full = open("/dev/full", "wb")

@@ -79,6 +79,13 @@ def test_what_a_run_leaves(measure: str, place: Path, tmp_path: Path, capsys: py
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_blocks_of_images_have_bars(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for measure, titles in (("cka", ["wreath_cka, means: ", "wreath_cka: "]), ("procrustes", ["wreath_procrustes: "])):
+        assert run(f"--similarity {measure} --pairs 0-1 --block 15 --progress", place, tmp_path) == 0
+        error = capsys.readouterr().err
+        assert all(title in error for title in ["jobs: ", *titles])
+
+
 def test_dead_channels_are_reported(place: Path, tmp_path: Path) -> None:
     """In both networks: as published they are the perfect match of each other; the live-only value leaves them out."""
     (tmp_path / "zoo").mkdir()
@@ -138,6 +145,14 @@ def test_a_run_resumes_where_it_stood(
     assert run(line, place, tmp_path / "parts") == 75
     assert "stopped by SIGTERM in run1: --resume auto continues from there" in capsys.readouterr().out
     assert {path.name for path in directory(tmp_path / "parts").glob("*run*")} == {"run0.json", "run0.pt"}
+    path = directory(tmp_path / "parts") / "run0.json"
+    kept = path.read_text()
+    for name, damage in (("published", None), ("live", [[1.0]]), ("dead", [[0] * 4]), ("pair", None), ("seconds", "1")):
+        path.write_text(json.dumps(json.loads(kept) | {name: damage}))
+        assert run(f"{line} --resume", place, tmp_path / "parts") == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert f"run0.json is damaged: {name} is " in error
+    path.write_text(kept)
     assert run(f"{line} --resume", place, tmp_path / "parts") == 0
     assert begun == ["untrained", "run0", "run1", "run1", "run2"]  # what is done is not computed again
     parts = json.loads((directory(tmp_path / "parts") / "result.json").read_text())
@@ -278,6 +293,13 @@ BAD = {
     "--arch resnet20 --pairs 0-1": "0.pt is no resnet20",
     "--resume --overwrite": "choose one",
 }
+
+
+@pytest.mark.parametrize("line", ["--pairs a/b", "--pairs 1-1", "--pairs 0-1 0-1", "--pairs 0-1 --layers 4"])
+def test_a_dry_run_refuses_what_the_run_would(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(script.main, ["--arch", "mCNN", *line.split(), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cifar10_alignment.py: error: --") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("line", BAD)

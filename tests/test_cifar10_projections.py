@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import cifar10_projections as script
+from common.datasets.classification import load_splits
 from common.errors import Failed
-from common.run import classifier
+from common.run.trackers import Trackers
+from common.zoo import training
 from tests.command_lines import assert_one_line_and_nothing_made, exit_status
 from tests.small_images import smooth, write_mnist
 
@@ -41,7 +43,7 @@ def test_the_published_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "projections\n"
     args, _ = script.parse(script.get_parser(), ["--repeats=10"])
     assert (args.epochs, args.batch_size, args.lr, args.width, args.layers) == (50, 32, 0.001, 64, [0, 2, 5])
-    jobs = script.jobs_of(args, Path("cells"))
+    jobs = script.make_jobs(args, Path("cells"))
     assert len(jobs) == 2 * (1 + 3 * 3 * 10) and jobs[0].name == "relu" and not jobs[0].needs
     assert jobs[-1].name == "sigmoid_identity_layer_5_run_9" and jobs[-1].needs == ("sigmoid",)
 
@@ -74,6 +76,7 @@ def test_what_a_test_leaves(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert len(list(csv.DictReader(file))) == 2 * len(by_cell)  # epochs
     out = capsys.readouterr().out
     assert "chance 10" in out and "relu layer 0 orthogonal" in out
+    assert out.count("  epoch   2  step     10 ") == len(by_cell)  # a line an epoch
     assert run(line, data, tmp_path) == 2  # says how to go on
     assert run(f"{line} --resume", data, tmp_path) == 0 and "nothing to do" in capsys.readouterr().out
 
@@ -95,16 +98,18 @@ def test_drawing_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_front_stays_as_it_was_trained(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also its matrix; the rest moves. And what is drawn differs from run to run, and not from start to start."""
     args, _ = script.parse(script.get_parser(), f"{SMALL} --data-dir {data}".split())
-    splits = script.load_splits("MNIST", data, torch.device("cpu"), seed=0, batch_size=16)
-    run = SimpleNamespace(options={}, signal=None, dash="--")
-    script.train(args, splits, run, script.Training(tmp_path, "relu"))
-    job = script.Training(tmp_path, "relu", "orthogonal", 2, 1)
+    splits = load_splits("MNIST", data, torch.device("cpu"), seed=0)
+    run = SimpleNamespace(options={}, signal=None, dash="--", log=print, trackers=Trackers(args, tmp_path, "none"))
+    script.train(args, splits, run, script.RotationJob(tmp_path, "relu"))
+    job = script.RotationJob(tmp_path, "relu", "orthogonal", 2, 1)
     network = script.make_network(args, job, torch.device("cpu"))
     saved = torch.load(tmp_path / "relu.pt", weights_only=True)
     assert torch.equal(network.state_dict()["2.original_op.weight"], saved["2.weight"])
     before = {name: value.clone() for name, value in network.state_dict().items()}
     again = script.make_network(args, job, torch.device("cpu")).state_dict()
-    other = script.make_network(args, script.Training(tmp_path, "relu", "orthogonal", 2, 0), torch.device("cpu")).state_dict()
+    other = script.make_network(
+        args, script.RotationJob(tmp_path, "relu", "orthogonal", 2, 0), torch.device("cpu")
+    ).state_dict()
     assert torch.equal(again["2.transform.weight"], before["2.transform.weight"])
     assert not torch.equal(other["2.transform.weight"], before["2.transform.weight"])
     monkeypatch.setattr(script, "make_network", lambda *_: network)
@@ -132,7 +137,7 @@ def test_a_test_that_is_stopped_between_two_trainings(data: Path, tmp_path: Path
     assert run(line, data, tmp_path / "whole") == 0
     train, begun = script.train, []
 
-    def stopped(args: object, data: object, run: object, job: script.Training) -> None:
+    def stopped(args: object, data: object, run: object, job: script.RotationJob) -> None:
         begun.append(job.name)
         train(args, data, run, job)  # type: ignore[arg-type]
         if len(begun) == 2:
@@ -147,7 +152,7 @@ def test_a_test_that_is_stopped_between_two_trainings(data: Path, tmp_path: Path
 
 def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal comes in every step, and at the start of every evaluation until it is made again."""
-    step, evaluate, evaluations = classifier.training_step, classifier.evaluate, iter(range(1000))
+    step, evaluate, evaluations = training.training_step, training.evaluate, iter(range(1000))
 
     def stopped_step(*args: object) -> dict[str, torch.Tensor]:
         signal.raise_signal(signal.SIGTERM)
@@ -158,8 +163,8 @@ def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGUSR1)
         return evaluate(*args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(classifier, "training_step", stopped_step)
-    for module in (classifier, script):
+    monkeypatch.setattr(training, "training_step", stopped_step)
+    for module in (training, script):
         monkeypatch.setattr(module, "evaluate", stopped_evaluation)
 
 
@@ -172,9 +177,18 @@ def test_damaged_files_are_refused_before_anything_is_made(
         assert [run(f"{line} --resume", data, tmp_path) for _ in range(15)] == [75] * 15  # 13 for the network, two of its rest
     part = directory(tmp_path)
     whole = files(part)
-    for name in ("relu.json", "relu.pt", "relu_orthogonal_layer_2_run_0.last.pkl"):
+    record = json.loads(whole["cells/relu.json"])
+    for name, content in (
+        ("relu.json", b"{"),
+        *(
+            ("relu.json", json.dumps(record | other).encode())
+            for other in ({"accuracy": None}, {"group": "Grelu"}, {"epochs": 2})
+        ),
+        ("relu.pt", whole["cells/relu.pt"][:1000]),
+        ("relu_orthogonal_layer_2_run_0.last.pkl", whole["cells/relu_orthogonal_layer_2_run_0.last.pkl"][:1000]),
+    ):
         path = part / "cells" / name
-        path.write_bytes(path.read_bytes()[:1000] if path.suffix != ".json" else b"{")
+        path.write_bytes(content)
         left = files(part)
         capsys.readouterr()
         assert run(f"{line} --resume", data, tmp_path) == 2

@@ -1,6 +1,7 @@
 """cifar10_stitching.py as its users run it: recipes, bad input, what a sweep leaves, resuming, comparing; on small networks."""
 
 import csv
+import doctest
 import itertools
 import json
 import signal
@@ -13,10 +14,15 @@ import pytest
 import torch
 
 import cifar10_stitching as script
+from common.errors import InputError
 from common.models import zoo
-from common.run import classifier, clock
+from common.run import clock
 from common.run.run import Run
-from common.symmetry.stitching import StitchedModel, joints_of
+from common.symmetry.stitching import StitchedModel, stitch_points
+from common.zoo import pairs as zoo_pairs
+from common.zoo import sweeps, training
+from common.zoo.pairs import draw_pairs, pairs_of
+from common.zoo.training import splits_of
 from tests.command_lines import exit_status
 from tests.small_images import smooth, write_mnist
 
@@ -86,6 +92,7 @@ def test_what_a_sweep_leaves(kind: str, place: Path, tmp_path: Path, capsys: pyt
     }  # fmt: skip
     out = capsys.readouterr().out
     assert f"{kind if kind != 'alternating' else 'permutation'}: penalty" in out and "chance 10" in out
+    assert out.count("  epoch   2  step     10 ") == len(order)  # a line an epoch
     assert run(f"{KINDS[kind]} --pairs 0-1 2-3 --layers 3 14", place, tmp_path) == 2
     assert run(f"{KINDS[kind]} --pairs 0-1 2-3 --layers 3 14 --resume", place, tmp_path) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -107,19 +114,21 @@ def test_recipes_are_those_of_the_batch_files() -> None:
 
 
 def test_pairs_are_drawn_without_repetition() -> None:
-    pairs = zoo.draw_pairs(list(range(8)), 4, seed=0)
+    pairs = draw_pairs(list(range(8)), 4, seed=0)
     assert sorted(number for pair in pairs for number in pair) == list(range(8))
-    assert pairs == zoo.draw_pairs(list(range(8)), 4, seed=0) != zoo.draw_pairs(list(range(8)), 4, seed=1)
-    more = zoo.draw_pairs([0, 1, 2], 6, seed=0)
+    assert pairs == draw_pairs(list(range(8)), 4, seed=0) != draw_pairs(list(range(8)), 4, seed=1)
+    more = draw_pairs([0, 1, 2], 6, seed=0)
     assert len(set(more)) == 6
-    with pytest.raises(zoo.ZooError, match="3 networks make 6 pairs, not 7"):
-        zoo.draw_pairs([0, 1, 2], 7, seed=0)
+    with pytest.raises(InputError, match="3 networks make 6 pairs, not 7"):
+        draw_pairs([0, 1, 2], 7, seed=0)
+    assert doctest.testmod(zoo_pairs) == (0, 1) and doctest.testmod(sweeps) == (0, 1)
 
 
 def test_chunks_share_the_pairs(place: Path) -> None:
     def pairs(line: str) -> list[tuple[int, int]]:
         line = f"--arch mCNN --zoo {place / 'zoo'} --retrain_repeats 5 {line}"
-        return script.pairs_of(script.parse(script.get_parser(), line.split()))
+        args = script.parse(script.get_parser(), line.split())
+        return pairs_of(args, 5)[script.chunk_of(args, 5)]
 
     parts = [pairs(f"--num_chunks 3 --chunk {chunk}") for chunk in range(3)]
     assert [pair for part in parts for pair in part] == pairs("") and all(parts)
@@ -128,21 +137,22 @@ def test_chunks_share_the_pairs(place: Path) -> None:
 def test_validation_images_are_not_trained_on(place: Path) -> None:
     for alpha, n in (("0.1", 10), ("crossval", 20)):
         line = f"--arch mCNN --dataset mnist --data-dir {place / 'data'} --birkhoff --alpha {alpha}"
-        data = script.load_data(script.parse(script.get_parser(), line.split()), torch.device("cpu"))
+        args = script.parse(script.get_parser(), line.split())
+        data = splits_of(args, torch.device("cpu"), script.validation_share(args))
         images = [set(map(bytes, split.images.flatten(1).numpy())) for split in (data.training, data.selection)]
         assert len(images[1]) == n and len(images[0]) == 100 - n and not images[0] & images[1]
 
 
-def test_the_joint_alone_learns_and_the_best_epoch_is_kept(place: Path, tmp_path: Path) -> None:
-    """With the statistics that it was validated with; and training does improve on the joint that it starts from."""
+def test_the_stitching_layer_alone_learns_and_the_best_epoch_is_kept(place: Path, tmp_path: Path) -> None:
+    """With the statistics that it was validated with; and training does improve on the layer that it starts from."""
     line = f"--arch mCNN --dataset mnist --data-dir {place / 'data'} --zoo {place / 'zoo'} --stitch_epochs 6 --batch-size 16"
     args = script.parse(script.get_parser(), [*line.split(), "--nopermwarmup", "--stitch_lr", "0.1", "--noschedule"])
-    data = script.load_data(args, torch.device("cpu"))
+    data = splits_of(args, torch.device("cpu"))
     networks = [zoo.load(place / "zoo" / f"{i}.pt", "mCNN") for i in (0, 1)]
     before = [{name: value.clone() for name, value in network.state_dict().items()} for network in networks]
-    (job,) = script.jobs_of(args, tmp_path, [(0, 1)], [p for p in joints_of(networks[0]) if p.index == 6])
+    (job,) = script.make_jobs(args, tmp_path, [(0, 1)], [p for p in stitch_points(networks[0]) if p.index == 6])
     torch.manual_seed(0)
-    stitched = script.stitch(*networks, 6, script.make_joint(args, job.place.channels, 0))
+    stitched = script.stitch(*networks, 6, script.make_layer(args, job.point.channels, 0))
     weights = {name: p.clone() for name, p in stitched.named_parameters()}
     found = script.train(args, job, stitched, data, Run("cifar10_stitching", "alone", args, another="--name NAME"))
     assert script.accuracy(stitched, data.selection, data.preprocessing) == found["best"]["val_accuracy"]
@@ -165,8 +175,10 @@ def test_the_second_half_begins_with_the_best_of_the_first(
     def noted(
         model: StitchedModel, x: torch.Tensor, labels: torch.Tensor, optimizer: torch.optim.Optimizer, **more: Any
     ) -> Any:
-        weights = {name: value.clone() for name, value in model.joint.state_dict().items()}
-        steps.append((weights, len(optimizer.state), optimizer.param_groups[0]["lr"], getattr(model.joint, "scalars", None)))
+        weights = {name: value.clone() for name, value in model.stitching_layer.state_dict().items()}
+        steps.append(
+            (weights, len(optimizer.state), optimizer.param_groups[0]["lr"], getattr(model.stitching_layer, "scalars", None))
+        )
         return step(model, x, labels, optimizer, **more)
 
     def agree(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -216,12 +228,46 @@ def test_a_sweep_resumes_where_it_stood(place: Path, tmp_path: Path, monkeypatch
     assert "stopped by SIGTERM" in log and log.count("% of test images (parents") == 3
 
 
+def test_damaged_records_are_refused_before_anything_is_made(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "--lasso --nopermwarmup --pairs 0-1 --layers 3 14"
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "describe", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert run(line, place, tmp_path) == 75
+    (path,) = directory(tmp_path).glob("cells/*.json")
+    record, before = json.loads(path.read_text()), {file.name for file in path.parent.iterdir()}
+    lacking = [{name: value for name, value in record.items() if name != without} for without in ("accuracy", "pair")]
+    others: list[dict[str, Any]] = [{"pair": [0, 2]}, {"penalty": None}, {"epochs": [1]}, {"sparsity": "x"}, {"parents": [1.0]}]
+    for damaged in [{}, *lacking, *(record | other for other in others)]:
+        path.write_text(json.dumps(damaged))
+        capsys.readouterr()
+        assert run(f"{line} --resume", place, tmp_path) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert "0-1_layer_14_run_0.json is damaged: " in error and "this job begins again" in error
+        assert {file.name for file in path.parent.iterdir()} == before
+    path.write_text(json.dumps(record))
+    weights = path.with_suffix(".pt").read_bytes()
+    torch.save({}, path.with_suffix(".pt"))
+    assert run(f"{line} --resume", place, tmp_path) == 2 and "it has no tensor 'matrix'" in capsys.readouterr().err
+    path.with_suffix(".pt").write_bytes(weights)
+    assert run(f"{line} --resume", place, tmp_path) == 0
+
+
+def test_all_long_loops_have_bars(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "--nopermwarmup --bn_epoch --bn_batches 2 --pairs 0-1 --layers 3 --progress"
+    assert run(line, place, tmp_path) == 0
+    error = capsys.readouterr().err
+    for title in ("networks: ", "jobs: ", "epoch 1: ", "epoch 2: ", "batch statistics: "):
+        assert title in error
+
+
 def outcome(results: Path) -> dict[str, Any]:
     """Everything that a sweep has measured and learned."""
     path = directory(results)
     result = json.loads((path / "result.json").read_text())
-    joints = {file.name: torch.load(file, weights_only=True) for file in path.glob("cells/*.pt")}
-    weights = {f"{name} {key}": value.tolist() for name, joint in joints.items() for key, value in joint.items()}
+    layers = {file.name: torch.load(file, weights_only=True) for file in path.glob("cells/*.pt")}
+    weights = {f"{name} {key}": value.tolist() for name, layer in layers.items() for key, value in layer.items()}
     files = {file.name for file in path.glob("cells/*")}
     del result["seconds"]
     return {"result": result, "weights": weights, "files": files, "metrics": (path / "metrics.csv").read_text()}
@@ -249,7 +295,7 @@ RESUMED = {  # 90 training images, so 5 steps an epoch
 
 @pytest.mark.parametrize("when", ["every step", "every sixth batch"])
 @pytest.mark.parametrize("kind", RESUMED)
-def test_a_joint_resumes_after_any_step(
+def test_a_stitching_resumes_after_any_step(
     kind: str, when: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in a validation, a re-estimation of statistics, and the evaluation on test images: all of them have batches."""
@@ -259,7 +305,7 @@ def test_a_joint_resumes_after_any_step(
         monkeypatch.setattr(script, "training_step", signalling(script.training_step, 1))
     else:
         monkeypatch.setattr(StitchedModel, "forward", signalling(StitchedModel.forward, 6))
-        monkeypatch.setattr(classifier, "EVALUATED_AT_ONCE", 8)
+        monkeypatch.setattr(training, "EVALUATED_AT_ONCE", 8)
     monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # a second from look to look
     statuses = [run(line, place, tmp_path / "parts")]
     while statuses[-1] == 75 and len(statuses) < 50:
@@ -268,13 +314,13 @@ def test_a_joint_resumes_after_any_step(
     assert statuses == [75] * (steps if when == "every step" else len(statuses) - 1) + [0] and len(statuses) > 3
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
     (record,) = directory(tmp_path / "parts").glob("cells/*.json")
-    assert json.loads(record.read_text())["seconds"] == len(statuses)
+    assert json.loads(record.read_text())["seconds"] == len(statuses) + steps // 5  # a look a start, and one an epoch
 
 
 def test_signals_are_seen_between_networks(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the first joint is trained; and nothing is lost."""
+    """Before the first layer is trained; and nothing is lost."""
     accuracy, measured = script.accuracy, []
 
     def signalled(*arguments: Any) -> float:
@@ -286,7 +332,7 @@ def test_signals_are_seen_between_networks(
     monkeypatch.setattr(script, "accuracy", signalled)
     line = "--nopermwarmup --pairs 0-1 --layers 3"
     assert run(line, place, tmp_path) == 75 and len(measured) == 1
-    assert "stopped by SIGUSR1 before the first joint: --resume auto continues from there" in capsys.readouterr().out
+    assert "stopped by SIGUSR1 before the first stitching layer: --resume auto continues from there" in capsys.readouterr().out
     assert run(f"{line} --resume", place, tmp_path) == 0
 
 
@@ -312,10 +358,10 @@ def test_chunks_are_put_together(place: Path, tmp_path: Path, capsys: pytest.Cap
         tables.append((tmp_path / folder / "cifar10_stitching" / "figures-mCNN-mnist" / "penalties.csv").read_text())
     assert tables[0] == tables[1] and tables[0].count("\n") == 2
     assert exit_status(script.main, ["--compare", runs[0], runs[0], "--results-dir", str(tmp_path)]) == 2
-    assert "have joined the same pair" in capsys.readouterr().err
+    assert "have stitched the same pair" in capsys.readouterr().err
 
 
-def test_a_typed_joint_takes_the_place_of_the_recipes() -> None:
+def test_a_typed_kind_takes_the_place_of_the_recipes() -> None:
     args = script.parse(script.get_parser(), "--recipe Grelu --arch mCNN --lowrank --rank 2".split())
     assert args.lowrank and not args.birkhoff and args.alpha == 1e-3 and args.noschedule and args.bn_epoch
 
@@ -327,7 +373,7 @@ def test_rates_of_a_schedule_are_those_of_the_epochs(place: Path, tmp_path: Path
 
 
 def test_a_loss_that_is_not_finite_is_no_result(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All joints fail: there is a result, without tables and pictures, and nothing that could be compared."""
+    """All stitchings fail: there is a result, without tables and pictures, and nothing that could be compared."""
     assert run("--birkhoff --alpha 1e39 --nopermwarmup --pairs 0-1 --layers 3 6", place, tmp_path) == 1
     path = directory(tmp_path)
     result = json.loads((path / "result.json").read_text())
@@ -338,10 +384,10 @@ def test_a_loss_that_is_not_finite_is_no_result(place: Path, tmp_path: Path, cap
     assert {file.name for file in path.glob("cells/*")} == {f"{name}.failed.json" for name in names}
     assert f"0-1_layer_3_run_0 failed: {reason}" in (out := capsys.readouterr().out) and "2 jobs failed, --retry-failed" in out
     assert exit_status(script.main, ["--compare", str(path), "--results-dir", str(tmp_path)]) == 2
-    assert "all joints of these runs failed" in capsys.readouterr().err
+    assert "all stitching layers of these runs failed" in capsys.readouterr().err
 
 
-def test_joints_that_failed_are_left_out_and_repeated(
+def test_stitchings_that_failed_are_left_out_and_repeated(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = "--birkhoff --noschedule --pairs 0-1 2-3 --layers 3 6"
@@ -349,7 +395,7 @@ def test_joints_that_failed_are_left_out_and_repeated(
     whole = outcome(tmp_path / "whole")
     step = script.training_step
     with monkeypatch.context() as broken:
-        broken.setattr(script, "training_step", lambda model, *a, **b: step(model, *a, **b) / (model.place.index != 6))
+        broken.setattr(script, "training_step", lambda model, *a, **b: step(model, *a, **b) / (model.point.index != 6))
         assert run(line, place, tmp_path / "parts") == 1
     parts = outcome(tmp_path / "parts")
     assert set(parts["result"]["failed"]) == {"0-1_layer_6_run_0", "2-3_layer_6_run_0"}
@@ -381,7 +427,7 @@ def test_comparing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 BAD = {
-    "--arch mCNN --birkhoff --lasso": "--birkhoff and --lasso are two kinds of joint",
+    "--arch mCNN --birkhoff --lasso": "--birkhoff and --lasso are two kinds of stitching layer",
     "--arch mCNN --lowrank": "--lowrank and --rank R belong together",
     "--arch mCNN --rank 2": "--lowrank and --rank R belong together",
     "": "--arch is missing",
@@ -406,6 +452,29 @@ BAD = {
     "--arch mCNN --resume --overwrite": "choose one",
     "--arch mCNN --retry-failed --overwrite": "choose one",
 }
+
+
+DRY = {  # what is known without networks and images
+    "--arch mCNN --pairs a/b": "--pairs 'a/b' is no pair of two networks: write it like 0-1",
+    "--arch mCNN --pairs 0-1 2-2": "--pairs '2-2' is no pair of two networks",
+    "--arch mCNN --pairs 0-1 1-0 0-1": "names a pair twice",
+    "--arch mCNN --layers 3 4": "--layers 4: mCNN has 3 6 10 14",
+    "--arch resnet20 --lowrank --rank 17": "--rank 17 is above the 16 channels of layer 3",
+    "--arch resnet20 --lowrank --rank 33 --layers 56 40": "--rank 33 is above the 32 channels of layer 40",
+    "--arch mCNN --pairs 0-1 --num_chunks 4 --chunk 0": "chunk 0 of 4 has none of the 1 pairs",
+    "--arch mCNN --subset 60 --batch-size 55": "--batch-size 55 is more than the 54 training images",
+    "--arch mCNN --subset 60 --batch-size 49 --recipe crossval": "--batch-size 49 is more than the 48 training images",
+}
+
+
+@pytest.mark.parametrize("line", DRY)
+def test_a_dry_run_refuses_what_the_run_would(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(script.main, [*line.split(), "--dry-run", "--results-dir", str(tmp_path)]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("cifar10_stitching.py: error: ") and DRY[line] in error
+    again = line.replace("33", "32").replace("17", "16").replace("55", "54").replace("49", "48")
+    if again != line:  # the largest that fits
+        assert exit_status(script.main, [*again.split(), "--dry-run", "--results-dir", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("line", BAD)

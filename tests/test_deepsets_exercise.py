@@ -172,7 +172,7 @@ def test_the_results_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_interrupted_run_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

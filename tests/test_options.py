@@ -43,7 +43,7 @@ NAMES = {  # the original's examples
 @pytest.mark.parametrize("line", NAMES)
 def test_names(parser: argparse.ArgumentParser, line: str) -> None:
     args, name, _ = dotted.parse(parser, line.split(), ("resume",))
-    assert name == NAMES[line] and options.why_no_name(name) is None
+    assert name == NAMES[line] and options.name_error(name) is None
     pasted, again, _ = dotted.parse(parser, [name], ("resume",))  # a name is a command line
     assert again == name
     assert {**vars(pasted), "resume": None} == {**vars(args), "resume": None}
@@ -134,7 +134,7 @@ def test_what_is_no_problem(parser: argparse.ArgumentParser) -> None:
     for line in ("", "-overwrite -resume old/best.pkl", "-resume auto -retry_failed"):
         options.check(parser, parser.parse_args(line.split()), "a.b")
     for name in ("-bs.50", "a..b", "part", "a.partial", ".hidden", 240 * "x", "a b", "ä"):
-        assert options.why_no_name(name) is None
+        assert options.name_error(name) is None
 
 
 def test_words_that_are_part_of_a_name() -> None:

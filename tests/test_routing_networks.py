@@ -3,9 +3,6 @@
 import csv
 import io
 import json
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +16,6 @@ from common.datasets import multitask
 from common.datasets.images import DataError, ImageSet
 from common.models import routed
 from common.routing import measures
-from common.run.metrics import read_metrics
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
 from tests.reference import Vectors, assert_agrees
 from tests.small_images import smooth, write_mnist
@@ -325,28 +321,6 @@ def test_colour_on_a_terminal(tmp_path: Path, no_pictures: None, monkeypatch: py
     assert run(f"--data-dir {tmp_path} --device cpu --epochs 1 --results-dir {tmp_path / 'results'}") == 0
     assert len(json.loads((only(tmp_path / "results") / "result.json").read_text())["test"]["accuracy_by_task"]) == 20
     assert "epoch 1 of 1:" in sys.stderr.getvalue() and "test:" in sys.stderr.getvalue()
-
-
-def test_trackers(tmp_path: Path) -> None:
-    """Each row of metrics.csv, for TensorBoard and for Weights & Biases offline."""
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    pytest.importorskip("wandb")
-    write_cifar(tmp_path, "CIFAR100")
-    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    line = "--data-dir . --device cpu --width 4 --epochs 2 --batch-size 100 --tensorboard --wandb-project routing".split()
-    subprocess.run(
-        [sys.executable, ROOT / "routing_networks.py", *line], cwd=tmp_path, env=environment, check=True, timeout=120
-    )
-    path = only(tmp_path / "results")
-    losses = read_metrics(path / "metrics.csv")["train_loss"]
-    board = accumulators.EventAccumulator(str(path / "tensorboard"))
-    board.Reload()
-    events = board.Scalars("train_loss")
-    assert [event.step for event in events] == [1, 2] and [event.value for event in events] == pytest.approx(losses, rel=1e-5)
-    (file,) = path.glob("wandb/offline-run-*/*.wandb")
-    # records of a key and a number as text
-    logged = [float(value) for value in re.findall(rb"train_loss\W{1,4}(\d+\.\d+)", file.read_bytes())]
-    assert list(dict.fromkeys(logged)) == pytest.approx(losses, rel=1e-6)  # twice: history, summary
 
 
 def test_routing_learns(grey: str, tmp_path: Path, no_pictures: None) -> None:

@@ -355,11 +355,11 @@ def test_lstm(case: str) -> None:
         hidden, records = cell(v["x"], hidden, records, agents)
         n_steps = len(records.steps)
         taken = v[f"{case}/actions"][:, :n_steps]
-        goes_on = ((taken > 0).sum(1) == n_steps) if taken.shape[1] == n_steps else torch.zeros(9, dtype=torch.bool)
+        has_next_epoch = ((taken > 0).sum(1) == n_steps) if taken.shape[1] == n_steps else torch.zeros(9, dtype=torch.bool)
         if step == 1:
             assert torch.equal(records.steps[0].actions, v[f"{case}/actions"][:, 0])
-            assert goes_on.any() or case == "h2h_depth2"  # where all samples take it
-        if goes_on.any():
-            assert torch.equal(records.actions().T[goes_on], taken[goes_on])
-            close(hidden[0][goes_on], v[f"{case}/h{step}"][goes_on], f"h{step}")
-            close(hidden[1][goes_on], v[f"{case}/c{step}"][goes_on], f"c{step}")
+            assert has_next_epoch.any() or case == "h2h_depth2"  # where all samples take it
+        if has_next_epoch.any():
+            assert torch.equal(records.actions().T[has_next_epoch], taken[has_next_epoch])
+            close(hidden[0][has_next_epoch], v[f"{case}/h{step}"][has_next_epoch], f"h{step}")
+            close(hidden[1][has_next_epoch], v[f"{case}/c{step}"][has_next_epoch], f"c{step}")

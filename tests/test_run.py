@@ -409,7 +409,8 @@ def test_no_command_line_can_remove_anything_by_a_name(main: Callable, line: lis
     assert exit_status(main, [*line, option, str(results)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"{main.__module__}.py: error: ") and error.count("\n") == 1
-    assert any(reason in error for reason in ("cannot be part of a file name", "cannot be a run's name", "would be called"))
+    reasons = ("cannot be part of a file name", "cannot be a run's name", "would be called", "is no pair of two networks")
+    assert any(reason in error for reason in reasons)
     assert content(results.parent) == before
 
 

@@ -23,7 +23,7 @@ from common.symmetry.similarity import (
     wreath_cka,
     wreath_procrustes,
 )
-from common.symmetry.stitching import joints_of
+from common.symmetry.stitching import stitch_points
 from tests.reference import Vectors, assert_agrees
 
 V = Vectors("modelsym/similarity")
@@ -308,7 +308,7 @@ def test_features_of_layers_by_name_and_the_model_is_left_without_hooks():
 def test_all_pairs_of_layers_of_two_networks(measure):
     torch.manual_seed(0)
     networks = [zoo.make("mCNN", width=4).eval() for _ in range(2)]
-    layers = [place.name for place in joints_of(networks[0])]
+    layers = [point.name for point in stitch_points(networks[0])]
     images = torch.randn(24, 3, 32, 32)
     of = [lambda part, net=net: features_of(net, images[part], layers) for net in networks]
     found = layer_similarities(measure, *of, 24, block=10)

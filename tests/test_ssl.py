@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -12,16 +13,31 @@ from torch.nn import functional as F
 
 from common.datasets import images as image_sets
 from common.models.resnet import CifarResNet
-from common.ssl import evaluation, losses, targets, views
+from common.ssl import duet, essl, evaluation, views
 from common.ssl import transformations as tf
-from common.ssl.method import Method
-from common.ssl.models import SelfSupervised, group_marginal
+from common.ssl.duet import DUET
+from common.ssl.essl import ESSL
+from common.ssl.simclr import SimCLR, nt_xent
+from common.ssl.steps import classification_loss
 from common.ssl.views import Stack
 from tests.small_images import smooth
+
+METHODS = {
+    "duet": (DUET, {"bins": 4, "structure": "rot"}),
+    "simclr": (SimCLR, {}),
+    "essl": (ESSL, {"predicted": "rot"}),
+    "essl of classes": (ESSL, {"predicted": "ron"}),
+}
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def make(method: str, **changed: object) -> DUET | SimCLR | ESSL:
+    """A small model of grey images in three classes."""
+    kind, options = METHODS[method]
+    return kind(CifarResNet((1, 1, 1), in_channels=1, width=1), ("sca", "rot"), 16, n_classes=3, **options | changed)
 
 
 # ---- views ---------------------------------------------------------------------------------------------------------------
@@ -117,26 +133,26 @@ def test_a_sweep_turns_as_a_stack_does() -> None:
     torch.testing.assert_close(view, tf.resize(pixels, 16) - 0.5)
 
 
-@pytest.mark.parametrize("options", [{"bins": 4, "structure": "rot"}, {"predicts": "rot", "weight": 1.0}])
-def test_tests_have_one_clean_view(options: dict[str, object]) -> None:
-    method = Method(("sca", "rot"), 16, **options)
+@pytest.mark.parametrize("method", METHODS)
+def test_tests_have_one_clean_view(method: str) -> None:
+    model = make(method)
     data = smooth(6).images
     arguments = data, torch.zeros(6).long(), torch.arange(6), generator()
-    batch = method.make_batch(*arguments, training=False)
+    batch = model.make_batch(*arguments, training=False)
     clean = views.clean_view(data.float() / 255, 16)
-    assert torch.equal(batch.view1, clean) and not torch.allclose(batch.view2, clean, atol=0.1)
-    if batch.task is not None:  # the centre, turned by an angle alone
+    assert torch.equal(batch.views[0], clean) and not torch.allclose(batch.views[1], clean, atol=0.1)
+    if method == "essl":  # the centre, turned by an angle alone
         inner = views.clean_view(data.float() / 255, 8)
         turned = tf.rotate(inner + 0.5, 180 * batch.task_labels[:, 0]) - 0.5
-        torch.testing.assert_close(batch.task, turned, rtol=0, atol=1e-5)
-    batch = method.make_batch(*arguments[:3], generator(), training=True)
-    assert not torch.allclose(batch.view1, clean, atol=0.1)
+        torch.testing.assert_close(batch.views[2], turned, rtol=0, atol=1e-5)
+    batch = model.make_batch(*arguments[:3], generator(), training=True)
+    assert not torch.allclose(batch.views[0], clean, atol=0.1)
 
 
 # ---- targets and losses --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [targets.gaussian, targets.von_mises])
+@pytest.mark.parametrize("target", [duet.gaussian, duet.von_mises])
 @pytest.mark.parametrize("width", [0.001, 0.2, 60.0])
 def test_targets_are_distributions(target: Callable[..., Tensor], width: float) -> None:
     made = target(torch.linspace(-0.1, 1.1, 25), 8, width)
@@ -145,23 +161,23 @@ def test_targets_are_distributions(target: Callable[..., Tensor], width: float) 
 
 
 def test_the_circle_closes() -> None:
-    made = targets.von_mises(torch.tensor([0.0, 1.0, 0.25]), 8)
+    made = duet.von_mises(torch.tensor([0.0, 1.0, 0.25]), 8)
     torch.testing.assert_close(made[0], made[1])
     torch.testing.assert_close(made[0].roll(2), made[2], rtol=0.01, atol=1e-3)
     parameters = torch.arange(0, 1, 0.03)
-    error = (targets.circular_mean(targets.von_mises(parameters, 8)) - parameters + 0.5) % 1 - 0.5
+    error = (evaluation.circular_mean(duet.von_mises(parameters, 8)) - parameters + 0.5) % 1 - 0.5
     assert error.abs().max() < 0.01  # what is read off a perfect marginal
 
 
 def test_divergence_at_its_limits() -> None:
     """Empty bins and large gaps of logits, where logarithms of probabilities end in NaN."""
     logits = torch.tensor([[200.0, 0, 0, -200], [0, 0, 0, 0]], requires_grad=True)
-    wanted = torch.tensor([[0.0, 0, 0, 1], [1, 0, 0, 0]])
-    loss = losses.jensen_shannon(logits, wanted)
+    target = torch.tensor([[0.0, 0, 0, 1], [1, 0, 0, 0]])
+    loss = duet.jensen_shannon(logits, target)
     assert loss.item() == pytest.approx((math.log(2) + divergence([0.25] * 4, [1, 0, 0, 0])) / 2, abs=1e-6)
     loss.backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
-    assert losses.jensen_shannon(torch.log(wanted + 1e-30), wanted).item() == pytest.approx(0, abs=1e-6)
+    assert duet.jensen_shannon(torch.log(target + 1e-30), target).item() == pytest.approx(0, abs=1e-6)
 
 
 def divergence(p: list[float], q: list[float]) -> float:
@@ -173,7 +189,7 @@ def divergence(p: list[float], q: list[float]) -> float:
 def test_nt_xent_by_loops() -> None:
     a, b = torch.randn(5, 7), torch.randn(5, 7)
     rows = F.normalize(torch.cat([a, b]), dim=1)
-    for i, loss in enumerate(losses.nt_xent(a, b, 0.3)):
+    for i, loss in enumerate(nt_xent(a, b, 0.3)):
         expected = 0.0
         for own, other in ((i, i + 5), (i + 5, i)):
             terms = [float(torch.exp(rows[own] @ rows[k] / 0.3)) for k in range(10) if k != own]
@@ -182,19 +198,81 @@ def test_nt_xent_by_loops() -> None:
 
 
 def test_gradients_in_double_precision() -> None:
-    wanted = targets.von_mises(torch.rand(3), 4).double()
-    assert torch.autograd.gradcheck(lambda x: losses.jensen_shannon(x, wanted), torch.randn(3, 4).double().requires_grad_())
+    target = duet.von_mises(torch.rand(3), 4).double()
+    assert torch.autograd.gradcheck(lambda x: duet.jensen_shannon(x, target), torch.randn(3, 4).double().requires_grad_())
     pair = [torch.randn(4, 5).double().requires_grad_() for _ in range(2)]
-    assert torch.autograd.gradcheck(losses.nt_xent, pair)
+    assert torch.autograd.gradcheck(nt_xent, pair)
 
 
 def test_no_gradient_of_the_classifier_reaches_the_encoder() -> None:
-    model = SelfSupervised(CifarResNet((1, 1, 1), in_channels=1, width=1), n_classes=3, bins=4)
     view = torch.rand(6, 1, 8, 8)
-    losses.classification_loss(model(view, view).class_logits, torch.arange(6) % 3)[0].backward()
-    assert all(p.grad is None for p in model.base_network.parameters())
-    with pytest.raises(ValueError, match="8 features do not divide into 3 bins"):
-        SelfSupervised(CifarResNet((1, 1, 1), width=1), n_classes=3, bins=3)
+    for model, n_views in ((make("duet"), 2), (make("simclr"), 2), (make("essl"), 3)):
+        classification_loss(model([view] * n_views)["class_logits"], torch.arange(6) % 3)[0].backward()
+        assert all(p.grad is None for p in model.base_network.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", [4, 8])
+def test_baselines_are_of_the_metrics_that_are_logged(method: str, n: int) -> None:
+    """The same names in the same order; an encoder that says nothing has NT-Xent at chance."""
+    model = make(method)
+    batch = model.make_batch(smooth(n).images, torch.arange(n) % 3, torch.arange(n), generator(), training=True)
+    out = {name: rows * 0 for name, rows in model(batch.views).items()}
+    metrics, chance = model.loss(out, batch, training=True)[1], model.baselines(n)
+    assert list(metrics) == list(chance)
+    nce = "model_loss_mean" if method == "simclr" else "model_nce_loss_mean"
+    assert metrics[nce].item() == pytest.approx(chance[nce], rel=1e-6)
+    assert chance["track_head_top_1_mean"] == pytest.approx(100 / 3) and chance["total_loss"] is None
+
+
+# ---- wrong use -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("duet", {"bins": 0}, "8 features do not divide into 0 bins"),
+        ("duet", {"bins": 3}, "8 features do not divide into 3 bins"),
+        ("duet", {"structure": None}, "None has no parameter to structure by: choose from sca rot"),
+        ("duet", {"structure": "jit"}, "jit has no parameter to structure by: choose from sca rot"),
+        ("duet", {"structure": "fli"}, "fli is not one of the transformations sca rot"),
+        ("duet", {"target": "gauss"}, "no target 'gauss': choose from ga vm"),
+        ("essl", {"predicted": "blu"}, "blu is nothing that ESSL can predict: choose from ron fli flv gra rot"),
+    ],
+)
+def test_methods_refuse_what_they_cannot_learn(method: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(method, **options)
+    with pytest.raises(TypeError):  # what makes DUET or ESSL of SimCLR has no default
+        {"duet": DUET, "essl": ESSL}[method](CifarResNet((1, 1, 1), width=1), ("rot",), 16, n_classes=3)
+
+
+def test_a_task_of_an_unknown_code() -> None:
+    with pytest.raises(ValueError, match="sca is nothing that ESSL can predict: choose from ron"):
+        essl.make_task("sca", torch.rand(2, 3, 4, 4), torch.zeros(2))
+
+
+def test_losses_refuse_shapes_that_would_be_broadcast() -> None:
+    embedding, matrix, parameter = torch.randn(6, 5), torch.randn(6, 4, 3), torch.rand(6, 1)
+    options = {"target": "vm", "weight": 1.0}
+    for wrong in (
+        (embedding, embedding, matrix[:, None], matrix[:, None], parameter, parameter),
+        (embedding, embedding, matrix, matrix, parameter[:, 0], parameter[:, 0]),
+        (embedding, embedding, matrix, matrix[:, :2], parameter, parameter),
+        (embedding[:3], embedding[:3], matrix, matrix, parameter, parameter),
+    ):
+        shapes = "|".join(re.escape(str(tuple(tensor.shape))) for tensor in wrong[2:])
+        with pytest.raises(ValueError, match=f"({shapes}).*({shapes}).*should be \\(B, G, C\\) and \\(B, 1\\)"):
+            duet.duet_loss(*wrong, **options)
+    for code, predictions, labels in (
+        ("rot", torch.randn(6, 1), torch.randn(6)),
+        ("rot", torch.randn(6, 2), torch.randn(6, 2)),
+        ("ron", torch.randn(24, 4), torch.zeros(24, 1).long()),
+        ("fli", torch.randn(12, 4), torch.zeros(12).long()),
+    ):
+        shapes = f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)} of '{code}'"
+        with pytest.raises(ValueError, match=re.escape(shapes)):
+            essl.essl_loss(embedding, embedding, predictions, labels, code=code, weight=1.0)
 
 
 # ---- read-outs -----------------------------------------------------------------------------------------------------------
@@ -211,7 +289,7 @@ class Angles(nn.Module):
         dx = (x[..., 4:] - x[..., :4]).mean((1, 2, 3))
         dy = (x[..., :4, :] - x[..., 4:, :]).mean((1, 2, 3))
         parameter = (torch.atan2(dy, dx) / (2 * math.pi) + 0.5) % 1
-        return targets.von_mises(parameter, self.bins).log().repeat_interleave(2, 1)  # (B, 2 bins)
+        return duet.von_mises(parameter, self.bins).log().repeat_interleave(2, 1)  # (B, 2 bins)
 
 
 def test_rotations_are_read_off_a_representation() -> None:
@@ -221,7 +299,7 @@ def test_rotations_are_read_off_a_representation() -> None:
     constant = evaluation.rotation_errors(Angles(8), ramp * 0, ramp * 0, 8, 8, seed=0)
     assert 60 < constant["marginal"]["mean"] < 120
     parameters, learned = evaluation.marginals_by_parameter(Angles(8), ramp, 8, "rot", 8, n=17)
-    ridge = targets.circular_mean(learned)
+    ridge = evaluation.circular_mean(learned)
     distance = (ridge - torch.tensor(parameters) + 0.5) % 1 - 0.5
     assert distance.abs().max() < 0.03
 
@@ -262,25 +340,25 @@ def test_duet_learns_the_structure_and_simclr_does_not() -> None:
     for image in bars:
         image[0, 3:9, random.Random(int(torch.randint(10**6, (1,), generator=gen))).randint(6, 8) :] = 0.5
     bars = ((bars + 0.4 * torch.rand(256, 1, 1, 1, generator=gen) * (bars > 0)) * 255).to(torch.uint8)
-    found = {}
-    for name, method in (
-        ("duet", Method(("rot",), 12, bins=8, structure="rot", target="vm", weight=100.0)),
-        ("simclr", Method(("rot",), 12)),
+    errors = {}
+    for name, method, options in (
+        ("duet", DUET, {"bins": 8, "structure": "rot", "target": "vm", "weight": 100.0}),
+        ("simclr", SimCLR, {}),
     ):
         torch.manual_seed(0)
-        model = method.make_model(CifarResNet((1, 1, 1), in_channels=1, width=4), 2)
+        model = method(CifarResNet((1, 1, 1), in_channels=1, width=4), ("rot",), 12, n_classes=2, **options)
         optimizer = torch.optim.AdamW(model.parameters(), 0.003, betas=(0.9, 0.95))
         for step in range(60):
-            chosen = torch.randperm(256, generator=gen)[:64]
-            batch = method.make_batch(bars, torch.zeros(256).long(), chosen, generator(step), training=True)
-            loss, _ = method.loss(model(batch.view1, batch.view2), batch, training=True)
+            indices = torch.randperm(256, generator=gen)[:64]
+            batch = model.make_batch(bars, torch.zeros(256).long(), indices, generator(step), training=True)
+            loss, _ = model.loss(model(batch.views), batch, training=True)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        found[name] = evaluation.rotation_errors(model.base_network, bars, bars, 12, 8, seed=0)["marginal"]["mean"]
-        assert group_marginal(evaluation.represent(model.base_network, bars, 12), 8).shape == (256, 8)
-    assert found["duet"] < 30, found
-    assert found["simclr"] > 60, found
+        errors[name] = evaluation.rotation_errors(model.base_network, bars, bars, 12, 8, seed=0)["marginal"]["mean"]
+        assert duet.group_marginal(evaluation.represent(model.base_network, bars, 12), 8).shape == (256, 8)
+    assert errors["duet"] < 30, errors
+    assert errors["simclr"] > 60, errors
 
 
 def test_resized_images_are_those_of_pillow() -> None:

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from common.models.resnet import BLOCKS, BasicBlock, CifarResNet
 from common.run.schedule import warmup_cosine
-from common.ssl import essl, losses, targets, views
+from common.ssl import duet, essl, simclr, views
 from common.ssl import transformations as tf
-from common.ssl.models import Outputs, SelfSupervised, content, joint
+from common.ssl.duet import DUET, content, structured
+from common.ssl.essl import ESSL
+from common.ssl.simclr import SimCLR
+from common.ssl.steps import classification_loss
 from common.ssl.views import Draw, Stack
 from tests.reference import DATA, Vectors, assert_agrees
 
@@ -25,8 +28,8 @@ def text(v: Vectors, key: str) -> str:
     return str(v.arrays[key])
 
 
-def check_figures(figures: dict[str, Tensor], v: Vectors, prefix: str, tolerance: float = 1e-5) -> None:
-    for name, value in figures.items():
+def check_metrics(metrics: dict[str, Tensor], v: Vectors, prefix: str, tolerance: float = 1e-5) -> None:
+    for name, value in metrics.items():
         assert_agrees(value.reshape(()), v[prefix + name].reshape(()), tolerance, name)
 
 
@@ -41,15 +44,15 @@ def leaves(v: Vectors, *keys: str) -> list[Tensor]:
 def test_nt_xent(case: str) -> None:
     v = Vectors("duet/nt_xent")
     a, b = leaves(v, case + "embedding1", case + "embedding2")
-    loss = losses.nt_xent(a, b, float(v[case + "temperature"]))
+    loss = simclr.nt_xent(a, b, float(v[case + "temperature"]))
     assert_agrees(loss, v[case + "loss"], 1e-5)
     loss.mean().backward()
     assert_agrees(a.grad, v[case + "grad1"], 1e-4)
     assert_agrees(b.grad, v[case + "grad2"], 1e-4)
     if float(v[case + "temperature"]) == pytest.approx(0.1):
-        loss, figures = losses.simclr_loss(a, b)
-        total = {key: figures.pop(key) for key in list(figures) if "total" in key}
-        check_figures(figures, v, case)
+        loss, metrics = simclr.simclr_loss(a, b)
+        total = {key: metrics.pop(key) for key in list(metrics) if "total" in key}
+        check_metrics(metrics, v, case)
         for key, value in total.items():  # the original adds the directions up for five images or fewer
             factor = 1 if len(a) > 5 else 0.5
             assert_agrees(value, v[case + key].reshape(()) * factor, 1e-5, key)
@@ -57,7 +60,7 @@ def test_nt_xent(case: str) -> None:
 
 def test_nt_xent_of_an_embedding_that_is_zero() -> None:
     v = Vectors("duet/nt_xent")
-    loss = losses.nt_xent(v["zero_row/embedding1"], v["zero_row/embedding2"], float(v["zero_row/temperature"]))
+    loss = simclr.nt_xent(v["zero_row/embedding1"], v["zero_row/embedding2"], float(v["zero_row/temperature"]))
     assert_agrees(loss, v["zero_row/loss"], 1e-5)
 
 
@@ -67,7 +70,7 @@ def test_jensen_shannon() -> None:
     assert stems
     for stem in stems:
         (logits,) = leaves(v, stem + "logits")
-        loss = losses.jensen_shannon(logits, v[stem + "targets"])
+        loss = duet.jensen_shannon(logits, v[stem + "targets"])
         assert_agrees(loss, v[stem + "js_loss"].reshape(()), 1e-5)
         loss.backward()
         assert_agrees(logits.grad, v[stem + "grad_logits"], 1e-4)
@@ -76,7 +79,7 @@ def test_jensen_shannon() -> None:
 @pytest.mark.parametrize("kind", ["gaussian", "vonmises"])
 def test_targets(kind: str) -> None:
     v = Vectors("duet/targets")
-    target = targets.gaussian if kind == "gaussian" else targets.von_mises
+    target = duet.gaussian if kind == "gaussian" else duet.von_mises
     n_cases = int(v[f"{kind}/n_cases"])
     assert n_cases >= 2
     for i in range(n_cases):
@@ -94,12 +97,12 @@ def test_duet_loss(case: str) -> None:
     e1, e2, j1, j2 = leaves(v, *(case + key for key in keys))
     training = bool(v.arrays[case + "training"])
     target = text(v, case + "target")
-    assert float(v[case + "sigma"]) == pytest.approx(targets.SIGMA if target == "ga" else targets.CONCENTRATION)
-    loss, figures = losses.duet_loss(
+    assert float(v[case + "sigma"]) == pytest.approx(duet.SIGMA if target == "ga" else duet.CONCENTRATION)
+    loss, metrics = duet.duet_loss(
         e1, e2, j1.squeeze(1), j2.squeeze(1), v[case + "aug1"], v[case + "aug2"],
         target=target, weight=float(v[case + "lambd"]), training=training,
     )  # fmt: skip
-    check_figures(figures, v, case)
+    check_metrics(metrics, v, case)
     loss.backward()
     for key, leaf in zip(keys, (e1, e2, j1, j2), strict=True):
         grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
@@ -112,9 +115,9 @@ def test_essl_loss(case: str) -> None:
     v = Vectors("duet/essl_loss")
     e1, e2, logits = leaves(v, case + "embedding1", case + "embedding2", case + "logits")
     code = text(v, case + "code")
-    loss, figures = losses.essl_loss(e1, e2, logits, v[case + "labels"], code=code, weight=float(v[case + "lambd"]))
-    check_figures(figures, v, case)
-    assert ("essl_top_1_mean" in figures) == (code in ("ron", "fli", "flv", "gra"))
+    loss, metrics = essl.essl_loss(e1, e2, logits, v[case + "labels"], code=code, weight=float(v[case + "lambd"]))
+    check_metrics(metrics, v, case)
+    assert ("essl_top_1_mean" in metrics) == (code in ("ron", "fli", "flv", "gra"))
     loss.backward()
     for key, leaf in (("embedding1", e1), ("embedding2", e2), ("logits", logits)):
         assert_agrees(leaf.grad, v[f"{case}grad_{key}"], 1e-4, key)
@@ -125,8 +128,8 @@ def test_classification_loss() -> None:
     stems = sorted({key.split("/")[0] + "/" for key in v.arrays if key.endswith("/logits")}) or [""]
     for stem in stems:
         (logits,) = leaves(v, stem + "logits")
-        loss, figures = losses.classification_loss(logits, v[stem + "labels"])
-        check_figures(figures, v, stem)
+        loss, metrics = classification_loss(logits, v[stem + "labels"])
+        check_metrics(metrics, v, stem)
         loss.backward()
         assert_agrees(logits.grad, v[stem + "grad_logits"], 1e-4)
 
@@ -157,6 +160,14 @@ def fill(module: nn.Module, seed: int, prefixes: tuple[str, ...] = ("",)) -> Non
         value.copy_(torch.from_numpy(z.astype(np.float32)))
 
 
+def make_model(method: str, encoder: CifarResNet, code: str = "", bins: str | int = 0) -> DUET | SimCLR | ESSL:
+    if method == "duet" and int(bins):
+        return DUET(encoder, ("rot",), 32, n_classes=10, structure="rot", bins=int(bins))
+    if method == "essl":
+        return ESSL(encoder, ("sca",), 32, n_classes=10, predicted=code)
+    return SimCLR(encoder, ("sca",), 32, n_classes=10)
+
+
 def test_encoders_have_the_published_tensors() -> None:
     published = json.loads((DATA / "duet" / "encoders.json").read_text())["encoders"]
     for name, blocks in BLOCKS.items():
@@ -171,13 +182,9 @@ def test_encoders_have_the_published_tensors() -> None:
 def test_models_have_the_published_tensors() -> None:
     published = json.loads((DATA / "duet" / "models.json").read_text())["models"]
     for name, expected in published.items():
-        options = {}
-        if name.startswith("duet"):
-            options = {"bins": int(name.removeprefix("duet_bins"))}
-        elif name.startswith("essl"):
-            options = {"essl_code": name.split("_")[1]}
+        method, _, detail = name.partition("_")
         with torch.device("meta"):
-            model = SelfSupervised(CifarResNet((3, 3, 3)), n_classes=10, **options)
+            model = make_model(method, CifarResNet((3, 3, 3)), detail, detail.removeprefix("bins"))
         assert sum(p.numel() for p in model.parameters()) == expected["parameters_total"], name
         outside = [[k, list(v.shape)] for k, v in model.state_dict().items() if not k.startswith("base_network.")]
         entries = [entry for entry in expected["state_dict_entries_outside_encoder"] if not entry[0].startswith("augmentor")]
@@ -225,39 +232,35 @@ def test_encoder(case: str) -> None:
 def test_whole_models(name: str) -> None:
     v = Vectors(f"duet/{name}")
     method, code = name.split("_")[1], text(v, "code")
-    model = SelfSupervised(
-        CifarResNet((1, 1, 1)),
-        n_classes=10,
-        bins=int(v["bins"]) if method == "duet" else 0,
-        essl_code=code if method == "essl" else None,
-    )
+    model = make_model(method, CifarResNet((1, 1, 1)), code, int(v["bins"]) if method == "duet" else 0)
     fill(model, int(v["fill_seed"]))
     for phase in ("eval", "train"):
         training = phase == "train"
         model.train(training).zero_grad()
-        out: Outputs = model(v["x1"], v["x2"], v["x_essl"] if method == "essl" else None)
+        z1, z2, *z3 = (model.base_network(v[name]) for name in ("x1", "x2", *(["x_essl"] if method == "essl" else [])))
+        out = model.outputs(z1, z2, *z3)
+        embeddings = out["embedding1"], out["embedding2"]
         if method == "duet":
-            j1, j2 = joint(out.representation1, model.bins), joint(out.representation2, model.bins)
-            assert_agrees(j1, v[f"{phase}/joint_logits1"].squeeze(1), 1e-4)
-            assert_agrees(j2, v[f"{phase}/joint_logits2"].squeeze(1), 1e-4)
-            loss, figures = losses.duet_loss(
-                out.embedding1, out.embedding2, j1, j2, v["aug1"], v["aug2"],
+            matrix1, matrix2 = structured(z1, model.bins), structured(z2, model.bins)
+            assert_agrees(matrix1, v[f"{phase}/joint_logits1"].squeeze(1), 1e-4)
+            assert_agrees(matrix2, v[f"{phase}/joint_logits2"].squeeze(1), 1e-4)
+            loss, metrics = duet.duet_loss(
+                *embeddings, matrix1, matrix2, v["aug1"], v["aug2"],
                 target=text(v, "target"), weight=float(v["lambd"]), training=training,
             )  # fmt: skip
         elif method == "simclr":
-            loss, figures = losses.simclr_loss(out.embedding1, out.embedding2)
+            loss, metrics = simclr.simclr_loss(*embeddings)
         else:
-            assert_agrees(out.essl_logits, v[f"{phase}/essl_logits"], 1e-4)
-            loss, figures = losses.essl_loss(
-                out.embedding1, out.embedding2, out.essl_logits, v["essl_labels"], code=code, weight=float(v["lambd"])
-            )
-        tracked, track = losses.classification_loss(out.class_logits, v["labels"])
-        assert_agrees(out.embedding1, v[f"{phase}/nce_logits1"], 1e-4)
-        assert_agrees(out.embedding2, v[f"{phase}/nce_logits2"], 1e-4)
-        assert_agrees(out.representation1, v[f"{phase}/representations1"], 1e-4)
-        assert_agrees(out.class_logits, v[f"{phase}/linear_classifier"], 1e-4)
-        check_figures(figures, v, f"{phase}/loss/", 1e-4)
-        check_figures(track, v, f"{phase}/track/", 1e-4)
+            predicted = out["essl_logits"]
+            assert_agrees(predicted, v[f"{phase}/essl_logits"], 1e-4)
+            loss, metrics = essl.essl_loss(*embeddings, predicted, v["essl_labels"], code=code, weight=float(v["lambd"]))
+        tracked, track = classification_loss(out["class_logits"], v["labels"])
+        assert_agrees(out["embedding1"], v[f"{phase}/nce_logits1"], 1e-4)
+        assert_agrees(out["embedding2"], v[f"{phase}/nce_logits2"], 1e-4)
+        assert_agrees(z1, v[f"{phase}/representations1"], 1e-4)
+        assert_agrees(out["class_logits"], v[f"{phase}/linear_classifier"], 1e-4)
+        check_metrics(metrics, v, f"{phase}/loss/", 1e-4)
+        check_metrics(track, v, f"{phase}/track/", 1e-4)
         assert_agrees(loss + tracked, v[f"{phase}/total"], 1e-4)
     (loss + tracked).backward()
     before_batch_norm = {"head.0.bias", "head.3.bias", "head.6.bias"}
@@ -265,11 +268,11 @@ def test_whole_models(name: str) -> None:
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         if key in before_batch_norm:
-            assert parameter.grad.norm() < 1e-5  # truly 0
+            assert parameter.grad.norm() < 1e-6  # truly 0
         else:
             assert_agrees(parameter.grad.norm(), v[f"train/gradnorm/{key}"], 2e-3, key)
     for key, grad in v.under("train/grad/").items():
-        assert_agrees(model.get_parameter(key).grad, grad, 1e-2 if "conv1" in key else 2e-3, key)
+        assert_agrees(model.get_parameter(key).grad, grad, 1e-2 if "conv1" in key else 1e-4, key)
 
 
 def test_duet_layer() -> None:
@@ -279,7 +282,7 @@ def test_duet_layer() -> None:
         if text(v, f"{case}/pooler") != "sum" or int(v[f"{case}/num_groups"]) != 1 or int(v[f"{case}/bins"]) == 0:
             continue  # what no model uses
         z, bins = v[f"{case}/z"], int(v[f"{case}/bins"])
-        assert_agrees(joint(z, bins), v[f"{case}/joint"].squeeze(1), 1e-6)
+        assert_agrees(structured(z, bins), v[f"{case}/joint"].squeeze(1), 1e-6)
         assert_agrees(content(z, bins), v[f"{case}/content"], 1e-5)
         tried += 1
     assert tried
@@ -370,7 +373,7 @@ def test_essl_tasks() -> None:
         made, labels = essl.make_task(code, v["images"], torch.zeros(3))
         assert_agrees(made, v[f"{code}/images"], 1e-5)
         assert torch.equal(labels, v[f"{code}/labels"])
-    for code in losses.VALUE_CODES:
+    for code in essl.VALUE_CODES:
         labels = v[f"{code}/labels"]
         values = v["rot/degrees"] if code == "rot" else labels[:, 0]
         made, made_labels = essl.make_task(code, v["continuous_images"], values)

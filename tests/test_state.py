@@ -28,7 +28,7 @@ from common.run.lock import is_locked, take_lock
 from common.run.metrics import N_RECORDS, Meter, Metrics, Traces, read_metrics
 from common.run.records import RecordError, read_json, write_json
 from common.run.run import Run
-from common.run.state import State, refuse_infinity
+from common.run.state import State, check_finite
 from common.seeds import seed_everything
 from tests.reference import DATA
 
@@ -224,10 +224,10 @@ def test_a_signal_is_noticed_after_the_step_and_everything_is_saved(tmp_path: Pa
 
 
 def test_a_loss_that_is_not_finite_is_a_failure() -> None:
-    refuse_infinity(1.5, "epoch 3")
+    check_finite(1.5, "epoch 3")
     for loss in (math.nan, math.inf, -math.inf):
         with pytest.raises(Failed, match="the loss of epoch 3 is not finite: a smaller --lr may help"):
-            refuse_infinity(loss, "epoch 3")
+            check_finite(loss, "epoch 3")
 
 
 # ---- jobs ----------------------------------------------------------------------------------------------------------------

@@ -386,7 +386,9 @@ def test_out_of_memory_splits_the_batch(error: Exception) -> None:
     model.__class__, model.error = TooSmall, error
     log: list[str] = []
     micro = MicroBatches(12, log.append)
-    assert micro.as_fits(lambda size: script.accumulate_gradients(model, batch, "fp32", size)) == pytest.approx(loss, rel=1e-6)
+    assert micro.run_in_parts(lambda size: script.accumulate_gradients(model, batch, "fp32", size)) == pytest.approx(
+        loss, rel=1e-6
+    )
     assert micro.size == 3  # 12, 6, 4, 3 were tried
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-6)

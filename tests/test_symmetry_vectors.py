@@ -8,24 +8,24 @@ from torch import Tensor, nn
 from common.models import zoo
 from common.run.schedule import halving
 from common.symmetry import matrices
-from common.symmetry.joints import Birkhoff, Full, Joint, Lasso, LowRank, Wreath
 from common.symmetry.stitching import StitchedModel, reestimate_statistics, restore_statistics, stitch
+from common.symmetry.stitching_layers import Birkhoff, Full, Lasso, LowRank, StitchingLayer, Wreath
 from common.symmetry.train import make_optimizers, training_step
 from tests.reference import Vectors, assert_agrees
 
 TOLERANCE = 1e-4
 
 
-def check_gradients(joint: Joint, v: Vectors, prefix: str, tolerance: float = TOLERANCE) -> None:
+def check_gradients(layer: StitchingLayer, v: Vectors, prefix: str, tolerance: float = TOLERANCE) -> None:
     expected = {name: grad for name, grad in v.under(prefix).items() if name != "bias"}
     assert expected
     for name, grad in expected.items():
-        assert_agrees(joint.get_parameter(name).grad, grad, tolerance, prefix + name)
+        assert_agrees(layer.get_parameter(name).grad, grad, tolerance, prefix + name)
 
 
-def load(joint: Joint, parameters: dict[str, Tensor]) -> Joint:
-    joint.load_state_dict({name: value for name, value in parameters.items() if not name.endswith("bias")})
-    return joint
+def load(layer: StitchingLayer, parameters: dict[str, Tensor]) -> StitchingLayer:
+    layer.load_state_dict({name: value for name, value in parameters.items() if not name.endswith("bias")})
+    return layer
 
 
 def biased(y: Tensor, bias: Tensor) -> Tensor:
@@ -85,18 +85,18 @@ def test_rounding() -> None:
     assert torch.equal(matrices.round_scores(w["param/weight_perms"]), w["P"])
 
 
-# ---- joints --------------------------------------------------------------------------------------------------------------
+# ---- stitching layers ----------------------------------------------------------------------------------------------------
 
 
-def check_joint(joint: Joint, v: Vectors, case: str, style: str, bias: Tensor) -> None:
+def check_layer(layer: StitchingLayer, v: Vectors, case: str, style: str, bias: Tensor) -> None:
     x = v[f"x_{style}"].clone().requires_grad_()
-    y = biased(joint.train()(x), bias)
+    y = biased(layer.train()(x), bias)
     assert_agrees(y, v[f"{case}/out_train"], TOLERANCE)
-    joint.zero_grad()
+    layer.zero_grad()
     (y * v[f"weight_out_{style}"]).sum().backward()
     assert_agrees(x.grad, v[f"{case}/grad_x"], TOLERANCE)
-    check_gradients(joint, v, f"{case}/grad/")
-    assert_agrees(biased(joint.eval()(x), bias), v[f"{case}/out_eval"], TOLERANCE)
+    check_gradients(layer, v, f"{case}/grad/")
+    assert_agrees(biased(layer.eval()(x), bias), v[f"{case}/out_eval"], TOLERANCE)
 
 
 @pytest.mark.parametrize("style", ["conv", "linear"])
@@ -104,84 +104,84 @@ def check_joint(joint: Joint, v: Vectors, case: str, style: str, bias: Tensor) -
 @pytest.mark.parametrize("scalars", [True, False])
 def test_wreath(style: str, tau: float, scalars: bool) -> None:
     v = Vectors("modelsym/wreath")
-    joint = load(Wreath(6, tau, scalars=scalars), v.under("param/"))
-    check_joint(joint, v, f"{style}_tau{tau}" + ("" if scalars else "_noscalars"), style, v["param/bias"])
+    layer = load(Wreath(6, tau, scalars=scalars), v.under("param/"))
+    check_layer(layer, v, f"{style}_tau{tau}" + ("" if scalars else "_noscalars"), style, v["param/bias"])
     if not scalars:
-        assert joint.get_parameter("weight_scalars").grad is None
+        assert layer.get_parameter("weight_scalars").grad is None
 
 
 @pytest.mark.parametrize("style", ["conv", "linear"])
 @pytest.mark.parametrize("scalars", [True, False])
 def test_birkhoff(style: str, scalars: bool) -> None:
     v = Vectors("modelsym/birkhoff")
-    joint = load(Birkhoff(7, scalars=scalars), v.under("param/"))
-    check_joint(joint, v, style + ("" if scalars else "_noscalars"), style, v["param/bias"])
+    layer = load(Birkhoff(7, scalars=scalars), v.under("param/"))
+    check_layer(layer, v, style + ("" if scalars else "_noscalars"), style, v["param/bias"])
     if not scalars:
-        assert joint.get_parameter("weight_scalars").grad is None
+        assert layer.get_parameter("weight_scalars").grad is None
 
 
 @pytest.mark.parametrize("sweeps", ["project", "project_nosink"])
 def test_projection(sweeps: str) -> None:
     v = Vectors("modelsym/birkhoff")
-    joint = load(Birkhoff(7, iters=16 if sweeps == "project" else 0), v.under("project/in_"))
-    joint.project()
-    assert_agrees(joint.weight_perms, v[f"{sweeps}/weight_perms"], TOLERANCE)
-    assert_agrees(joint.weight_scalars, v[f"{sweeps}/weight_scalars"], TOLERANCE)
+    layer = load(Birkhoff(7, iters=16 if sweeps == "project" else 0), v.under("project/in_"))
+    layer.project()
+    assert_agrees(layer.weight_perms, v[f"{sweeps}/weight_perms"], TOLERANCE)
+    assert_agrees(layer.weight_scalars, v[f"{sweeps}/weight_scalars"], TOLERANCE)
 
 
 @pytest.mark.parametrize(("eps", "tolerance"), [(0.001, 1e-3), (0.05, 1e-4)])
 def test_projected_gradients(eps: float, tolerance: float) -> None:
     v = Vectors("modelsym/birkhoff")
-    joint = load(Birkhoff(7), v.under("param/"))
+    layer = load(Birkhoff(7), v.under("param/"))
     with torch.no_grad():
-        joint.weight_scalars.copy_(v["pgd/weight_scalars"])
-    joint.weight_perms.grad, joint.weight_scalars.grad = v["pgd/g_perms"].clone(), v["pgd/g_scalars"].clone()
-    joint.project_gradients(eps)
-    assert_agrees(joint.weight_perms.grad, v[f"pgd/eps{eps}/birkhoff"], tolerance)
-    assert_agrees(joint.weight_scalars.grad, v[f"pgd/eps{eps}/relu"], tolerance)
+        layer.weight_scalars.copy_(v["pgd/weight_scalars"])
+    layer.weight_perms.grad, layer.weight_scalars.grad = v["pgd/g_perms"].clone(), v["pgd/g_scalars"].clone()
+    layer.project_gradients(eps)
+    assert_agrees(layer.weight_perms.grad, v[f"pgd/eps{eps}/birkhoff"], tolerance)
+    assert_agrees(layer.weight_scalars.grad, v[f"pgd/eps{eps}/relu"], tolerance)
 
-    joint.zero_grad()
-    (joint(v["x_linear"]) * v["weight_out_linear"]).sum().backward()
-    joint.project_gradients(eps)
-    check_gradients(joint, v, f"pgd/eps{eps}/linear_grad/", tolerance)
+    layer.zero_grad()
+    (layer(v["x_linear"]) * v["weight_out_linear"]).sum().backward()
+    layer.project_gradients(eps)
+    check_gradients(layer, v, f"pgd/eps{eps}/linear_grad/", tolerance)
 
 
 def test_lasso() -> None:
     v = Vectors("modelsym/lasso_lowrank")
-    joint = load(Lasso(6, float(v["lasso/multiplier"])), v.under("lasso/param/"))
+    layer = load(Lasso(6, float(v["lasso/multiplier"])), v.under("lasso/param/"))
     bias = v["lasso/param/l.bias"]
-    y = joint(v["x_conv"])
+    y = layer(v["x_conv"])
     assert_agrees(y, v["lasso/conv/out_train"], TOLERANCE)  # without a bias
-    assert_agrees(biased(joint(v["x_linear"]), bias), v["lasso/linear/out_train"], TOLERANCE)
-    assert_agrees(joint.penalty(), v["lasso/reg"], TOLERANCE)
-    ((y * v["weight_out_conv"]).sum() + joint.penalty()).backward()
-    check_gradients(joint, v, "lasso/conv/grad/")
-    joint.eval()
-    assert_agrees(biased(joint(v["x_linear"]), bias), v["lasso/linear/out_eval"], TOLERANCE)
+    assert_agrees(biased(layer(v["x_linear"]), bias), v["lasso/linear/out_train"], TOLERANCE)
+    assert_agrees(layer.penalty(), v["lasso/reg"], TOLERANCE)
+    ((y * v["weight_out_conv"]).sum() + layer.penalty()).backward()
+    check_gradients(layer, v, "lasso/conv/grad/")
+    layer.eval()
+    assert_agrees(biased(layer(v["x_linear"]), bias), v["lasso/linear/out_eval"], TOLERANCE)
     for threshold in (0.0001, 0.001):
-        joint.threshold = threshold
+        layer.threshold = threshold
         case = f"lasso/conv/threshold{threshold}"
-        assert_agrees(joint(v["x_conv"]), v[f"{case}/out_eval"], TOLERANCE)
-        assert torch.equal(joint.rounded(), v[f"lasso/threshold{threshold}/P"])
-    assert joint.sparsity() == pytest.approx(float(v["lasso/threshold0.001/sparsity"]))
+        assert_agrees(layer(v["x_conv"]), v[f"{case}/out_eval"], TOLERANCE)
+        assert torch.equal(layer.rounded(), v[f"lasso/threshold{threshold}/P"])
+    assert layer.sparsity() == pytest.approx(float(v["lasso/threshold0.001/sparsity"]))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_low_rank(rank: int) -> None:
     v = Vectors("modelsym/lasso_lowrank")
-    joint = load(LowRank(6, rank), v.under(f"lowrank{rank}/conv/param/"))
-    y = joint(v["x_conv"])
+    layer = load(LowRank(6, rank), v.under(f"lowrank{rank}/conv/param/"))
+    y = layer(v["x_conv"])
     assert_agrees(y, v[f"lowrank{rank}/conv/out"], TOLERANCE)
     (y * v["weight_out_conv"]).sum().backward()
-    check_gradients(joint, v, f"lowrank{rank}/conv/grad/")
-    y = biased(joint(v["x_linear"]), v["lowrank/param/l2.bias"])
+    check_gradients(layer, v, f"lowrank{rank}/conv/grad/")
+    y = biased(layer(v["x_linear"]), v["lowrank/param/l2.bias"])
     assert_agrees(y, v[f"lowrank{rank}/linear/out"], TOLERANCE)
 
 
 # ---- stitched models -----------------------------------------------------------------------------------------------------
 
 
-def make_joint(kind: str, channels: int) -> Joint:
+def make_layer(kind: str, channels: int) -> StitchingLayer:
     match kind:
         case "full":
             return Full(channels)
@@ -196,15 +196,15 @@ def make_joint(kind: str, channels: int) -> Joint:
 
 
 def check_stitched(stitched: StitchedModel, v: Vectors, case: str, x: Tensor, y: Tensor) -> None:
-    load(stitched.joint, v.under(f"{case}/param/stitches.A."))
+    load(stitched.stitching_layer, v.under(f"{case}/param/stitches.A."))
     with torch.no_grad():
         assert_agrees(stitched.eval()(x), v[f"{case}/out_eval"], TOLERANCE)
     out = stitched.train()(x)
     assert_agrees(out, v[f"{case}/out_train"], TOLERANCE)
-    loss = F.cross_entropy(out, y) + stitched.joint.penalty()
+    loss = F.cross_entropy(out, y) + stitched.stitching_layer.penalty()
     assert_agrees(loss, v[f"{case}/loss_train"], TOLERANCE)
     loss.backward()
-    check_gradients(stitched.joint, v, f"{case}/grad/stitches.A.")
+    check_gradients(stitched.stitching_layer, v, f"{case}/grad/stitches.A.")
     for key, value in v.under(f"{case}/after_train/").items():
         assert_agrees(stitched.network.state_dict()[key].float(), value.float(), TOLERANCE, key)
 
@@ -220,7 +220,7 @@ def two_mcnns(v: Vectors) -> list[nn.Module]:
 @pytest.mark.parametrize("layer", [3, 10])
 def test_stitched_mcnn(kind: str, layer: int) -> None:
     v = Vectors("modelsym/stitched_mcnn")
-    stitched = stitch(*two_mcnns(v), layer, make_joint(kind, {3: 4, 10: 16}[layer]))
+    stitched = stitch(*two_mcnns(v), layer, make_layer(kind, {3: 4, 10: 16}[layer]))
     check_stitched(stitched, v, f"{kind}_at{layer}", v["x"], v["y"])
 
 
@@ -232,9 +232,9 @@ def test_stitched_resnet20(kind: str, layer: int) -> None:
     for model, name in zip(models, "ab", strict=True):
         parameters = Vectors(f"modelsym/resnet20_{name}").under("param/")
         model.load_state_dict({key: value.float() for key, value in parameters.items()})
-    stitched = stitch(*models, layer, make_joint(kind, {19: 16, 40: 32}[layer]))
-    assert stitched.place.name == str(v.arrays[f"at{layer}/module_name"])
-    assert stitched.place.inside_block == (layer == 40)
+    stitched = stitch(*models, layer, make_layer(kind, {19: 16, 40: 32}[layer]))
+    assert stitched.point.name == str(v.arrays[f"at{layer}/module_name"])
+    assert stitched.point.inside_block == (layer == 40)
     check_stitched(stitched, v, f"{kind}_at{layer}", v["x"], torch.arange(len(v["x"])))
 
 
@@ -246,19 +246,19 @@ class Run:
 
     def __init__(self, name: str, kind: str, start: str):
         self.v, self.name = Vectors("modelsym/train"), name
-        self.joint = load(make_joint(kind, 8), self.v.under(f"{start}/param/stitches.A."))
-        self.stitched = stitch(*two_mcnns(self.v), int(self.v["stitch_idx"]), self.joint)
+        self.stitching_layer = load(make_layer(kind, 8), self.v.under(f"{start}/param/stitches.A."))
+        self.stitched = stitch(*two_mcnns(self.v), int(self.v["stitch_idx"]), self.stitching_layer)
         self.batches = [(self.v[f"train/x/{i}"], self.v[f"train/y/{i}"]) for i in range(3)]
 
     def validate(self, epoch: int) -> None:
-        """Compare the joint, the last batch norm and the validation with the vectors'."""
+        """Compare the layer, the last batch norm and the validation with the vectors'."""
         snapshot = self.v.under(f"{self.name}/epoch{epoch}/")
         state = self.stitched.network.state_dict()
         for key in ("running_mean", "running_var"):
             assert_agrees(state[f"12.{key}"], snapshot.pop(f"bn_{key}"), 1e-3, key)
-        assert snapshot.keys() == self.joint.state_dict().keys()
+        assert snapshot.keys() == self.stitching_layer.state_dict().keys()
         for key, value in snapshot.items():
-            assert_agrees(self.joint.state_dict()[key], value, 1e-3, f"epoch {epoch}: {key}")
+            assert_agrees(self.stitching_layer.state_dict()[key], value, 1e-3, f"epoch {epoch}: {key}")
         losses, accuracies = [], []
         self.stitched.eval()
         for i in range(2):
@@ -279,7 +279,7 @@ class Run:
 def test_training(kind: str) -> None:
     run = Run(kind, kind, start=kind)
     full_rate = 0.02 if kind == "wreath" else 0.05
-    (optimizer,) = make_optimizers(run.joint, full_rate)
+    (optimizer,) = make_optimizers(run.stitching_layer, full_rate)
     for epoch in (1, 2, 3, 4):
         for group in optimizer.param_groups:
             group["lr"] = full_rate * halving(epoch - 1, 4)
@@ -293,9 +293,9 @@ def test_training_of_birkhoff_in_two_halves() -> None:
     run = Run("birkhoff_warmup", "birkhoff", start="birkhoff")
     best = -1.0, run.stitched.state_dict()
     for name, scalars in (("birkhoff_warmup", False), ("birkhoff_second", True)):
-        run.name, run.joint.scalars = name, scalars
+        run.name, run.stitching_layer.scalars = name, scalars
         run.stitched.load_state_dict(best[1])
-        (optimizer,) = make_optimizers(run.joint, 0.05)
+        (optimizer,) = make_optimizers(run.stitching_layer, 0.05)
         for epoch in (1, 2):
             run.stitched.train()
             for x, y in run.batches:
@@ -310,7 +310,7 @@ def test_training_of_birkhoff_in_two_halves() -> None:
 
 def test_training_of_birkhoff_in_alternation() -> None:
     run = Run("alternating", "birkhoff", start="alternating")
-    optimizers = make_optimizers(run.joint, 0.1, alternating=True)
+    optimizers = make_optimizers(run.stitching_layer, 0.1, alternating=True)
     choice = iter(run.v["alternating/choice"].tolist())
     for epoch in (1, 2):
         run.stitched.train()
@@ -321,7 +321,7 @@ def test_training_of_birkhoff_in_alternation() -> None:
 
 def test_training_of_birkhoff_with_projected_gradients() -> None:
     run = Run("pgd_hook", "birkhoff", start="alternating")
-    (optimizer,) = make_optimizers(run.joint, 0.1)
+    (optimizer,) = make_optimizers(run.stitching_layer, 0.1)
     run.stitched.train()
     losses = [training_step(run.stitched, x, y, optimizer, hook_eps=0.05) for x, y in run.batches]
     run.check_first_loss(losses[0], 1)

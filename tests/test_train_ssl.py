@@ -1,10 +1,10 @@
 """train_ssl.py as its users run it: published lines, bad input, runs, stops, saved encoders, trackers, processes."""
 
 import argparse
+import io
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,8 +19,9 @@ from common.models.resnet import CifarResNet
 from common.run import trackers
 from common.run.metrics import read_metrics
 from common.run.state import State
-from common.ssl.method import Method
+from common.ssl import duet
 from common.ssl.models import load_encoder, read_saved
+from common.ssl.simclr import SimCLR
 from tests.command_lines import exit_status
 from tests.interruptions.cases import assert_equal, outcome
 from tests.small_images import smooth, write_mnist
@@ -47,8 +48,8 @@ def run(line: str, folder: Path, *more: str) -> int:
 
 
 def directory(folder: Path) -> Path:
-    (found,) = (folder / "results" / "train_ssl").iterdir()
-    return found
+    (path,) = (folder / "results" / "train_ssl").iterdir()
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,8 @@ def test_help_lists_every_published_option(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_optimiser_is_the_published_one() -> None:
-    group = script.make_optimizer(Method(("sca",), 8).make_model(CifarResNet((1, 1, 1), width=1), 3), 0.1).param_groups[0]
+    model = SimCLR(CifarResNet((1, 1, 1), width=1), ("sca",), 8, n_classes=3)
+    group = script.make_optimizer(model, 0.1).param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.1, (0.9, 0.95), 1e-4, 1e-8)
 
 
@@ -110,14 +112,16 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
 
 
 def test_jitter_has_the_parameters_of_colours() -> None:
-    args, _ = script.parse(script.get_parser(), ["--tx", "jit", "--equi-tx", "hue"])
-    assert script.method_of(args).structure == "hue"
+    line = "--encoder cifar10_resnet20 --encoder-width 1 --tx jit --equi-tx hue"
+    args, _ = script.parse(script.get_parser(), line.split())
+    model = script.make_model(args, torch.device("cpu"))
+    assert isinstance(model, duet.DUET) and model.structure == "hue"
 
 
 BAD = {
     "--equi-tx rot": "--tx is missing",
     "--tx sca rot": "--equi-tx is missing",
-    "--tx sca rot --equi-tx fli": "--equi-tx fli is not one of --tx sca rot",
+    "--tx sca rot --equi-tx fli": "--equi-tx fli is not one of the transformations sca rot",
     "--tx sca jit --equi-tx jit": "--equi-tx jit has no parameter",
     "--tx sca res --equi-tx res": "--equi-tx res has no parameter",
     "--tx sca rot --equi-tx rot --duet-bins 7": "--duet-bins 7 does not divide the encoder's 512 features",
@@ -128,8 +132,8 @@ BAD = {
     "--tx sca turn --equi-tx rot": "invalid choice: 'turn'",
     "--tx sca jit --equi-tx sca --dataset mnist": "jit changes colours",
     "--model essl --tx sca --equi-tx gra --dataset fashionmnist": "gra changes colours",
-    "--model essl --tx rot --equi-tx sca": "--equi-tx sca is nothing that essl can predict",
-    "--model essl --tx rot --equi-tx blu": "--equi-tx blu is nothing that essl can predict",
+    "--model essl --tx rot --equi-tx sca": "--equi-tx sca is nothing that ESSL can predict",
+    "--model essl --tx rot --equi-tx blu": "--equi-tx blu is nothing that ESSL can predict",
     "--model essl --tx sca": "--equi-tx is missing",
     "--tx sca --equi-tx sca --test-every 0": "too small: at least 1",
     "--tx sca --equi-tx sca --batch-size 1": "too small: at least 2",
@@ -182,7 +186,7 @@ LINES = {
 
 @pytest.mark.parametrize("kind", LINES)
 def test_what_a_run_leaves(kind: str, grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line, stem, figure = LINES[kind]
+    line, stem, metric = LINES[kind]
     saved = tmp_path / "saved"
     assert run(line, tmp_path, *grey, "--save-dir", str(saved)) == 0
     path = directory(tmp_path)
@@ -194,13 +198,13 @@ def test_what_a_run_leaves(kind: str, grey: tuple[str, str], tmp_path: Path, cap
     metrics = read_metrics(path / "metrics.csv")
     assert metrics["epoch"] == [0, 1, 2]
     assert metrics["lr"] == pytest.approx([0.0004 * m for m in (0.001, 1, 0.5)])
-    assert [math.isnan(value) for value in metrics[f"test_{figure}"]] == [False, True, False]
-    assert not any(math.isnan(value) for value in metrics[f"train_{figure}"])
+    assert [math.isnan(value) for value in metrics[f"test_{metric}"]] == [False, True, False]
+    assert not any(math.isnan(value) for value in metrics[f"train_{metric}"])
     pictures = {p.name for p in path.glob("*.png")}
     assert pictures >= {"metrics.png", "weights.png", "samples.png"}
     assert ("marginals.png" in pictures) == (kind != "no bins")
     out, log = capsys.readouterr().out, (path / "log").read_text()
-    for text in ("Training starts!", "[Train epoch 0 in ", "[Test  epoch 2 in ", f"{figure}: ", "(chance 10)", "lr: 0.0004"):
+    for text in ("Training starts!", "[Train epoch 0 in ", "[Test  epoch 2 in ", f"{metric}: ", "(chance 10)", "lr: 0.0004"):
         assert text in out and text in log
     # a second start
     assert run(line, tmp_path, *grey, "--save-dir", str(saved)) == 2
@@ -273,15 +277,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     grey: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a sentence; and never reaches a checkpoint: a second start goes on from before."""
-    loss_of, calls = Method.loss, []
+    loss_of, calls = duet.DUET.loss, []
 
-    def loss(self: Method, *args: object, training: bool) -> object:
+    def loss(self: duet.DUET, *args: object, training: bool) -> object:
         calls.append(training)
-        total, figures = loss_of(self, *args, training=training)
-        return (total * math.nan, figures | {"total_loss": total * math.nan}) if sum(calls) == 6 else (total, figures)
+        total, metrics = loss_of(self, *args, training=training)
+        return (total * math.nan, metrics | {"total_loss": total * math.nan}) if sum(calls) == 6 else (total, metrics)
 
     monkeypatch.setattr("common.run.state.SAVE_SECONDS", -1.0)
-    monkeypatch.setattr(Method, "loss", loss)
+    monkeypatch.setattr(duet.DUET, "loss", loss)
     assert run(DUET, tmp_path, *grey) == 1
     reason = "failed: the loss of epoch 1 is not finite: a smaller --lr or --duet-lambda may help\n"
     assert capsys.readouterr().err.endswith(f"train_ssl.py: {reason}")
@@ -326,10 +330,10 @@ def test_saved_encoders(
     capsys.readouterr()
     assert run("--linear-probe", tmp_path, str(file), "--knn", str(file), *grey) == 0
     out = capsys.readouterr().out
-    for which in ("linear_probe", "knn"):
-        written = json.loads((saved / f"{file.stem}_{which}_mnist.json").read_text())
-        assert written["top_1"] == pytest.approx(result[which]["top_1"], abs=5.1)  # one image of 20
-        assert f"{which.replace('_', ' ')} top-1 {written['top_1']:.2f} %" in out
+    for probe in ("linear_probe", "knn"):
+        written = json.loads((saved / f"{file.stem}_{probe}_mnist.json").read_text())
+        assert written["top_1"] == pytest.approx(result[probe]["top_1"], abs=5.1)  # one image of 20
+        assert f"{probe.replace('_', ' ')} top-1 {written['top_1']:.2f} %" in out
     assert (
         run("--knn", tmp_path, str(file), "--linear-probe", "nowhere.pt", "--overwrite", *grey) == 2
     )  # before anything is computed
@@ -353,32 +357,52 @@ def test_saved_encoders(
         assert "damaged" in capsys.readouterr().err
 
 
-# ---- trackers ------------------------------------------------------------------------------------------------------------
+def test_encoders_of_another_version(grey: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line says what is other."""
+    assert run(f"{DUET} --epochs 0", tmp_path, *grey, "--save-dir", str(tmp_path)) == 0
+    (file,) = tmp_path.glob("*.pt")
+    saved, key = torch.load(file, weights_only=True), "base_network.conv1.weight"
+    capsys.readouterr()
+    for changed, message in (
+        (
+            {"encoder": saved["encoder"] | {"depth": 20}},
+            "no encoder with {'blocks': [3, 3, 3], 'in_channels': 1, ",
+        ),
+        ({"encoder": {"in_channels": 1}}, "missing 1 required positional argument: 'blocks'"),
+        ({"encoder": saved["encoder"] | {"width": 2}}, f"{key} is (1, 1, 3, 3) there and (2, 1, 3, 3) here"),
+        ({"model": {name: w for name, w in saved["model"].items() if name != key}}, f"{key} is missing there and (1, 1, 3, 3)"),
+        ({"model": saved["model"] | {"base_network.stem": torch.zeros(2)}}, "base_network.stem is (2,) there and missing here"),
+        ({"model": saved["model"] | {key: 3}}, f"{key} is ('no tensor',) there"),
+        ({"options": {}}, "its option dataset is 'missing'"),
+        ({"options": saved["options"] | {"image_size": "8"}}, "its option image_size is '8'"),
+        ({"options": saved["options"] | {"dataset": ["mnist"]}}, "its option dataset is ['mnist']"),
+    ):
+        torch.save(saved | changed, file)
+        for probe in ("--linear-probe", "--knn"):
+            assert run(probe, tmp_path, str(file), *grey) == 2
+            (error,) = capsys.readouterr().err.strip().splitlines()
+            assert f"{file} is of another version: " in error and message in error
 
 
-def test_tensorboard(grey: tuple[str, str], tmp_path: Path) -> None:
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert run(f"{DUET} --tensorboard", tmp_path, *grey) == 0
-    path = directory(tmp_path)
-    board = accumulators.EventAccumulator(str(path / "tensorboard"))
-    board.Reload()
-    events = board.Scalars("train_total_loss")
-    assert [event.step for event in events] == [0, 1, 2]
-    assert [event.value for event in events] == pytest.approx(read_metrics(path / "metrics.csv")["train_total_loss"], rel=1e-5)
-    assert [event.step for event in board.Scalars("test_track_head_top_1_mean")] == [0, 2]
+# ---- bars and trackers --------------------------------------------------------------------------------------------------
 
 
-def test_weights_and_biases_offline(grey: tuple[str, str], tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    line = [*DUET.split(), *grey, "--wandb-project", "duet", "--results-dir", "results"]
-    subprocess.run([sys.executable, ROOT / "train_ssl.py", *line], cwd=tmp_path, env=environment, check=True, timeout=120)
-    (file,) = tmp_path.glob("results/train_ssl/*/wandb/offline-run-*/*.wandb")
-    # records of a key and a number as text
-    logged = [float(value) for value in re.findall(rb"train_total_loss\W{1,4}(\d+\.\d+)", file.read_bytes())]
-    (path,) = (tmp_path / "results" / "train_ssl").iterdir()
-    metrics = read_metrics(path / "metrics.csv")
-    assert list(dict.fromkeys(logged)) == pytest.approx(metrics["train_total_loss"], rel=1e-6)  # twice: history, summary
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_are_for_terminals(grey: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = ("training, epoch 2/3", "test, epoch 2/3", "measuring the encoder")
+    for kind in (Terminal, io.StringIO):
+        monkeypatch.setattr(sys, "stderr", kind())
+        assert run(f"{DUET} --overwrite --save-dir {tmp_path}", tmp_path, *grey) == 0
+        assert all((f"{title}: " in sys.stderr.getvalue()) == (kind is Terminal) for title in titles)
+    assert sys.stderr.getvalue() == ""
+    (file,) = tmp_path.glob("*.pt")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert run("--linear-probe", tmp_path, str(file), *grey) == 0
+    assert "linear probe: " in sys.stderr.getvalue()
 
 
 def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

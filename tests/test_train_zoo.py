@@ -12,9 +12,10 @@ import torch
 import train_zoo as script
 from common.datasets.classification import load_splits
 from common.models import zoo
-from common.run import classifier, state
+from common.run import state
 from common.run.lock import release_lock, take_lock
 from common.run.schedule import halving
+from common.zoo import training
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
 from tests.interruptions.cases import assert_equal, outcome
 from tests.reference import Vectors, assert_agrees
@@ -63,7 +64,7 @@ def test_training_run_of_the_original() -> None:
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * halving(epoch, 4)
         for batch in range(3):
-            metrics = classifier.training_step(model, optimizer, v[f"train/x/{batch}"], v[f"train/y/{batch}"], "fp32")
+            metrics = training.training_step(model, optimizer, v[f"train/x/{batch}"], v[f"train/y/{batch}"], "fp32")
             if batch == 0:
                 assert_agrees(metrics["loss"], v["zoo/metrics/train_loss"][epoch], 1e-3, f"loss of epoch {epoch}")
         expected = v.under(f"zoo/epoch{epoch + 1}/")
@@ -85,9 +86,17 @@ def test_the_published_line(capsys: pytest.CaptureFixture[str]) -> None:
     args = script.parse(script.get_parser(), line.split())
     expected = {"epochs": 50, "batch_size": 32, "lr": 0.001, "width": 64, "select": "validation", "precision": "fp32"}
     assert {name: getattr(args, name) for name in expected} == expected
-    assert classifier.learning_rate("published", 0.001, 1562 * 12 - 1, 1562, 50) == 0.001
-    assert classifier.learning_rate("published", 0.001, 1562 * 12, 1562, 50) == 0.0005
+    assert training.learning_rate("published", 0.001, 1562 * 12 - 1, 1562, 50) == 0.001
+    assert training.learning_rate("published", 0.001, 1562 * 12, 1562, 50) == 0.0005
     assert_help_shows_the_papers_options_first(script.main, "--chunk", capsys)
+
+
+def test_a_dry_run_refuses_a_batch_of_more_than_the_subset(capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ("", "--select test "):
+        n = 20 if more else 18  # a tenth validates
+        line = f"--arch mCNN --subset 20 {more}--dry-run --batch-size"
+        assert run(f"{line} {n}") == 0 and run(f"{line} {n + 1}") == 2
+        assert f"--batch-size {n + 1} is more than the {n} training images" in capsys.readouterr().err
 
 
 def test_names_of_zoos(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,8 +159,8 @@ def test_what_a_zoo_leaves(grey: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert record["validation"]["accuracy"] == pytest.approx(max(accuracies))
     assert record["best_epoch"] == 1 + accuracies.index(max(accuracies))
     model = zoo.load(tmp_path / "zoo" / "0.pt", "mCNN")
-    data = load_splits("MNIST", grey.removeprefix("--data-dir "), torch.device("cpu"), seed=0, batch_size=16)
-    measured = classifier.evaluate(model, data.test, data.preprocessing)
+    data = load_splits("MNIST", grey.removeprefix("--data-dir "), torch.device("cpu"), seed=0)
+    measured = training.evaluate(model, data.test, data.preprocessing)
     assert measured == pytest.approx(record["test"])
     # a second start trains what is missing, and nothing else
     before = (tmp_path / "zoo" / "0.pt").stat().st_mtime_ns
@@ -170,6 +179,44 @@ def test_what_a_zoo_leaves(grey: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "0.pt was made with epochs 2, not 3: --overwrite replaces it" in capsys.readouterr().err
     assert run(f"{line} --epochs 3 --overwrite") == 0
     assert json.loads((tmp_path / "zoo" / "0.json").read_text())["epochs"] == 3
+
+
+def test_each_model_has_trackers_of_its_own(
+    grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Next to its files; they are continued with it, replaced with it, and foreign without it."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    out = tmp_path / "zoo"
+    line = f"{SHORT} {grey} --out {out} --num_models 2 --tensorboard --wandb-project zoo"
+
+    def events(index: int) -> list[tuple[int, float]]:
+        board = accumulators.EventAccumulator(str(out / f"{index}.trackers" / "tensorboard"))
+        board.Reload()
+        return [(event.step, event.value) for event in board.Scalars("train_loss")]
+
+    with monkeypatch.context() as patch:  # the second model, in its second epoch
+        break_weights(patch, at=18, look=lambda: signal.raise_signal(signal.SIGTERM))
+        assert run(line) == 75
+    assert len(events(0)) == 2 and len(events(1)) == 1
+    run_ids = [(out / f"{i}.trackers" / "wandb-id").read_text() for i in range(2)]
+    assert run_ids[0] != run_ids[1]
+    assert run(f"{line} --resume") == 0
+    for i in range(2):
+        with open(out / f"{i}.csv") as file:
+            losses = [(int(row["epoch"]), float(row["train_loss"])) for row in csv.DictReader(file)]
+        assert events(i) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses]
+        assert len(list((out / f"{i}.trackers").glob("wandb/offline-run-*"))) == 1 + i
+    assert run_ids == [(out / f"{i}.trackers" / "wandb-id").read_text() for i in range(2)]
+    (out / "0.trackers" / "own").touch()
+    assert run(f"{SHORT} {grey} --out {out} --num_models 2 --overwrite") == 0
+    assert files(out).keys() == {f"{i}.{kind}" for i in range(2) for kind in ("pt", "json", "csv")}
+    (out / "2.trackers").mkdir()
+    capsys.readouterr()
+    assert run(f"{SHORT} {grey} --out {out} --num_models 3") == 2
+    assert "2.trackers is there without its model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -197,7 +244,7 @@ def test_colour_and_other_architectures(tmp_path: Path) -> None:
 
 
 def test_of_equal_epochs_the_first_is_chosen(grey: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "evaluate", lambda *_: {"loss": 1.0, "accuracy": 0.0})
+    monkeypatch.setattr(training, "evaluate", lambda *_: {"loss": 1.0, "accuracy": 0.0})
     assert run(f"{SHORT} {grey} --out {tmp_path / 'zoo'}") == 0
     assert json.loads((tmp_path / "zoo" / "0.json").read_text())["best_epoch"] == 1
 
@@ -232,7 +279,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 def break_weights(monkeypatch: pytest.MonkeyPatch, at: int, look: Callable[[], None] = lambda: None) -> None:
     """A weight becomes NaN in step `at` of all, from 0. `look` is called before the next one."""
-    step, steps = classifier.training_step, iter(range(1000))
+    step, steps = training.training_step, iter(range(1000))
 
     def breaking(model: torch.nn.Module, *rest: object) -> dict[str, torch.Tensor]:
         number = next(steps)
@@ -244,7 +291,7 @@ def break_weights(monkeypatch: pytest.MonkeyPatch, at: int, look: Callable[[], N
                 next(model.parameters()).fill_(float("nan"))
         return metrics
 
-    monkeypatch.setattr(classifier, "training_step", breaking)
+    monkeypatch.setattr(training, "training_step", breaking)
 
 
 def test_a_model_that_fails_leaves_the_others_alone(
@@ -305,7 +352,7 @@ def test_overwriting_repeats_a_model_that_failed(grey: str, tmp_path: Path, monk
 
 def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal comes in every step, and at the start of every evaluation until it is made again."""
-    step, evaluate, evaluations = classifier.training_step, classifier.evaluate, iter(range(1000))
+    step, evaluate, evaluations = training.training_step, training.evaluate, iter(range(1000))
 
     def stopped_step(*args: object) -> dict[str, torch.Tensor]:
         signal.raise_signal(signal.SIGTERM)
@@ -316,8 +363,8 @@ def stop_often(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGUSR1)
         return evaluate(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(classifier, "training_step", stopped_step)
-    for module in (classifier, script):
+    monkeypatch.setattr(training, "training_step", stopped_step)
+    for module in (training, script):
         monkeypatch.setattr(module, "evaluate", stopped_evaluation)
 
 
@@ -356,9 +403,10 @@ def test_damaged_files_are_refused_before_anything_is_made(
         stop_often(patch)
         assert [run(line) for _ in range(15)] == [75] * 15  # 13 for the first model, two steps of the second
     whole = files(out)
-    last = whole["1.last.pkl"]
+    last, record, table = whole["1.last.pkl"], json.loads(whole["0.json"]), whole["0.csv"]
     damages = {
-        "0.json": [b"", b"{", b"[]", b"{}"],
+        "0.json": [b"", b"{", b"[]", b"{}", *(json.dumps(record | {name: None}).encode() for name in ("data", "epochs"))],
+        "0.csv": [b"", table[:-60], table.replace(b"\n2,", b"\n3,"), b"\xff" * len(table)],
         "1.last.pkl": [b"", last[:1000], whole["0.pt"], last.replace(b"accuracy", b"ACCURACY", 1)],
     }
     for name, content in [(name, content) for name, contents in damages.items() for content in contents]:
@@ -371,7 +419,28 @@ def test_damaged_files_are_refused_before_anything_is_made(
         (out / name).write_bytes(whole[name])
     (tmp_path / "file").touch()
     assert run(f"{SHORT} {grey} --out {tmp_path / 'file'}") == 2
+    (out / "1.csv").mkdir()
+    assert run(line) == 2 and "1.csv is damaged" in capsys.readouterr().err
+    (out / "1.csv").rmdir()
     assert run(line) == 0
+
+
+def test_a_damaged_table_of_a_model_in_training_is_refused(
+    grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "zoo"
+    with monkeypatch.context() as patch:
+        stop_often(patch)
+        assert [run(f"{SHORT} {grey} --out {out} --resume") for _ in range(8)] == [75] * 8  # an epoch, and more
+    table = (out / "0.csv").read_bytes()
+    assert table.count(b"\n") == 2
+    for damaged in (b"x" * len(table), table.replace(b"\n1,", b"\n4,")):
+        (out / "0.csv").write_bytes(damaged)
+        assert run(f"{SHORT} {grey} --out {out} --resume") == 2
+        error = capsys.readouterr().err
+        assert "0.csv is damaged" in error and error.count("\n") == 1 and (out / "0.csv").read_bytes() == damaged
+    (out / "0.csv").write_bytes(table + b"2,10,0.1")  # a row that a kill has cut off
+    assert run(f"{SHORT} {grey} --out {out} --resume") == 0
 
 
 def test_foreign_files_and_other_data_are_refused(grey: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -397,7 +466,9 @@ def test_a_model_in_training_elsewhere_is_left_to_it(grey: str, tmp_path: Path, 
     assert lock is not None
     (out / "0.last.pkl").touch()  # the other process may be writing it
     assert run(f"{SHORT} {grey} --out {out} --num_models 2") == 0
-    assert "0 is left to another process" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0 is left to another process" in said
+    assert said.endswith("\n1 of 2 models are left to other processes (0): the same line again tells when they are done\n")
     assert files(out).keys() == {"0.lock", "0.last.pkl", "1.pt", "1.json", "1.csv"}
     release_lock(lock, out / "0.lock")
     (out / "0.last.pkl").unlink()

@@ -1,4 +1,4 @@
-"""Architectures of the zoo against the original: keys, counts, outputs, gradients, statistics; saved models; joints."""
+"""Architectures of the zoo against the original: keys, counts, outputs, gradients, statistics; saved models; stitch points."""
 
 import doctest
 import json
@@ -11,7 +11,7 @@ from torch import nn
 
 from common.errors import InputError
 from common.models import cct, zoo
-from common.symmetry.stitching import Place, joints_of
+from common.symmetry.stitching import StitchPoint, stitch_points
 from tests.reference import DATA, Vectors, assert_agrees
 
 KNOWN = json.loads((DATA / "modelsym" / "models.json").read_text())
@@ -22,9 +22,9 @@ def small() -> Vectors:
     return Vectors("modelsym/models_small")
 
 
-def relus(model: nn.Module) -> list[Place]:
-    """The joints at ReLUs; transformers have others."""
-    return [place for place in joints_of(model) if isinstance(model.get_submodule(place.name), nn.ReLU)]
+def relus(model: nn.Module) -> list[StitchPoint]:
+    """The stitch points at ReLUs; transformers have others."""
+    return [point for point in stitch_points(model) if isinstance(model.get_submodule(point.name), nn.ReLU)]
 
 
 @pytest.mark.parametrize("arch", zoo.ARCHITECTURES)
@@ -37,12 +37,12 @@ def test_every_architecture_has_the_originals_parameters_keys_and_relus(arch: st
     if "state_dict" in known:
         assert [[key, list(value.shape)] for key, value in model.state_dict().items()] == known["state_dict"]
     if "relu_layers" in known:
-        joints = relus(model)
-        found = [(j.index, j.name, list(j.shape)) for j in joints]
+        points = relus(model)
+        found = [(point.index, point.name, list(point.shape)) for point in points]
         assert found == [(layer["index"], layer["name"], layer["shape"]) for layer in known["relu_layers"]]
-        inside = [j.index for j in joints if j.inside_block]
+        inside = [point.index for point in points if point.inside_block]
         # every second ReLU after that of the stem
-        assert inside == ([j.index for j in joints][1::2] if arch.startswith("resnet") else [])
+        assert inside == ([point.index for point in points][1::2] if arch.startswith("resnet") else [])
 
 
 @pytest.mark.parametrize("arch", zoo.CNNS)
@@ -69,8 +69,8 @@ def test_relu_outputs_of_mcnn(small: Vectors) -> None:
     model = zoo.make("mCNN", width=4)
     model.load_state_dict(small.under("mCNN/param/"))
     outputs = []
-    for joint in relus(model):
-        model.get_submodule(joint.name).register_forward_hook(lambda _, __, out: outputs.append(out.clone()))
+    for point in relus(model):
+        model.get_submodule(point.name).register_forward_hook(lambda _, __, out: outputs.append(out.clone()))
     model.eval()(small["x"][:2])
     for k, output in enumerate(outputs):
         assert_agrees(output, small[f"mCNN/relu/{k}"], 1e-4, f"ReLU {k}")
@@ -83,8 +83,8 @@ def test_resnet20_computes_what_the_original_does(which: str) -> None:
     model = zoo.make("resnet20")
     model.load_state_dict(vectors.under("param/"))
     outputs = []
-    for joint in relus(model):
-        model.get_submodule(joint.name).register_forward_hook(lambda _, __, out: outputs.append(out[:1].clone()))
+    for point in relus(model):
+        model.get_submodule(point.name).register_forward_hook(lambda _, __, out: outputs.append(out[:1].clone()))
     assert_agrees(model.eval()(vectors["x"]), vectors["out_eval"], 1e-4)
     assert_agrees(torch.stack([out.mean() for out in outputs]), vectors["relu_mean"], 1e-4)
     assert_agrees(torch.stack([out.std(correction=0) for out in outputs]), vectors["relu_std"], 1e-4)
@@ -183,7 +183,7 @@ def test_what_is_no_saved_model_of_the_architecture_is_refused(tmp_path: Path) -
 
 
 def test_examples_in_docstrings() -> None:
-    assert doctest.testmod(zoo) == (0, 2)
+    assert doctest.testmod(zoo) == (0, 1)
 
 
 def test_what_cannot_be_made_is_refused() -> None:

@@ -1,6 +1,6 @@
-"""Small images as classifiers are given them: three channels of 32x32, flipped and moved about in training, normalised.
+"""Preprocessing of small images for classifiers: three channels of 32x32, mirrored and shifted in training, normalised.
 
-On uint8 tensors, a whole batch at a time; the draws are arguments, so that they can be a function of seed and epoch.
+Whole batches of uint8 tensors at a time. Random draws are arguments, so that they can be a function of seed and epoch.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ STD = {
 
 
 def as_rgb_32(data: ImageSet) -> ImageSet:
-    """Images of 32x32 in three channels: smaller ones get a black border, grey ones three equal channels."""
+    """Images (N, 3, 32, 32): smaller ones get a black border, grey ones three equal channels."""
     border = (32 - data.images.shape[3]) // 2
     framed = F.pad(data.images, (border,) * 4)
     return ImageSet(framed.expand(-1, 3, -1, -1).contiguous(), data.labels, data.classes)
 
 
 def flip_and_translate(images: Tensor, flip: Tensor, offset: Tensor, fill: Tensor) -> Tensor:
-    """Mirror the images of `flip` (B) bool, then move all by `offset` - SHIFT pixels up and left: (B, C, H, W) uint8.
+    """Mirror images (B, C, H, W) uint8 where `flip` (B) is true, then shift all up and left by `offset` - SHIFT pixels.
 
-    `offset` (B, 2) goes from 0 to 2 SHIFT; what comes in from outside has the colour `fill` (C).
+    `offset` (B, 2) is from 0 to 2 SHIFT; pixels from outside have the colour `fill` (C).
     """
     B, C, H, W = images.shape
     mirrored = torch.where(flip.view(B, 1, 1, 1), images.flip(3), images)
@@ -51,24 +51,24 @@ def flip_and_translate(images: Tensor, flip: Tensor, offset: Tensor, fill: Tenso
 
 
 def draw_epoch(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """What chance decides for an epoch of n images: their order (n), which are mirrored (n) bool, their offsets (n, 2)."""
+    """Random draws for an epoch of n images: order (n), mirrored (n) bool, offsets (n, 2)."""
     order = torch.randperm(n, generator=generator)
     flip = torch.rand(n, generator=generator) < 0.5
     return order, flip, torch.randint(2 * SHIFT + 1, (n, 2), generator=generator)
 
 
 class Preprocessing:
-    """What is done to uint8 images (B, 3, H, W) of one of the sets in MEAN before a classifier sees them, on one device."""
+    """Preprocessing of uint8 images (B, 3, H, W) of one of the sets in MEAN, on one device."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
-        self.mean, self.std = (torch.tensor(of[name], device=device).view(3, 1, 1) for of in (MEAN, STD))
+        self.mean, self.std = (torch.tensor(values[name], device=device).view(3, 1, 1) for values in (MEAN, STD))
         # rounded down, as in the original
         self.fill = self.mean.flatten().to(torch.uint8)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Float32 images with the mean and the deviation of the set taken out."""
+        """Float32 images minus the set's mean, divided by its deviation."""
         return (images.float() - self.mean) / self.std
 
     def augment(self, images: Tensor, flip: Tensor, offset: Tensor) -> Tensor:
-        """The same of mirrored and moved ones; what comes in from outside has the mean colour."""
+        """Normalised images after flip_and_translate; pixels from outside have the mean colour."""
         return self.normalise(flip_and_translate(images, flip, offset, self.fill))

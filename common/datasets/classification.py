@@ -1,4 +1,4 @@
-"""A published image set as the networks of a zoo are trained and measured on it: three splits, on the device."""
+"""A published image set in three splits, on the device, for training and measuring the networks of a zoo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.datasets import images
 from common.datasets.augmentation import Preprocessing, as_rgb_32, draw_epoch
-from common.datasets.images import DataError, ImageSet
+from common.datasets.images import ImageSet
 from common.seeds import generator_of
 
 
@@ -20,7 +20,7 @@ class Splits:
     """Images of 32x32 in three channels, uint8, on the device."""
 
     training: ImageSet
-    selection: ImageSet  # the epoch is chosen by these: validation images, or, as published, the test images
+    selection: ImageSet  # chooses the epoch: validation images or, as published, the test images
     test: ImageSet
     preprocessing: Preprocessing
     fingerprint: str  # of all training images
@@ -30,11 +30,13 @@ class Splits:
         return self.test.labels.device
 
     def batches(self, batch_size: int, generator: torch.Generator, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch, from its batch number `first` on: augmented images (B, 3, 32, 32), channels last, and labels (B).
+        """An epoch, from batch number `first` on: augmented images (B, 3, 32, 32), channels last, and labels (B).
 
-        The last batch, if it is smaller, is left out, as published.
+        A smaller last batch is left out, as published. Raises ValueError if there are fewer images than a batch.
         """
-        order, flip, offset = (drawn.to(self.device) for drawn in draw_epoch(len(self.training), generator))
+        if batch_size > len(self.training):
+            raise ValueError(f"a batch of {batch_size} is more than the {len(self.training)} training images")
+        order, flip, offset = (draw.to(self.device) for draw in draw_epoch(len(self.training), generator))
         for batch in range(first, len(self.training) // batch_size):
             rows = slice(batch * batch_size, (batch + 1) * batch_size)
             augmented = self.preprocessing.augment(self.training.images[order[rows]], flip[rows], offset[rows])
@@ -47,15 +49,14 @@ def load_splits(
     device: torch.device,
     *,
     seed: int,
-    batch_size: int,
     subset: int | None = None,
     select: str = "validation",
     validation_share: float | None = None,
 ) -> Splits:
-    """The splits of a published image set, downloaded if it is not there. Raises DataError.
+    """Load a published image set, downloaded if it is not there, and split it. Raises DataError.
 
-    `subset` training images are drawn by the seed, and of those the ones that validate (see images.split_validation), unless
-    `select` is "test". So what the same seed and subset have validated for a zoo, its networks have never trained on.
+    The seed draws `subset` training images, and among them the validation images (see images.split_validation), unless
+    `select` is "test". With the same seed and subset, validation images are never among the training images of a zoo.
     """
     training, test = (images.load(name, split, data_dir, download=True) for split in images.SPLITS)
     fingerprint = training.fingerprint()
@@ -64,8 +65,6 @@ def load_splits(
     selection = None
     if select == "validation":
         training, selection = images.split_validation(training, seed, validation_share)
-    if len(training) < batch_size:
-        raise DataError(f"--batch-size {batch_size} is more than the {len(training)} training images")
     training, test = (as_rgb_32(split).to(device) for split in (training, test))
     selection = test if selection is None else as_rgb_32(selection).to(device)
     return Splits(training, selection, test, Preprocessing(name, device), fingerprint)

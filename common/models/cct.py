@@ -1,8 +1,8 @@
 """Compact convolutional transformers of 32x32 images (Hassani et al. 2021, arXiv 2104.05704), in a form that can be stitched.
 
 Convolutions turn an image into tokens, transformer blocks follow, and a learned weighting of the tokens is classified. The
-blocks are a named Sequential, so that a joint can be put behind one of them: Sequential(block, joint) takes its place. There
-is no stochastic depth, as in the stitchable copy of Godfrey et al. (NeurIPS 2022), whose keys these are.
+blocks are a named Sequential, so that a block can be replaced by Sequential(block, stitching layer). As in the stitchable copy
+of Godfrey et al. (NeurIPS 2022), whose keys these are, there is no stochastic depth.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP: (B, T, dim) -> (B, T, dim). The residual path itself passes `norm1` between the two."""
+    """Attention, then an MLP: (B, T, dim) -> (B, T, dim). `norm1` between the two is on the residual path itself."""
 
     def __init__(self, dim: int, n_heads: int, mlp_ratio: int, attention_dropout: float):
         super().__init__()
@@ -100,7 +100,7 @@ class Classifier(nn.Module):
 
 
 class CCT(nn.Module):
-    """(B, 3, img_size, img_size) -> (B, n_classes). Attention weights are dropped out in training."""
+    """Images (B, 3, img_size, img_size) -> logits (B, n_classes). Attention weights have dropout in training."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class CCT(nn.Module):
 
 
 def cct(arch: str, n_classes: int = 10) -> CCT:
-    """One of ARCHITECTURES."""
+    """The transformer of one of ARCHITECTURES' names."""
     n_layers, n_conv_layers = ARCHITECTURES[arch]
     n_heads, mlp_ratio, dim = SIZES[n_layers]
     return CCT(
@@ -147,7 +147,7 @@ def cct(arch: str, n_classes: int = 10) -> CCT:
 
 
 def stitchable_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under this module's keys, also if it has those of the plain transformer (classifier.blocks.<i>.)."""
+    """A state dict under this module's keys, from these or those of the plain transformer (classifier.blocks.<i>.)."""
     return {
         re.sub(r"^classifier\.blocks\.(\d+)\.", r"classifier.blocks.transformer_block_\1.", key): state[key] for key in state
     }

@@ -1,8 +1,8 @@
 """Plain convolutional networks of 32x32 images that stitching takes apart (Godfrey et al., NeurIPS 2022, arXiv 2205.14258).
 
-"Myrtle" nets: four 3x3 convolutions, each with batch norm and ReLU; after the second, third and fourth, resolution halves. mCNN
-doubles its channels with every convolution, cwCNN keeps them (constant width). `_k` has biases instead of batch norm. Each is a
-flat nn.Sequential, and every activation a module of its own: what stands at an index can be cut out, or stitched to.
+"Myrtle" nets: four 3x3 convolutions, each with batch norm and ReLU; the resolution halves after the second, third and fourth.
+mCNN doubles its channels with every convolution, cwCNN keeps them (constant width). `_k` has biases instead of batch norm. Each
+network is a flat nn.Sequential with activations as modules, so it can be cut, and stitched, at any index.
 """
 
 from __future__ import annotations

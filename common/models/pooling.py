@@ -1,7 +1,8 @@
 """Pooling in SWARM layers: how an entity hears of the others in its set (Vollgraf 2019, arXiv 1906.09400).
 
-First the formulas, `POOLINGS`: functions of the hidden states h (N, E, H) and the mask (N, E), for autograd. Then the same,
-`FAST_POOLINGS`, for the recurrence in `common/models/swarm_fast.py`, which is differentiated by hand.
+First the formulas, `POOLINGS`: functions of the hidden states h (N, E, H) and the mask (N, E), for autograd. Then the same for
+the recurrence in `common/models/swarm_fast.py`, which runs by default and is differentiated by hand, `FAST_POOLINGS`:
+`FastMean` computes `mean_pool`.
 
 A set without entities pools to 0 (POMA: to a mean over its padding), never to NaN.
 """

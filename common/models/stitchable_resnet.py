@@ -1,8 +1,8 @@
-"""Residual networks of small images as stitching takes them apart (He et al. 2016; Godfrey et al., NeurIPS 2022).
+"""Residual networks of small images that can be stitched (He et al. 2016; Godfrey et al., NeurIPS 2022).
 
-resnet20 and its deeper kin are those of He et al. for CIFAR: 16 to 64 channels, and shortcuts that have no parameters. resnet18
-is the ImageNet network with a 3x3 stem. (`resnet.py` has the wide encoders of DUET.) Every ReLU is a module of its own: r1
-inside a block, before the addition, and r2 at its end.
+resnet20 and its deeper kin are those of He et al. for CIFAR: 16 to 64 channels, and shortcuts without parameters. resnet18 is
+the ImageNet network with a 3x3 stem. (`resnet.py` has the wide encoders of DUET.) Every ReLU is a module of its own: r1 inside
+a block, before the addition, and r2 at its end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STAGES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 
 class PaddedShortcut(nn.Module):
-    """Every second row and column, between channels of zeros (option A): (B, C, H, W) -> (B, planes, H / 2, W / 2)."""
+    """Every second row and column, padded with channels of zeros (option A): (B, C, H, W) -> (B, planes, H / 2, W / 2)."""
 
     def __init__(self, planes: int):
         super().__init__()

@@ -166,7 +166,7 @@ class IncrementalSwarm:
         h = c = x_term.new_zeros(())
         for t in range(self.layer.n_iter):
             if t > 0:
-                self.sums[t - 1] += h
+                self.sums[t - 1] += h  # causal_pool, one entity at a time
                 p = self.sums[t - 1] * (1 / self.count)
                 gates = torch.addmm(x_term, torch.cat([h, p], 1), self.Whhp)
             i, f, o, d = gates.chunk(4, 1)

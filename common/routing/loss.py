@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from common.routing.decision import Step, Trajectories, Transition
 
 
+class NonFiniteLossError(ValueError):
+    """A loss, and so a reward, that is not finite."""
+
+
 class Loss(nn.Module):
     """The loss of the modules, and the loss of the decisions.
 
@@ -59,7 +63,9 @@ class Loss(nn.Module):
             raise ValueError(f"records are of {len(records)} samples: the batch has {len(module_loss)} losses")
         final = self.reward_func(module_loss, ysest, ystrue)
         if not final.isfinite().all():
-            raise ValueError(f"the final rewards hold {final[~final.isfinite()][0].item()}: the loss has no finite value")
+            raise NonFiniteLossError(
+                f"the final rewards hold {final[~final.isfinite()][0].item()}: the loss has no finite value"
+            )
         routing_loss = self.routing_loss(records, final)
         return (module_loss.mean(), routing_loss.mean()) if reduce else (module_loss, routing_loss)
 

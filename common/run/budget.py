@@ -99,7 +99,7 @@ class BudgetedTraining(State):
             self.save()
             self.best.save()  # somewhere to return to, should the first epoch fail
 
-    def goes_on(self, max_epochs: float) -> bool:
+    def has_next_epoch(self, max_epochs: float) -> bool:
         """True if there is another epoch, or the rest of one. However short the time, one step is taken."""
         return self.epoch < max_epochs and (self.batch > 0 or self.step == 0 or not self.clock.is_up())
 
@@ -111,7 +111,7 @@ class BudgetedTraining(State):
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def step_done(self, n: int, loss: float, **metrics: float) -> None:
+    def record_step(self, n: int, loss: float, **metrics: float) -> None:
         """Count an optimiser's step on n samples; its metrics are traced. Raises Interrupted after a signal."""
         self.meter.add(n, {"loss": loss})
         self.traces.record(self.step + 1, {"loss": loss, **metrics})

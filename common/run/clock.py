@@ -29,7 +29,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Plots and samples do not count."""
+        """Pause the clock in a `with` block, as for plots and samples."""
         self._used, self._since = self.used(), None
         try:
             yield

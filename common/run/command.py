@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, its last line, and the signals that stop it early.
+"""The end of a command: its exit status, its last line, and the signals that stop it early.
 
 | status | when |
 | --- | --- |

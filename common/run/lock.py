@@ -15,7 +15,7 @@ LOOKS, SECONDS = 5, 0.01  # is_locked takes a lock for an instant: try again bef
 def take_lock(path: Path) -> TextIO | None:
     """Lock a file, made if it is not there, for this process, as long as what is returned stays open.
 
-    None if another process has it, or has just removed it. Raises OSError if there is no place for it.
+    None if another process has it, or the file or its directory is gone. Raises OSError if it cannot be opened.
     """
     for look in range(LOOKS):
         time.sleep(SECONDS * (look > 0))
@@ -35,7 +35,7 @@ def take_lock(path: Path) -> TextIO | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock. False where there is no file that can be opened."""
+    """True if a process holds a lock. False where there is no file that can be opened."""
     try:
         if path.is_file():  # opening anything else may take forever
             with open(path) as file:

@@ -31,7 +31,7 @@ def tune_malloc() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out, on a GPU or a CPU, and nothing else."""
+    """True if an error says that memory has run out, on a GPU or a CPU, and nothing else."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # the CPU's allocator has no error class of its own
@@ -52,7 +52,7 @@ class MicroBatches:
         """Samples handled at a time."""
         return self.sizes[0]
 
-    def as_fits(self, compute: Callable[[int], T]) -> T:
+    def run_in_parts(self, compute: Callable[[int], T]) -> T:
         """compute(size). When memory runs out, from the start again with a smaller size, which stays from then on.
 
         Raises Failed if not even one sample fits.

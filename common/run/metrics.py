@@ -47,7 +47,7 @@ class Meter:
 
 
 class Metrics:
-    """metrics.csv, a row an epoch. What was written after the state that a run resumes from is cut off by the next row."""
+    """metrics.csv, a row an epoch. On resume, rows after the saved state are overwritten."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], trackers: Trackers | None = None):
         self.path, self.columns, self.trackers, self.size = path, columns, trackers, 0
@@ -111,7 +111,7 @@ class Traces:
         self.names = list(parameters)
 
     def record(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Note a step's numbers, always of the same names, and the weights, unless it is one of those that are left out."""
+        """Record a step's metrics (the same names each time) and the weights. Skips steps that are no multiple of `every`."""
         if step % self.every:
             return
         entries = [p.detach().flatten()[pick.to(p.device)] for p, pick in zip(self.parameters, self.picked, strict=True)]

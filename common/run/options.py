@@ -70,11 +70,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) 
         trackers.check(args, dash)
     except InputError as error:
         parser.error(str(error))
-    if reason := why_no_name(name):
+    if reason := name_error(name):
         parser.error(f"the run would be called {name!r}: {reason}")
 
 
-def why_no_name(name: str) -> str | None:
+def name_error(name: str) -> str | None:
     """Why a text cannot be the name of a run's directory, or None if it can."""
     if name in ("", ".", "..") or "/" in name:
         return "a name is one component of a path"
@@ -87,7 +87,7 @@ def why_no_name(name: str) -> str | None:
     return None
 
 
-def refuse_differences(noted: Any, options: Mapping[str, Any], what: str, hint: str) -> None:
+def check_same_options(noted: Any, options: Mapping[str, Any], what: str, hint: str) -> None:
     """Raises InputError for the first of the options that was noted with another value than it has now."""
     if not isinstance(noted, dict):
         raise InputError(f"{what} without options: {hint}")
@@ -165,7 +165,7 @@ def run_id(text: str) -> str:
     """A word that can be a run's name, or part of one."""
     if not re.fullmatch(r"[A-Za-z0-9_.+-]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a file name: use letters, digits and _ . + -")
-    if reason := why_no_name(text):
+    if reason := name_error(text):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be a run's name: {reason}")
     return text
 

@@ -1,4 +1,4 @@
-"""A run: its directory, lock and log, from the first look to the final name.
+"""A run: directory, lock and log, from the check of the options to the final name.
 
     with Run("train_ssl", name, args, another="--seed N") as run:
         ...                   # input is read and checked; nothing has been made: errors end with one line and status 2
@@ -32,7 +32,7 @@ from common.errors import InputError, Interrupted, warn
 from common.run import trackers
 from common.run.command import Command, echo
 from common.run.lock import is_locked, release_lock, take_lock
-from common.run.options import refuse_differences, why_no_name
+from common.run.options import check_same_options, name_error
 from common.run.records import RecordError, read_json, write_json
 
 ARGS, BEST, LAST, RESULT, LOCK = "args.json", "best.pkl", "last.pkl", "result.json", "lock"  # a result means finished
@@ -84,9 +84,9 @@ class Run(Command):
     def __enter__(self) -> Run:
         super().__enter__()
         try:
-            self.status = parallel.main_says(self._look, InputError, OSError)
+            self.status = parallel.run_on_main(self._look, InputError, OSError)
             if self.status == "finished":
-                sys.exit(self._say_finished())
+                sys.exit(self._finish_again())
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -105,7 +105,7 @@ class Run(Command):
 
     def _look(self) -> str:
         """The status. A directory that exists stays locked from here on, so its content cannot change."""
-        if reason := why_no_name(self.name):
+        if reason := name_error(self.name):
             raise RunError(f"{self.name!r} cannot be a run's name: {reason}")
         resume = getattr(self.args, "resume", None)
         if self.args.overwrite and self.resumes:
@@ -126,7 +126,7 @@ class Run(Command):
         if self.final.exists():
             if not self.resumes:
                 raise RunError(f"the run {self.final} has finished: {self.hints}")
-            refuse_differences(self._noted(), self.options, f"{self.path} was made", self.hints)
+            check_same_options(self._noted(), self.options, f"{self.path} was made", self.hints)
             if not self._is_to_be_retried():
                 return "finished"
             self._take_lock(self.final)
@@ -135,7 +135,7 @@ class Run(Command):
             return "new"
         if not self.resumes and hasattr(self.args, "resume"):
             raise RunError(f"the run {self.part} was started before: {self.dash}resume auto continues it, {self.hints}")
-        refuse_differences(self._noted(), self.options, f"{self.path} was made", self.hints)
+        check_same_options(self._noted(), self.options, f"{self.path} was made", self.hints)
         if (self.part / RESULT).exists():
             return "unfinished" if self._is_to_be_retried() else "finished"
         if self.last.exists() and not (self.part / ARGS).exists():
@@ -159,7 +159,7 @@ class Run(Command):
     def _is_to_be_retried(self) -> bool:
         return bool(getattr(self.args, "retry_failed", False) and read_json(self.path / RESULT).get("failed"))
 
-    def _say_finished(self) -> int:
+    def _finish_again(self) -> int:
         """The exit status of a run that has finished. One that was killed before it got its name gets it."""
         if not parallel.is_main():
             return 0
@@ -209,7 +209,7 @@ class Run(Command):
 
     @property
     def path(self) -> Path:
-        """Where the files are now."""
+        """The directory where the files are now."""
         return self.final if self.final.exists() else self.part
 
     @property
@@ -225,14 +225,14 @@ class Run(Command):
 
         Raises RunError if it cannot be written to, or was begun from something else.
         """
-        parallel.main_says(lambda: self._open(made_from), InputError)
+        parallel.run_on_main(lambda: self._open(made_from), InputError)
         self.begun = True
         if self.quiet:
             echo(f"running in {self.part}")
 
     def _open(self, made_from: dict[str, Any]) -> None:
         if not self.args.overwrite:
-            refuse_differences(self._noted(), made_from, f"{self.path} was made", self.hints)
+            check_same_options(self._noted(), made_from, f"{self.path} was made", self.hints)
         try:
             if self.final.exists() and self.status == "unfinished":  # jobs that failed are repeated
                 self._rename(self.final, self.part)

@@ -1,5 +1,9 @@
 """The state of a training, last.pkl: everything that is needed to continue exactly where it stood.
 
+It holds options, a fingerprint of the data, progress (epoch, batch, step), extra values, the random generators, the model, and
+named parts: optimizer, clock, meter, metrics, traces, best. In runs of many jobs each job has a file NAME.last.pkl of its own,
+and the run's last.pkl only marks that it can be resumed.
+
 state = State(run.last, options, run, model=model, optimizer=optimizer, meter=meter, metrics=metrics)
 if run.status == "unfinished":
     state.resume()
@@ -27,7 +31,7 @@ from common import checkpoint, parallel
 from common.checkpoint import CheckpointError
 from common.errors import Failed, InputError, Interrupted
 from common.run.command import Command
-from common.run.options import refuse_differences
+from common.run.options import check_same_options
 
 SAVE_SECONDS = 60.0  # between two saves, apart from those that a signal or a script asks for
 
@@ -86,7 +90,7 @@ class State:
         missing = [name for name in needed if not isinstance(state, dict) or name not in state]
         if missing:
             raise CheckpointError(f"{self.path} has no entry {missing[0]!r}, it is of another version or script; {again}")
-        refuse_differences(state["options"], self.options, f"{self.path} was made", again)
+        check_same_options(state["options"], self.options, f"{self.path} was made", again)
         if state["data"] != self.data:
             raise CheckpointError(
                 f"{self.path} was made with other data (fingerprint {state['data']}, now {self.data}): name the place where "
@@ -107,13 +111,13 @@ class State:
             raise CheckpointError(f"{self.path} is damaged, or of another version: {name} cannot be read; {again}") from None
 
     def after_step(self) -> None:
-        """Count a step; save if the last time is a minute ago, or a signal has come. Raises Interrupted in that case."""
+        """Count a step. Saves once a minute; after a signal, saves and raises Interrupted."""
         self.batch, self.step = self.batch + 1, self.step + 1
         self.check_signal()
         self.save_if_due()
 
     def check_signal(self) -> None:
-        """Between two pieces of work after which the training can continue: raises Interrupted if a signal has come."""
+        """Save and raise Interrupted if a signal has come. To be called between batches."""
         if parallel.any_process(self.command.signal is not None):
             self.save()
             parallel.wait_for_all()  # torchrun ends the others when the first has gone
@@ -130,7 +134,7 @@ class State:
         self.save_if_due()
 
 
-def refuse_infinity(loss: float, of: str, option: str = "--lr") -> None:
+def check_finite(loss: float, of: str, option: str = "--lr") -> None:
     """Raises Failed if a loss is not finite."""
     if not np.isfinite(loss):
         raise Failed(f"the loss of {of} is not finite: a smaller {option} may help")

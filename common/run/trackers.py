@@ -67,6 +67,7 @@ class Trackers:
         """Start, or continue, the run in Weights & Biases. Raises InputError if that cannot be reached."""
         if self.project is None:
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         identity = self.folder / "wandb-id"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:12])

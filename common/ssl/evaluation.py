@@ -1,30 +1,29 @@
-"""What a trained encoder is worth: linear probe, nearest neighbours, and whether its representation tells a transformation.
+"""Measurements of a trained encoder: linear probe, nearest neighbours, and how well its representation tells a transformation.
 
 Encoders take images around 0; all functions here take uint8 images (N, C, H, H) and look at their central `size` pixels.
+Where a function takes `walk`, it goes through that over what takes long: batches, or penalties of the linear probe.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.ssl.models import group_marginal
-from common.ssl.targets import circular_mean
+from common.datasets.images import ImageSet
+from common.ssl.duet import group_marginal
+from common.ssl.steps import as_floats
 from common.ssl.transformations import rotate
 from common.ssl.views import clean_view, sweep
 
+Walk = Callable[[Sequence[Any]], Iterable[Any]]  # a progress bar, a look for signals
 BATCH = 500
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 200, 0.1  # Wu et al. 2018
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-
-
-def as_floats(images: Tensor) -> Tensor:
-    """uint8 images as numbers in [0, 1]."""
-    return images.float() / 255
 
 
 @torch.no_grad()
@@ -37,15 +36,17 @@ def encode(encoder: nn.Module, views: Iterable[Tensor]) -> Tensor:
     return representations
 
 
-def represent(encoder: nn.Module, images: Tensor, size: int, check_signal: Callable[[], None] = lambda: None) -> Tensor:
-    """Representations (N, F) of images, not transformed; `check_signal` is called between batches."""
+def represent(encoder: nn.Module, images: Tensor, size: int, walk: Walk = iter) -> Tensor:
+    """Representations (N, F) of images that are not transformed."""
+    return encode(encoder, (clean_view(as_floats(part), size) for part in walk(images.split(BATCH))))
 
-    def views() -> Iterator[Tensor]:
-        for part in images.split(BATCH):
-            check_signal()
-            yield clean_view(as_floats(part), size)
 
-    return encode(encoder, views())
+def represent_splits(
+    encoder: nn.Module, training: ImageSet, test: ImageSet, size: int, walk: Walk = iter
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Representations and labels of the training images, then of the test images."""
+    z, z_test = (represent(encoder, split.images, size, walk) for split in (training, test))
+    return z, training.labels, z_test, test.labels
 
 
 # ---- classes -------------------------------------------------------------------------------------------------------------
@@ -68,21 +69,23 @@ def fit_linear(z: Tensor, labels: Tensor, n_classes: int, penalty: float) -> tup
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Percent of rows that are right."""
+    """Percent of rows whose largest logit is the label's."""
     return 100 * (logits.argmax(1) == labels).float().mean().item()
 
 
-def linear_probe(z: Tensor, labels: Tensor, z_test: Tensor, labels_test: Tensor, n_classes: int, seed: int) -> dict[str, float]:
+def linear_probe(
+    z: Tensor, labels: Tensor, z_test: Tensor, labels_test: Tensor, n_classes: int, seed: int, walk: Walk = iter
+) -> dict[str, float]:
     """Top-1 accuracy (percent) on the test images of a linear classifier of representations, each feature standardised.
 
-    A tenth of the training images, chosen by the seed, picks the penalty; then all of them train. Test images are used once.
+    A tenth of the training images, drawn by the seed, picks the penalty; then all of them train. Test images are used once.
     """
     mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
     z, z_test = (z - mean) / std, (z_test - mean) / std
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
     held_out, rest = order[: max(1, len(z) // 10)], order[max(1, len(z) // 10) :]
     validation = {}
-    for penalty in PENALTIES:
+    for penalty in walk(PENALTIES):
         weight, bias = fit_linear(z[rest], labels[rest], n_classes, penalty)
         validation[penalty] = accuracy(F.linear(z[held_out], weight, bias), labels[held_out])
     best = max(PENALTIES, key=lambda penalty: validation[penalty])
@@ -99,25 +102,32 @@ def nearest_neighbours(z: Tensor, labels: Tensor, z_test: Tensor, labels_test: T
     z, z_test = F.normalize(z, dim=1), F.normalize(z_test, dim=1)
     k = min(NEIGHBOURS, len(z))
     right = 0
-    for part, wanted in zip(z_test.split(BATCH), labels_test.split(BATCH), strict=True):
+    for part, part_labels in zip(z_test.split(BATCH), labels_test.split(BATCH), strict=True):
         similarity, nearest = (part @ z.T).topk(k, dim=1)
         votes = torch.zeros(len(part), n_classes, device=z.device)
         votes.scatter_add_(1, labels[nearest], (similarity / NEIGHBOUR_TEMPERATURE).exp())
-        right += int((votes.argmax(1) == wanted).sum())
+        right += int((votes.argmax(1) == part_labels).sum())
     return {"top_1": 100 * right / len(z_test), "neighbours": k}
 
 
 # ---- transformations -----------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def marginals_by_parameter(
     encoder: nn.Module, images: Tensor, size: int, code: str, bins: int, n: int = 49
 ) -> tuple[list[float], Tensor]:
-    """The group marginal, mean over images, as a transformation goes through its range: parameters (n), marginals (n, bins)."""
+    """Group marginals, means over images, as a transformation goes through its range: parameters (n), marginals (n, bins)."""
     swept = sweep(code, as_floats(images), size, n)
     marginals = [group_marginal(encode(encoder, [view]), bins).mean(0) for _, view in swept]
     return [parameter for parameter, _ in swept], torch.stack(marginals)
+
+
+def circular_mean(distributions: Tensor) -> Tensor:
+    """The parameter in [0, 1) at which a distribution over the circle has its mean: (..., bins) -> (...)."""
+    bins = distributions.shape[-1]
+    angles = 2 * math.pi * (torch.arange(bins, device=distributions.device) + 0.5) / bins
+    mean = torch.atan2((distributions * angles.sin()).sum(-1), (distributions * angles.cos()).sum(-1))
+    return (mean / (2 * math.pi)) % 1.0
 
 
 def angle_error(predicted: Tensor, true: Tensor) -> dict[str, float]:
@@ -126,23 +136,25 @@ def angle_error(predicted: Tensor, true: Tensor) -> dict[str, float]:
     return {"mean": distance.mean().item(), "median": distance.median().item()}
 
 
-def rotated(images: Tensor, size: int, seed: int) -> tuple[Iterable[Tensor], Tensor]:
+def rotated(images: Tensor, size: int, seed: int, walk: Walk) -> tuple[Iterable[Tensor], Tensor]:
     """Views of images, each turned by an angle of its own, and the angles (N) in degrees from -180 to 180."""
     gen = torch.Generator().manual_seed(seed)
     degrees = (360 * torch.rand(len(images), generator=gen) - 180).to(images.device)
-    parts = zip(images.split(BATCH), degrees.split(BATCH), strict=True)
+    parts = walk(list(zip(images.split(BATCH), degrees.split(BATCH), strict=True)))
     return (clean_view(rotate(as_floats(part), angle), size) for part, angle in parts), degrees
 
 
 def rotation_errors(
-    encoder: nn.Module, images: Tensor, test_images: Tensor, size: int, bins: int, seed: int
+    encoder: nn.Module, images: Tensor, test_images: Tensor, size: int, bins: int, seed: int, walk: Walk = iter
 ) -> dict[str, dict[str, float]]:
-    """Degrees by which rotations of test images are missed: "marginal" reads the mean of the group marginal, as DUET shapes it;
-    "regression" is linear, from the whole representation to the angle's cosine and sine, and fitted on training images.
+    """Errors in degrees of angles that are read off representations of rotated test images.
+
+    "marginal" reads the mean of the group marginal, as DUET shapes it, if there are `bins`; "regression" is linear, from the
+    whole representation to the angle's cosine and sine, fitted on training images.
     """
-    views, degrees = rotated(images, size, seed)
+    views, degrees = rotated(images, size, seed, walk)
     z = encode(encoder, views)
-    test_views, test_degrees = rotated(test_images, size, seed + 1)
+    test_views, test_degrees = rotated(test_images, size, seed + 1, walk)
     z_test = encode(encoder, test_views)
     errors = {}
     if bins:
@@ -163,3 +175,24 @@ def ridge(z: Tensor, y: Tensor, penalty: float = 1e-3) -> Tensor:
     x = with_one(z).double()
     gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     return torch.linalg.solve(gram, x.T @ y.double() / len(x)).to(z.dtype)
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------------
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """The metrics of an encoder as text: those in the result.json of its run."""
+    chance = f"(chance {result['chance_top_1']:.3g})"
+    rows = {
+        "test images": result["test_images"],
+        "online linear head, top-1": f"{result['test']['track_head_top_1_mean']:.2f} % {chance}",
+        "linear probe, top-1": f"{result['linear_probe']['top_1']:.2f} % {chance}",
+        "nearest neighbours, top-1": f"{result['knn']['top_1']:.2f} % {chance}",
+    }
+    for how, error in result.get("rotation_error_degrees", {}).items():
+        means = f"{error['mean']:.1f} degrees in the mean, {error['median']:.1f} in the median (chance 90)"
+        rows[f"rotation, by the {how}"] = means
+    if result["marginals"]:
+        learned, uniform = (result["marginals"][name] for name in ("divergence_from_target", "divergence_of_uniform"))
+        rows["divergence of marginals from target"] = f"{learned:.4f} nats (of a uniform one {uniform:.4f})"
+    return "\n".join(f"{name:>34}: {value}" for name, value in rows.items())

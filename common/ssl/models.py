@@ -1,4 +1,4 @@
-"""DUET, SimCLR and ESSL: an encoder with the heads that train it, and saved encoders to use elsewhere.
+"""The projection head, and saved models: their files, and encoders to use elsewhere.
 
     encoder = load_encoder("some_dir/encoder_cifar10_duet_rot_eq-rot_target-vm_final.pt")
     z = encoder(images - 0.5)  # images (B, C, H, W) in [0, 1] -> representations (B, 512)
@@ -8,90 +8,18 @@ Names of modules are the published ones, so that published weights fit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common import checkpoint
+from common.datasets import images
 from common.errors import InputError
 from common.models.resnet import CifarResNet
-from common.ssl.losses import VALUE_CODES
 
 HIDDEN, EMBEDDING = 2048, 128
-CLASSES = {"ron": 4, "fli": 2, "flv": 2, "gra": 2}  # what ESSL tells apart; of VALUE_CODES it predicts the number
-ESSL_CODES = (*CLASSES, *VALUE_CODES)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model says of two views, and, with ESSL, of a third input."""
-
-    representation1: Tensor  # (B, F)
-    representation2: Tensor
-    embedding1: Tensor  # (B, 128), for NT-Xent
-    embedding2: Tensor
-    class_logits: Tensor  # (B, classes), of view 1; no gradient goes from here to the encoder
-    essl_logits: Tensor | None = None
-
-    def float(self) -> Outputs:
-        """All of it in fp32, as losses want it."""
-        return replace(self, **{name: tensor.float() for name, tensor in vars(self).items() if tensor is not None})
-
-
-class SelfSupervised(nn.Module):
-    """An encoder, a projection head, a linear classifier beside it, and a predictor of transformations for ESSL.
-
-    With `bins` = G > 0 (DUET) a representation is a matrix (G, C): its sum over G is the content, which alone is projected, and
-    its mean over C the group marginal. With `essl_code` (ESSL) a third input's transformation is predicted.
-    Raises ValueError if the features do not divide into the bins.
-    """
-
-    def __init__(self, encoder: CifarResNet, *, n_classes: int, bins: int = 0, essl_code: str | None = None):
-        super().__init__()
-        features = encoder.n_features
-        if bins and features % bins:
-            raise ValueError(f"{features} features do not divide into {bins} bins")
-        self.bins = bins
-        self.base_network = encoder
-        self.head = projection_head(features // bins if bins else features)
-        self.heads = nn.ModuleDict({"linear_classifier": nn.Linear(features, n_classes)})
-        if essl_code is not None:
-            self.predictor_essl = essl_predictor(features, CLASSES.get(essl_code, 1))
-
-    def forward(self, view1: Tensor, view2: Tensor, essl_input: Tensor | None = None) -> Outputs:
-        """Views (B, C, H, W), around 0; each goes through the encoder in a pass of its own, with its own batch statistics."""
-        z1, z2 = self.base_network(view1), self.base_network(view2)
-        essl_logits = None if essl_input is None else self.predictor_essl(self.base_network(essl_input))
-        return self.outputs(z1, z2, essl_logits)
-
-    def forward_jointly(self, view1: Tensor, view2: Tensor, essl_input: Tensor | None = None) -> Outputs:
-        """The same with both views in one pass through the encoder, and common batch statistics."""
-        z1, z2 = self.base_network(torch.cat([view1, view2])).chunk(2)
-        essl_logits = None if essl_input is None else self.predictor_essl(self.base_network(essl_input))
-        return self.outputs(z1, z2, essl_logits)
-
-    def outputs(self, z1: Tensor, z2: Tensor, essl_logits: Tensor | None = None) -> Outputs:
-        """What the heads say of representations (B, F)."""
-        embedding1, embedding2 = self.head(content(z1, self.bins)), self.head(content(z2, self.bins))
-        return Outputs(z1, z2, embedding1, embedding2, self.heads["linear_classifier"](z1.detach()), essl_logits)
-
-
-def joint(z: Tensor, bins: int) -> Tensor:
-    """Representations (B, F) as matrices (B, G, C), G = bins."""
-    return z.unflatten(1, (bins, -1))
-
-
-def content(z: Tensor, bins: int) -> Tensor:
-    """The part of representations that says what is seen, however it is transformed: (B, F) -> (B, C), the sum over bins."""
-    return joint(z, bins).sum(1) if bins else z
-
-
-def group_marginal(z: Tensor, bins: int) -> Tensor:
-    """The distribution over the bins of the structure axis that representations (B, F) stand for: (B, G)."""
-    return joint(z, bins).mean(-1).softmax(-1)
 
 
 def projection_head(features: int) -> nn.Sequential:
@@ -103,13 +31,63 @@ def projection_head(features: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def essl_predictor(features: int, n_outputs: int) -> nn.Sequential:
-    """ESSL's predictor of the transformation: two hidden layers with layer norm."""
-    return nn.Sequential(
-        nn.Linear(features, HIDDEN), nn.LayerNorm(HIDDEN), nn.ReLU(),
-        nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), nn.ReLU(),
-        nn.Linear(HIDDEN, n_outputs),
-    )  # fmt: skip
+# ---- saved models ----------------------------------------------------------------------------------------------------------
+
+
+def published_stem(dataset: str, model: str, equi_tx: str | None, target: str) -> str:
+    """The published beginning of the names of a run's models."""
+    equi = f"_{equi_tx}" if equi_tx else ""
+    more = {"duet": f"_eq-{equi_tx}_target-{target}", "essl": f"_eq-{equi_tx}", "simclr": ""}
+    return f"encoder_{dataset}_{model}{equi}{more[model]}"
+
+
+class SavedModels:
+    """The models of one run in a folder, <stem>_<when>.pt.
+
+    Published names say little of a run, so a file <stem>.run says whose they are.
+    """
+
+    def __init__(self, folder: Path, stem: str, run_name: str):
+        self.folder, self.stem, self.run_name, self.owner = folder, stem, run_name, folder / f"{stem}.run"
+
+    def paths(self) -> list[Path]:
+        """All models that are there."""
+        models = (path for path in self.folder.glob(f"{self.stem}_*.pt"))
+        return sorted(path for path in models if re.fullmatch(r"\d{4,}|final", path.stem[len(self.stem) + 1 :]))
+
+    def check(self, *, begun: bool, overwrite: bool = False) -> None:
+        """Make the folder. Raises InputError if models of another run are there; a run that has not `begun` has none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            return
+        models = self.paths()
+        if models and not (begun and self.owner.exists()):
+            raise InputError(f"{models[0]} is there, of another run: overwrite it, or save elsewhere")
+        name = self.owner.read_text(errors="replace") if self.owner.exists() else ""
+        if name not in ("", self.run_name):
+            raise InputError(f"{self.owner} says that the run {name!r} saves there: choose another place")
+
+    def claim(self, *, begun: bool, overwrite: bool) -> None:
+        """Note whose the models are; `overwrite` removes those of other runs. Raises InputError, OSError."""
+        for old in (self.owner, *self.paths()) if overwrite else ():
+            old.unlink(missing_ok=True)
+        try:
+            with open(self.owner, "x") as file:  # of two that start at once, one alone can
+                file.write(self.run_name)
+        except FileExistsError:
+            self.check(begun=begun)
+            self.owner.write_text(self.run_name)  # it is empty if a kill came between the two
+
+    def save(self, model: nn.Module, when: str, options: dict[str, Any], steps: int, *, keep_all: bool) -> Path:
+        """Write a model after `steps` steps, with the options of its training; older ones go. Raises OSError."""
+        path = self.folder / f"{self.stem}_{when}.pt"
+        weights = {name: value.cpu() for name, value in model.state_dict().items()}
+        encoder: Any = model.base_network
+        checkpoint.save({"model": weights, "encoder": encoder.options, "options": options, "steps": steps}, path)
+        for old in self.paths():
+            if old != path and not keep_all:
+                old.unlink()
+        return path
 
 
 def read_saved(path: str | Path) -> dict[str, Any]:
@@ -126,15 +104,42 @@ def load_encoder(path: str | Path) -> CifarResNet:
     return encoder_of(read_saved(path), path)
 
 
+def load_for_images(path: Path, dataset: str | None) -> tuple[CifarResNet, dict[str, Any]]:
+    """The encoder of a saved model, and the options of the images that it takes: dataset, image_size and center_crop.
+
+    `dataset` replaces the one that it was trained with. Raises InputError also if it has other channels.
+    """
+    saved = read_saved(path)
+    encoder, options = encoder_of(saved, path), saved["options"]
+    known = {"dataset": tuple(images.BY_OPTION), "image_size": range(8, 513), "center_crop": (False, True)}
+    for name, values in known.items():
+        if type(options.get(name)) is not type(values[0]) or options[name] not in values:
+            raise InputError(f"{path} is of another version: its option {name} is {options.get(name, 'missing')!r}")
+    own = {name: options[name] for name in known} | ({"dataset": dataset} if dataset else {})
+    channels = images.SHAPES[images.BY_OPTION[own["dataset"]]][0]
+    if channels != encoder.conv1.in_channels:
+        raise InputError(f"{path} takes {encoder.conv1.in_channels} channels, images of {own['dataset']} have {channels}")
+    return encoder, own
+
+
 def encoder_of(state: dict[str, Any], path: str | Path) -> CifarResNet:
-    """The encoder of a saved model that `read_saved` has read. Raises InputError if there is none."""
+    """The encoder of a saved model that `read_saved` has read. Raises InputError if it is of another version, or damaged."""
     try:
         encoder = CifarResNet(**state["encoder"])
-        prefix = "base_network."
-        weights = {key.removeprefix(prefix): value for key, value in state["model"].items() if key.startswith(prefix)}
-        encoder.load_state_dict(weights)
-    except Exception as error:  # damaged ones fail in many ways
-        raise InputError(f"{path} is damaged: its encoder does not fit ({type(error).__name__})") from None
+    except Exception as error:  # options of another version or of no sense fail in many ways
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} is of another version: no encoder with {state['encoder']} can be made ({reason})") from None
+    prefix = "base_network."
+    weights = {key.removeprefix(prefix): value for key, value in state["model"].items() if key.startswith(prefix)}
+    shapes, saved_shapes = (
+        {name: tuple(getattr(value, "shape", ("no tensor",))) for name, value in tensors.items()}
+        for tensors in (encoder.state_dict(), weights)
+    )
+    for name in shapes | saved_shapes:
+        if shapes.get(name) != saved_shapes.get(name):
+            there, here = (known.get(name, "missing") for known in (saved_shapes, shapes))
+            raise InputError(f"{path} is of another version: {prefix}{name} is {there} there and {here} here")
+    checkpoint.load_model(encoder, weights, Path(path))
     if not all(parameter.isfinite().all() for parameter in encoder.parameters()):
         raise InputError(f"{path} has weights that are not finite")
     return encoder.eval()

@@ -92,14 +92,14 @@ def jitter(images: Tensor, factors: Tensor, order: Sequence[int]) -> Tensor:
 
     The first three multiply: 1 changes nothing. Hue is turned by a part of the full circle: 0 changes nothing.
     """
-    for which in order:
-        factor = factors[:, which, None, None, None]
-        if which == BRIGHTNESS:
+    for step in order:
+        factor = factors[:, step, None, None, None]
+        if step == BRIGHTNESS:
             images = (images * factor).clamp(0, 1)
-        elif which == CONTRAST:
+        elif step == CONTRAST:
             mean = grey(images).mean((2, 3), keepdim=True)
             images = (mean + factor * (images - mean)).clamp(0, 1)
-        elif which == SATURATION:
+        elif step == SATURATION:
             shade = grey(images)
             images = (shade + factor * (images - shade)).clamp(0, 1)
         else:

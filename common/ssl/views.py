@@ -1,8 +1,8 @@
 """Two augmented views of each image, with the parameters that made them (Suau et al., ICML 2023, section 3).
 
-A stack of transformations first draws what it is going to do to each image of a batch, on the CPU, where a generator gives the
-same numbers everywhere; then it does it, on the images' device. What was drawn also gives the normalised parameter that DUET
-structures its representation by, between 0 and 1 for each of the codes:
+A stack of transformations first draws values for each image of a batch, on the CPU, where a generator gives the same numbers
+everywhere; then it transforms the images, on their device. The values also give the normalised parameter that DUET structures
+its representation by, about 0 to 1 for each of the codes (scales of larger inputs begin at -0.1):
 
     sca  1 - (height of the crop - 1) / side of the view: about 0 for a whole image, 0.6 for the smallest crops
     rot  (degrees + 180) / 360          ron  1/8, 3/8, 5/8, 7/8 for 0 to 3 quarter turns
@@ -30,13 +30,13 @@ STRENGTHS = torch.tensor([0.4, 0.4, 0.4, 0.1])  # a factor is drawn from 1 -+ th
 UNCHANGED = torch.tensor([1.0, 1.0, 1.0, 0.0])  # factors
 CROP_AREA, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 BLUR_SIGMA = (0.1, 2.0)
-# how many of the images are transformed; all of them by the others
+# the share of the images that is transformed; all of them by the others
 PROBABILITY = {"fli": 0.5, "flv": 0.5, "blu": 0.5, "gra": 0.2, "jit": 0.8}
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a stack is going to do to a batch: for each of its operations the values (B, ...), and the order of colour steps."""
+    """Values (B, ...) of each operation of a stack for a batch, and the order of colour steps."""
 
     values: tuple[Tensor, ...]
     colour_order: tuple[int, ...]
@@ -62,7 +62,7 @@ class Stack:
         self.size = size
         self.codes = list(codes)
         jittered = [code in codes or "jit" in codes for code in COLOURS]
-        self.strengths = STRENGTHS * torch.tensor(jittered)
+        self.strengths = STRENGTHS * torch.tensor(jittered, device="cpu")  # where values are drawn
         self.operations: list[str] = []
         for code in codes:
             operation = "jit" if code in COLOURS else code
@@ -72,7 +72,7 @@ class Stack:
             self.operations.append("res" if resized else "ccr")
 
     def draw(self, n: int, input_size: int, generator: torch.Generator) -> Draw:
-        """Draw what will be done to n images of `input_size` pixels a side."""
+        """Draw the values for n images of `input_size` pixels a side."""
         values, order = [], [0, 1, 2, 3]
         size = input_size
         for operation in self.operations:
@@ -81,13 +81,18 @@ class Stack:
                 order = torch.randperm(4, generator=generator).tolist()
             if operation in ("sca", "res", "ccr"):
                 size = self.size
-        return Draw(tuple(values), tuple(which for which in order if self.strengths[which] > 0))
+        return Draw(tuple(values), tuple(colour for colour in order if self.strengths[colour] > 0))
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Transform images (B, C, H, H) in [0, 1] as drawn: (B, C, size, size), around 0."""
         for operation, values in zip(self.operations, draw.values, strict=True):
             images = _apply(operation, images, values, self.size, draw.colour_order)
         return images - 0.5
+
+    def applies(self, code: str) -> bool:
+        """True if a transformation is among the codes, by itself or, as a colour in `jit` and a scale in `ccr`, in another."""
+        other = {"sca": "ccr"} | dict.fromkeys(COLOURS, "jit")
+        return code in self.codes or other.get(code) in self.codes
 
     def parameter(self, code: str, draw: Draw) -> Tensor:
         """The normalised parameters (B, 1) of one code; of its last place, if it has several. KeyError if it has none."""
@@ -106,7 +111,7 @@ def clean_view(images: Tensor, size: int) -> Tensor:
 
 
 def _draw(operation: str, n: int, size: int, strengths: Tensor, generator: torch.Generator) -> Tensor:
-    """Values of one operation for n images of size x size pixels: of those left out, the values that change nothing."""
+    """Values of one operation for n images of size x size pixels. Images that are left out get values that change nothing."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(n, generator=generator)
@@ -170,11 +175,11 @@ def _apply(operation: str, images: Tensor, values: Tensor, size: int, colour_ord
 
 
 def normalised(code: str, values: Tensor, size: int) -> Tensor:
-    """The parameters (B) of a code, between 0 and 1, of the values that were drawn for views of size x size pixels."""
+    """The parameters (B) of a code, between 0 and 1, from the values drawn for views of size x size pixels."""
     if code in COLOURS:
-        which = COLOURS.index(code)
-        low, high = UNCHANGED[which] - STRENGTHS[which], UNCHANGED[which] + STRENGTHS[which]
-        return (values[:, which] - low) / (high - low)
+        colour = COLOURS.index(code)
+        low, high = UNCHANGED[colour] - STRENGTHS[colour], UNCHANGED[colour] + STRENGTHS[colour]
+        return (values[:, colour] - low) / (high - low)
     match code:
         case "sca":
             if values.ndim == 1:  # of the central crop
@@ -225,6 +230,6 @@ def _sweep_values(code: str, side: int, n: int) -> list[Tensor]:
             return [torch.tensor([False]), torch.tensor([True])]
         case _:
             values = UNCHANGED.repeat(n, 1, 1)
-            which = COLOURS.index(code)
-            values[:, 0, which] += STRENGTHS[which] * (2 * steps - 1)
+            colour = COLOURS.index(code)
+            values[:, 0, colour] += STRENGTHS[colour] * (2 * steps - 1)
             return list(values)

@@ -1,6 +1,6 @@
-"""Centred kernel alignment (CKA): how alike two layers find which images are alike, by unbiased HSIC of their kernels.
+"""Centred kernel alignment (CKA): whether two layers find the same images alike, by unbiased HSIC of their kernels.
 
-Kernels (N, N) are never held: HSIC needs sums of their products and of their rows, which tiles of them are added to.
+A kernel (N, N) is never held: HSIC needs sums of products and of rows, to which tiles of kernels are added.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def _check_n_images(n_images: int) -> None:
 
 
 class Moments:
-    """Mean of each channel of a layer over images and positions, and sum of squared deviations, (C) each, over batches."""
+    """A layer's channel means over images and positions, and sums of squared deviations, (C) each, over batches."""
 
     def __init__(self, channels: int, device: torch.device | None = None):
         self.count = 0
         self.mean, self.deviations = torch.zeros(2, channels, dtype=torch.float64, device=device)
 
     def add(self, maps: Tensor, layer: str = "features") -> None:
-        """Take in maps (B, C, H, W): batches are merged as by Chan, Golub and LeVeque 1979, so that large means do no harm."""
+        """Add maps (B, C, H, W). Batches are merged as by Chan, Golub and LeVeque (1979): exact also for large means."""
         count = maps.shape[0] * maps.shape[2] * maps.shape[3]
         mean = maps.mean((0, 2, 3))
         deviations = torch.linalg.vector_norm(maps - mean[:, None, None], dim=(2, 3)).double().square().sum(0)
@@ -45,23 +45,23 @@ class Moments:
 
 
 class KernelSums:
-    """What HSIC needs of kernels (N, N) of L layers, diagonals aside, from tiles of them: sums of products, and of rows."""
+    """Sums over the kernels (N, N) of L layers, diagonals left out: of products of kernels (L, L), and of rows (L, N)."""
 
-    def __init__(self, n_images: int):
+    def __init__(self, n_layers: int, n_images: int, device: torch.device | None = None):
         self.n_images = n_images
-        self.products = self.rows = torch.zeros((), dtype=torch.float64)  # (L, L) and (L, N) with the first tile
+        self.products = torch.zeros(n_layers, n_layers, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(n_layers, n_images, dtype=torch.float64, device=device)
 
     def add(self, rows: slice, columns: slice, tiles: Tensor) -> None:
-        """Take in tiles (L, A, B) of the lower triangle: each also stands for its mirror image."""
+        """Add tiles (L, A, B) of the lower triangle; one off the diagonal counts twice, for its mirror image."""
         tiles = tiles.double()
-        if rows == columns:
+        on_diagonal = rows == columns
+        if on_diagonal:
             tiles.diagonal(dim1=1, dim2=2).zero_()
-        if self.rows.ndim == 0:
-            self.rows = tiles.new_zeros(len(tiles), self.n_images)
         flat = tiles.flatten(1)
-        self.products = self.products.to(flat.device) + flat @ flat.T * (1 if rows == columns else 2)
+        self.products += flat @ flat.T * (1 if on_diagonal else 2)
         self.rows[:, rows] += tiles.sum(2)
-        if rows != columns:
+        if not on_diagonal:
             self.rows[:, columns] += tiles.sum(1)
 
     def cka(self) -> Tensor:
@@ -74,15 +74,15 @@ class KernelSums:
 
 
 def _unbiased_hsic(products: Tensor, rows: Tensor) -> Tensor:
-    """Of all pairs of L kernels, from sums of their products (L, L) and of rows (L, N), diagonals left out."""
+    """Unbiased HSIC of all pairs of L kernels, (L, L), from the sums of their products (L, L) and of their rows (L, N)."""
     n, sums = rows.shape[1], rows.sum(1)
     return (products + torch.outer(sums, sums) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows @ rows.T) / (n * (n - 3))
 
 
 def unbiased_hsic(K: Tensor, L: Tensor) -> float:
-    """Unbiased estimate of the Hilbert-Schmidt independence criterion of two kernels (N, N), whose diagonals do not matter.
+    """Unbiased estimate of the Hilbert-Schmidt independence criterion of two kernels (N, N); diagonals do not matter.
 
-    Song et al. 2012, Feature selection via dependence maximization. Raises ValueError for fewer than 4 images, and
+    Song et al. 2012, Feature selection via dependence maximization. Raises ValueError for fewer than 4 images, and for
     kernels of different shapes.
 
     >>> K = torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
@@ -93,16 +93,17 @@ def unbiased_hsic(K: Tensor, L: Tensor) -> float:
         raise ValueError(f"kernels must be square and of one shape, not {tuple(K.shape)} and {tuple(L.shape)}")
     n = len(K)
     _check_n_images(n)
-    sums = KernelSums(n)
+    sums = KernelSums(2, n, K.device)
     sums.add(slice(0, n), slice(0, n), torch.stack([K, L]))
     return _unbiased_hsic(sums.products, sums.rows)[0, 1].item()
 
 
 class Kernels:
-    """What CKA needs of kernels (N, N) between images, a kernel for each layer of two networks, summed up tile by tile.
+    """CKA between all layers of two networks, in two passes over N images.
 
-    Channels are centred and scaled to unit norm (linear_cka: all together), which takes a pass of its own: add_moments for
-    all images, then add_tile for the lower triangle of tiles, those on the diagonal included.
+    The first pass (add_moments, batch by batch) finds each channel's mean and norm. The second (add_tile) compares pairs of
+    blocks of images, whose channels are centred and scaled to unit norm (linear_cka: all channels together). It goes through
+    the lower triangle of tiles, including those on the diagonal.
 
     >>> kernels, x, everything = Kernels("ortho_cka", 6), [torch.rand(6, 4, 8, 8)], slice(0, 6)
     >>> kernels.add_moments(x, x)
@@ -118,20 +119,25 @@ class Kernels:
         self.one_by_one = measure != "linear_cka"
         self.n_images, self.centered = n_images, centered
         self.moments: tuple[list[Moments], list[Moments]] = ([], [])
-        self.published, self.live = KernelSums(n_images), KernelSums(n_images)
+        self.published: KernelSums  # both are made with the first batch, which says how many layers there are
+        self.live: KernelSums
 
     @torch.no_grad()
     def add_moments(self, features1: list[Tensor], features2: list[Tensor]) -> None:
         """First pass: a batch of images."""
-        for k, (moments, maps) in enumerate(zip(self.moments, maps_of(features1, features2), strict=True), start=1):
-            if not moments:
+        networks = maps_of(features1, features2)
+        if not self.moments[0]:
+            n_layers, device = len(features1) + len(features2), networks[0][0].device
+            self.published, self.live = (KernelSums(n_layers, self.n_images, device) for _ in range(2))
+            for moments, maps in zip(self.moments, networks, strict=True):
                 moments += [Moments(x.shape[1], x.device) for x in maps]
-            for i, (of_layer, x) in enumerate(zip(moments, maps, strict=True)):
-                of_layer.add(x, layer_name(k, i))
+        for k in range(2):
+            for i, (moment, x) in enumerate(zip(self.moments[k], networks[k], strict=True)):
+                moment.add(x, layer_name(k + 1, i))
 
     @torch.no_grad()
     def normalised(self, features1: list[Tensor], features2: list[Tensor]) -> list[Tensor]:
-        """A block of images as add_tile takes it: layers (B, C, P) of both networks, in one list, as copies."""
+        """The features of a block of images for add_tile: copies (B, C, P), of all layers of both networks in one list."""
         layers = zip(self.moments[0] + self.moments[1], features1 + features2, strict=True)
         return [self._normalised(moments, x) for moments, x in layers]
 
@@ -144,40 +150,42 @@ class Kernels:
         return x * scale.to(x.dtype)[:, None]
 
     @torch.no_grad()
-    def add_tile(self, rows: slice, columns: slice, of_rows: list[Tensor], of_columns: list[Tensor]) -> None:
-        """Second pass: kernels between two blocks of images, whose features are normalised."""
-        live = [moments.squares(self.centered) > 0 for moments in self.moments[0] + self.moments[1]]
-        pairs = [tile(x, y, alive, self.over) for x, y, alive in zip(of_rows, of_columns, live, strict=True)]
-        for sums, tiles in zip((self.published, self.live), zip(*pairs, strict=True), strict=True):
-            sums.add(rows, columns, torch.stack(tiles))
+    def add_tile(self, rows: slice, columns: slice, row_features: list[Tensor], column_features: list[Tensor]) -> None:
+        """Second pass: kernels between two blocks of images, from their normalised features."""
+        published, live = [], []
+        for moments, x, y in zip(self.moments[0] + self.moments[1], row_features, column_features, strict=True):
+            both = tile(x, y, moments.squares(self.centered) > 0, self.over)
+            published.append(both[0])
+            live.append(both[1])
+        self.published.add(rows, columns, torch.stack(published))
+        self.live.add(rows, columns, torch.stack(live))
 
     def similarities(self) -> Similarities:
-        """Of all pairs of layers; a layer whose kernel is constant has none (NaN)."""
+        """Of all pairs of layers; NaN for a layer whose kernel is constant."""
         n1 = len(self.moments[0])
         published, live = (sums.cka()[:n1, n1:].cpu() for sums in (self.published, self.live))
         dead1, dead2 = (
-            torch.tensor([int((moments.squares(self.centered) == 0).sum()) for moments in of_network])
-            for of_network in self.moments
+            torch.tensor([int((moment.squares(self.centered) == 0).sum()) for moment in moments]) for moments in self.moments
         )
         return Similarities(published, live, dead1, dead2)
 
 
 def tile(x: Tensor, y: Tensor, live: Tensor, over: str) -> tuple[Tensor, Tensor]:
-    """A tile (A, B) of a kernel as published, and of live channels (C) alone: (A, C, P), (B, C, P), zero where not live."""
+    """A tile (A, B) of a kernel as published, and of `live` (C) channels alone: (A, C, P), (B, C, P), 0 where not live."""
     if live.all():
         K = channel_kernel(x, y, over)
         return K, K
     K = channel_kernel(x[:, live], y[:, live], over)
     if over == "median":
         return channel_kernel(x, y, over), K
-    # dead channels add a zero to what the maximum is of, and nothing to a sum
+    # dead channels add a zero to the candidates of a maximum, and nothing to a sum
     return (K.clamp(min=0) if over == "max" else K), K
 
 
 def channel_kernel(x: Tensor, y: Tensor, over: str) -> Tensor:
     """Inner products over positions, reduced over channels by max, median or sum: (A, C, P), (B, C, P) -> (A, B).
 
-    The maximum runs along with a matrix product per channel. Of an even number the median is the lower one, as published.
+    The running maximum needs one matrix product per channel. The median of an even number is the lower one, as published.
     """
     if x.shape[1] == 0:
         return x.new_zeros(len(x), len(y))

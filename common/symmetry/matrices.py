@@ -1,4 +1,4 @@
-"""Doubly stochastic matrices: how to stay among them, how to leave them for a permutation.
+"""Doubly stochastic matrices: Sinkhorn's projection, and rounding to permutations.
 
 The symmetries of a ReLU layer are the permutations of its channels times positive scales (Godfrey et al. 2022, arXiv
 2205.14258, section 3). Permutations are the corners of the Birkhoff polytope, the set of doubly stochastic matrices.
@@ -14,11 +14,11 @@ from torch import Tensor
 from common.matching import best_matching
 
 
-def sinkhorn(A: Tensor, iters: int = 16, *, revive: bool = False) -> Tensor:
+def sinkhorn(A: Tensor, iters: int = 16) -> Tensor:
     """Divide rows, then columns, by their sums, `iters` times: entries >= 0 (n, n) -> nearly doubly stochastic (n, n).
 
-    Sinkhorn and Knopp 1967. Columns come last and sum to 1; rows do in the limit. A row or column of zeros has no sum to
-    divide by: it stays as published (so the result is not doubly stochastic), or with `revive` starts out uniform.
+    Sinkhorn and Knopp 1967. Columns come last and sum to 1; rows do in the limit. A row or column of zeros, which has no sum to
+    divide by, stays zero, as published (the result is then not doubly stochastic).
 
     >>> sinkhorn(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
     tensor([[0.3333, 0.6667],
@@ -26,12 +26,7 @@ def sinkhorn(A: Tensor, iters: int = 16, *, revive: bool = False) -> Tensor:
     >>> sinkhorn(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
     tensor([[1., 1.],
             [0., 0.]])
-    >>> sinkhorn(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), revive=True)
-    tensor([[0.5000, 0.5000],
-            [0.5000, 0.5000]])
     """
-    if revive:
-        A = torch.where((A.sum(1, keepdim=True) == 0) | (A.sum(0, keepdim=True) == 0), 1 / len(A), A)
     for _ in range(iters):
         for axis in (1, 0):
             sums = A.sum(axis, keepdim=True)
@@ -79,9 +74,9 @@ def round_hungarian(W: Tensor) -> Tensor:
 
 
 def round_monotone(W: Tensor, increasing: Tensor) -> Tensor:
-    """The permutation that sorts as W (n, n) does an increasing vector (n) with entries in [0, 1]: faster, not optimal.
+    """The permutation that orders an increasing vector (n) in [0, 1] as W (n, n) does: faster than the best one.
 
-    The original draws the vector at random; a permutation matrix comes back as it is.
+    The original draws the vector at random. A permutation matrix is returned unchanged.
 
     >>> round_monotone(torch.tensor([[0.1, 0.9], [0.9, 0.1]]), torch.tensor([0.2, 0.7]))
     tensor([[0., 1.],
@@ -94,8 +89,8 @@ def round_monotone(W: Tensor, increasing: Tensor) -> Tensor:
 def round_scores(s: Tensor) -> Tensor:
     """The permutation matrix that sorts the scores from large to small: (n, 1) -> (n, n).
 
-    The limit of softsort as tau goes to 0. Equal scores keep their order, so that it is a permutation whatever they are
-    (the original takes the largest entry of each row of the soft matrix, and with equal scores takes a column twice).
+    The limit of softsort as tau goes to 0. Equal scores keep their order, so the result is always a permutation. (The original
+    takes the largest entry of each row of the soft matrix, and so one column twice for equal scores.)
 
     >>> round_scores(torch.tensor([[2.0], [5.0], [2.0]]))
     tensor([[0., 1., 0.],
@@ -106,9 +101,9 @@ def round_scores(s: Tensor) -> Tensor:
 
 
 def concave_penalty(W: Tensor, alpha: float, power: float = 0.0) -> Tensor:
-    """-alpha |W|_F n^power: (n, n) -> scalar. Among doubly stochastic matrices least at permutations, where |W|_F^2 = n.
+    """-alpha |W|_F n^power: (n, n) -> scalar. Least, among doubly stochastic matrices, at permutations, where |W|_F^2 = n.
 
-    As published the power is 0; -0.5 makes a permutation cost -alpha at any width, 1 was an experiment.
+    Published results have power 0. With -0.5 a permutation costs -alpha at any width; the authors' code also tries 1.
 
     >>> concave_penalty(torch.eye(4), alpha=0.1)
     tensor(-0.2000)
@@ -119,7 +114,7 @@ def concave_penalty(W: Tensor, alpha: float, power: float = 0.0) -> Tensor:
 
 
 def marginal_penalty(W: Tensor, beta: float) -> Tensor:
-    """beta (|column sums - 1| + |row sums - 1|) / sqrt(n): (n, n) -> scalar; instead of Sinkhorn's sweeps.
+    """beta (|column sums - 1| + |row sums - 1|) / sqrt(n): (n, n) -> scalar; the authors' alternative to Sinkhorn's sweeps.
 
     >>> marginal_penalty(2 * torch.eye(4), beta=0.1)
     tensor(0.2000)
@@ -128,10 +123,10 @@ def marginal_penalty(W: Tensor, beta: float) -> Tensor:
 
 
 def projected_gradient(w: Tensor, gradient: Tensor, project: Callable[[Tensor], Tensor], eps: float = 1e-3) -> Tensor:
-    """A gradient turned into the direction that is left of it after the projection, at nearly its own length.
+    """The part of a gradient that the projection leaves, at nearly the gradient's length.
 
-    h = (w - project(w - eps g)) / eps, scaled to |g| h / (eps + |h|). All of one shape. The gradient must be the loss's
-    own, not one that was scaled for half precision: the direction depends on its length.
+    h = (w - project(w - eps g)) / eps, scaled to |g| h / (eps + |h|). All of one shape. The gradient must not be scaled (as for
+    half precision): the direction depends on its length.
 
     >>> projected_gradient(torch.tensor([0.0, 1.0]), torch.tensor([3.0, 4.0]), lambda w: w.clamp(min=0))
     tensor([0.0000, 4.9988])

@@ -1,4 +1,4 @@
-"""What all measures of similarity share: their names, features of layers as maps of channels, and what comes out.
+"""The common part of all measures of similarity: names, features of layers as maps of channels, the result.
 
 Features are (N, C, H, W), (N, C, P) or (N, C): N images, C channels.
 """
@@ -16,28 +16,28 @@ ESTIMATORS = ("max", "median")
 
 @dataclass(frozen=True)
 class Similarities:
-    """Between L1 layers of network 1 and L2 layers of network 2."""
+    """Similarities between L1 layers of network 1 and L2 layers of network 2."""
 
-    published: Tensor  # (L1, L2), float64; NaN where a layer has nothing to compare, all its channels being dead
-    live: Tensor  # (L1, L2), float64: the same of live channels alone
-    dead1: Tensor  # (L1), int64: how many channels are dead
+    published: Tensor  # (L1, L2), float64; NaN for a layer whose channels are all dead
+    live: Tensor  # (L1, L2), float64: without dead channels
+    dead1: Tensor  # (L1), int64: the number of dead channels
     dead2: Tensor  # (L2)
 
 
 @torch.no_grad()
 def features_of(model: nn.Module, images: Tensor, layers: list[str]) -> list[Tensor]:
-    """What the modules of these names give for a batch of images, in the mode that the model is in.
+    """Outputs of the modules with these names for a batch of images (B, C, H, W), in the model's current mode.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten())
     >>> [tuple(x.shape) for x in features_of(net, torch.zeros(2, 3, 32, 32), ["1", "2"])]
     [(2, 8, 30, 30), (2, 7200)]
     """
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     hooks = []
     for name in layers:
 
         def keep(module: nn.Module, inputs: object, output: Tensor, name: str = name) -> None:
-            found[name] = output
+            outputs[name] = output
 
         hooks.append(model.get_submodule(name).register_forward_hook(keep))
     try:
@@ -45,11 +45,11 @@ def features_of(model: nn.Module, images: Tensor, layers: list[str]) -> list[Ten
     finally:
         for hook in hooks:
             hook.remove()
-    return [found[name] for name in layers]
+    return [outputs[name] for name in layers]
 
 
 def check_names(measure: str, estimator: str) -> None:
-    """Raises ValueError for what is not in MEASURES or ESTIMATORS."""
+    """Raises ValueError for a name that is not in MEASURES or ESTIMATORS."""
     if measure not in MEASURES:
         raise ValueError(f"there is no measure {measure!r}: choose from {', '.join(MEASURES)}")
     if estimator not in ESTIMATORS:
@@ -57,7 +57,7 @@ def check_names(measure: str, estimator: str) -> None:
 
 
 def layer_name(network: int, layer: int) -> str:
-    """What a layer is called in errors."""
+    """The name of a layer in errors; both numbers as users count."""
     return f"network {network}, layer {layer} (from 0)"
 
 
@@ -81,11 +81,10 @@ def maps_of(features1: list[Tensor], features2: list[Tensor]) -> tuple[list[Tens
 
 
 def check_finite(sums: Tensor, features: Tensor, layer: str) -> None:
-    """Raise ValueError unless sums of features are finite, which they are not if a feature is not."""
+    """Raises ValueError unless the sums over features are finite; a feature that is not finite shows in them."""
     if not sums.isfinite().all():
         wrong = features[~features.isfinite()]
         values = ", ".join(sorted({f"{value:g}" for value in wrong.tolist()}))
-        which = (
-            f"{len(wrong)} of {features.numel()} features are {values}" if values else "features are too large to be squared"
-        )
-        raise ValueError(f"{layer}: {which}")
+        if values:
+            raise ValueError(f"{layer}: {len(wrong)} of {features.numel()} features are {values}")
+        raise ValueError(f"{layer}: features are too large to be squared")

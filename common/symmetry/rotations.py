@@ -1,9 +1,9 @@
-"""A fixed random change of a layer's channels, behind which a network is trained anew (Godfrey et al. 2022, arXiv 2205.14258).
+"""The rotation test: a fixed random matrix on a layer's channels, behind which the rest is trained (Godfrey et al. 2022).
 
     modified = transform_layer(network, 2, random_element("orthogonal", 128, generator))
 
-Put before the activation, a permutation with positive scales is a symmetry of ReLU: what follows can undo it. A rotation is
-not, so the accuracy that the retrained rest loses to it tells how much the channels as they are matter.
+Before a ReLU, a permutation with positive scales is a symmetry: the following layers can undo it. A rotation is not, so the
+accuracy that the retrained rest loses to it shows how much the basis of channels matters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GROUPS = ("orthogonal", "Grelu", "identity")
 
 
 def random_element(group: str, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """A random matrix (n, n) of a group: float32.
+    """A random matrix (n, n) of a group, in float32.
 
     orthogonal: by Haar's measure (Mezzadri 2007). Grelu: a permutation times positive scales exp(N(0, 1) - 1/2), whose mean
     is 1. identity: a control. Raises ValueError for another group.
@@ -60,7 +60,7 @@ class TransformedLayer(nn.Module):
 
 
 def transform_layer(model: nn.Sequential, index: int, matrix: Tensor) -> nn.Sequential:
-    """A copy of a model with a matrix behind module `index`; all up to and with the matrix is frozen, the rest is not.
+    """A copy of a model with a matrix behind module `index`; everything up to and including the matrix is frozen.
 
     Raises ValueError if that module is neither a convolution nor linear, or the matrix does not fit.
 
@@ -70,8 +70,8 @@ def transform_layer(model: nn.Sequential, index: int, matrix: Tensor) -> nn.Sequ
     """
     layer = model[index] if index < len(model) else None
     if not isinstance(layer, nn.Conv2d | nn.Linear):
-        found = "not there" if layer is None else f"a {type(layer).__name__}"
-        raise ValueError(f"layer {index} is {found}: take a convolution or a linear layer")
+        kind = "not there" if layer is None else f"a {type(layer).__name__}"
+        raise ValueError(f"layer {index} is {kind}: take a convolution or a linear layer")
     if matrix.shape != (layer.weight.shape[0],) * 2:
         raise ValueError(
             f"a matrix of {tuple(matrix.shape)} does not fit the {layer.weight.shape[0]} channels of layer {index}"

@@ -1,4 +1,4 @@
-"""How similar layers of two networks are, up to symmetries of their channels (Godfrey et al. 2022, arXiv 2205.14258).
+"""Similarity of the layers of two networks, up to symmetries of their channels (Godfrey et al. 2022, arXiv 2205.14258).
 
     wreath_procrustes, wreath_cka    up to permutations of channels and positive scales: the symmetries of ReLU
     ortho_procrustes, linear_cka     up to rotations of channels
@@ -7,9 +7,9 @@
     wreath_cka(x, y)                                                  # one layer each, features of all images
     layer_similarities("wreath_cka", features1, features2, 10_000)    # all pairs of layers, from functions of slices of images
 
-Features are (N, C, H, W), (N, C, P) or (N, C): N images, C channels. They are read, not changed. All values are 1 for a layer
-with itself. A channel is dead if it is zero for all images and positions or, where channels are centred, constant. Dead ones
-count in the published values; each comes with another one, of live channels alone. Sums over images are float64: the
+Features are (N, C, H, W), (N, C, P) or (N, C): N images, C channels. They are read, not changed. Every measure is 1 for a layer
+with itself. A channel is dead if it is zero for all images and positions or, where channels are centred, constant. Published
+values include dead channels; each comes with a second one, of live channels alone. Sums over images are float64: the
 original's, in float32, are off by 1e-3 for 1000 maps of 64 channels and 32x32 positions.
 """
 
@@ -43,20 +43,22 @@ def layer_similarities(
     estimator: str = "max",
     centered: bool = True,
     block: int = 400,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> Similarities:
-    """Compare all layers of a network with all of another. `estimator` is wreath_cka's, `centered` all CKAs'.
+    """Compare all layers of a network with all of another.
 
-    Features are asked for in blocks of images: by Procrustes once each, by CKA about n / 2 times, n being their number.
-    Held are at most three blocks of features of all layers of both networks (Procrustes: one, and what it is shrunk to), and
-    sums: for Procrustes (C1, C2) a pair of layers, for CKA (N) a layer. No kernel (N, N) is held.
+    `estimator` is for wreath_cka, `centered` for all CKAs. `progress` shows bars, None only on a terminal.
+    `features1` and `features2` are called with slices of images: by Procrustes once for each of n blocks, by CKA about n / 2
+    times. At most three blocks of features of all layers are in memory (Procrustes: one, and its shrunk copies), with sums:
+    (C1, C2) for each pair of layers in Procrustes, (N) for each layer in CKA. No kernel (N, N) is held.
     Raises ValueError for an unknown measure or estimator, features that are not finite, numbers of images that differ,
     maps that no whole factor enlarges to each other (Procrustes), and fewer than 4 images (CKA).
 
     >>> import torch
     >>> x, y = torch.rand(50, 4, 8, 8), torch.rand(50, 6, 4, 4)
-    >>> found = layer_similarities("wreath_cka", lambda part: [x[part], y[part]], lambda part: [x[part], y[part]], 50, block=20)
-    >>> found.published.shape, [round(value, 6) for value in found.published.diagonal().tolist()]
+    >>> features = lambda part: [x[part], y[part]]
+    >>> similarities = layer_similarities("wreath_cka", features, features, 50, block=20)
+    >>> similarities.published.shape, [round(value, 6) for value in similarities.published.diagonal().tolist()]
     (torch.Size([2, 2]), [1.0, 1.0])
     """
     check_names(measure, estimator)
@@ -65,22 +67,24 @@ def layer_similarities(
     if block < 1:
         raise ValueError(f"block is {block}: at least 1 image")
     blocks = [slice(start, min(start + block, n_images)) for start in range(0, n_images, block)]
-    disable = None if progress else True  # None: where there is no terminal
+    disable = None if progress is None else not progress
     if measure.endswith("procrustes"):
         products = ChannelProducts()
-        for part in tqdm(blocks, desc=measure, disable=disable):
+        for part in tqdm(blocks, measure, disable=disable, leave=False):
             products.add(features1(part), features2(part))
         return products.similarities(measure)
 
     kernels = Kernels(measure, n_images, estimator=estimator, centered=centered)
-    for part in tqdm(blocks, desc=f"{measure}, means", disable=disable):
+    for part in tqdm(blocks, f"{measure}, means", disable=disable, leave=False):
         kernels.add_moments(features1(part), features2(part))
-    with tqdm(total=len(blocks) * (len(blocks) + 1) // 2, desc=measure, disable=disable) as bar:
+    n_tiles = len(blocks) * (len(blocks) + 1) // 2
+    with tqdm(None, measure, n_tiles, disable=disable, leave=False) as bar:
         for i, rows in enumerate(blocks):
-            of_rows = kernels.normalised(features1(rows), features2(rows))
+            row_features = kernels.normalised(features1(rows), features2(rows))
             for columns in blocks[: i + 1]:
-                of_columns = of_rows if columns == rows else kernels.normalised(features1(columns), features2(columns))
-                kernels.add_tile(rows, columns, of_rows, of_columns)
+                same = columns == rows
+                column_features = row_features if same else kernels.normalised(features1(columns), features2(columns))
+                kernels.add_tile(rows, columns, row_features, column_features)
                 bar.update()
     return kernels.similarities()
 
@@ -98,7 +102,7 @@ def similarity(
     estimator: str = "max",
     centered: bool = True,
 ) -> float:
-    """Compare two layers' features of the same N images, (N, C, H, W), (N, C, P) or (N, C), by a measure of MEASURES.
+    """Compare the features of two layers for the same N images, (N, C, H, W), (N, C, P) or (N, C), by one of MEASURES.
 
     `live_only`: without dead channels. `estimator` is wreath_cka's, `centered` all CKAs'. Raises ValueError as
     layer_similarities does, and where all channels of a layer are dead.
@@ -116,12 +120,12 @@ def similarity(
                 f"channel_axis is {channel_axis}: features of shape {tuple(features.shape)} have no channels there"
             )
     x, y = features1.movedim(channel_axis, 1), features2.movedim(channel_axis, 1)
-    found = layer_similarities(
+    similarities = layer_similarities(
         measure, lambda part: [x[part]], lambda part: [y[part]], len(x), estimator=estimator, centered=centered, block=TILE
     )
-    value = (found.live if live_only else found.published).item()
+    value = (similarities.live if live_only else similarities.published).item()
     if math.isnan(value):
-        counts = f"{int(found.dead1)} of {x.shape[1]}, {int(found.dead2)} of {y.shape[1]}"
+        counts = f"{int(similarities.dead1)} of {x.shape[1]}, {int(similarities.dead2)} of {y.shape[1]}"
         raise ValueError(f"nothing to compare: features are constant over images, or dead ({counts} channels)")
     return value
 
@@ -187,7 +191,7 @@ def wreath_cka(
 def ortho_cka(
     features1: Tensor, features2: Tensor, *, centered: bool = True, channel_axis: int = 1, live_only: bool = False
 ) -> float:
-    """As published: CKA of the sum over channels of unit norm. Rotations of channels change it; linear_cka they do not.
+    """As published: CKA of the sum over channels of unit norm. Rotations of channels change it (linear_cka they leave alone).
 
     >>> import torch
     >>> x = torch.rand(20, 4, 6, 6)
@@ -198,7 +202,7 @@ def ortho_cka(
 
 
 def linear_cka(features1: Tensor, features2: Tensor, *, channel_axis: int = 1) -> float:
-    """CKA of inner products of images (Kornblith et al. 2019), by unbiased HSIC: rotations of channels do not change it.
+    """CKA of inner products of images (Kornblith et al. 2019), by unbiased HSIC. Rotations of channels do not change it.
 
     >>> import torch
     >>> x, rotation = torch.rand(20, 4, 6, 6), torch.linalg.qr(torch.randn(4, 4)).Q

@@ -1,12 +1,12 @@
-"""One step of training a joint, and the published optimisers (Godfrey et al. 2022; the authors' code).
+"""One step of training a stitching layer, and the published optimisers (Godfrey et al. 2022; the authors' code).
 
-    stitched = stitch(model1, model2, layer, joint).train()
-    optimizers = make_optimizers(joint, published_lr(joint))
+    stitched = stitch(model1, model2, index, layer).train()
+    optimizers = make_optimizers(layer, published_lr(layer))
     for images, labels in batches:
         training_step(stitched, images, labels, optimizers[0])
 
-Epochs, halves of a warm-up (its first with `joint.scalars = False`, its second with new optimisers), and the choice of a
-step's optimiser when matrix and scales alternate, are the script's.
+The script has the epochs, the two halves of a warm-up (the first with `layer.scalars = False`, the second with new
+optimisers), and the draw of a step's optimiser when matrix and scales alternate.
 """
 
 from __future__ import annotations
@@ -16,38 +16,39 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from common.symmetry.joints import Birkhoff, Joint, Wreath
+from common.precision import autocast
 from common.symmetry.stitching import StitchedModel
+from common.symmetry.stitching_layers import Birkhoff, StitchingLayer, Wreath
 
 WEIGHT_DECAY = 1e-4
 
 
-def published_lr(joint: Joint) -> float:
-    """The learning rate with which the published figures were made: 0.01 for permutations with scales, else 0.001.
+def published_lr(layer: StitchingLayer) -> float:
+    """The learning rate of the published results: 0.01 for permutations with scales, else 0.001.
 
     >>> published_lr(Birkhoff(4))
     0.01
     """
-    return 0.01 if isinstance(joint, Birkhoff | Wreath) else 0.001
+    return 0.01 if isinstance(layer, Birkhoff | Wreath) else 0.001
 
 
-def make_optimizers(joint: Joint, lr: float, *, alternating: bool = False) -> list[Optimizer]:
-    """SGD without momentum; for Wreath, Adam. With `alternating`, which is Birkhoff's, one for the matrix, one for the scales.
+def make_optimizers(layer: StitchingLayer, lr: float, *, alternating: bool = False) -> list[Optimizer]:
+    """SGD without momentum; for Wreath, Adam. With `alternating` (Birkhoff alone) one for the matrix and one for the scales.
 
-    Weight decay (L2 in the gradient) is 1e-4, but none on Birkhoff's matrix. Raises ValueError for another joint's alternation.
+    Weight decay (L2 in the gradient) is 1e-4, but 0 on Birkhoff's matrix. Raises ValueError if another layer is to alternate.
 
     >>> [type(optimizer).__name__ for optimizer in make_optimizers(Birkhoff(4), 0.01, alternating=True)]
     ['SGD', 'SGD']
     """
-    if alternating and not isinstance(joint, Birkhoff):
-        raise ValueError(f"{type(joint).__name__} has no matrix and scales to alternate between")
-    if isinstance(joint, Wreath):
-        return [torch.optim.Adam(joint.parameters(), lr, weight_decay=WEIGHT_DECAY)]
-    if not isinstance(joint, Birkhoff):
-        return [torch.optim.SGD(joint.parameters(), lr, weight_decay=WEIGHT_DECAY)]
+    if alternating and not isinstance(layer, Birkhoff):
+        raise ValueError(f"{type(layer).__name__} has no matrix and scales to alternate between")
+    if isinstance(layer, Wreath):
+        return [torch.optim.Adam(layer.parameters(), lr, weight_decay=WEIGHT_DECAY)]
+    if not isinstance(layer, Birkhoff):
+        return [torch.optim.SGD(layer.parameters(), lr, weight_decay=WEIGHT_DECAY)]
     groups = [
-        {"params": [joint.weight_perms], "weight_decay": 0.0},
-        {"params": [joint.weight_scalars], "weight_decay": WEIGHT_DECAY},
+        {"params": [layer.weight_perms], "weight_decay": 0.0},
+        {"params": [layer.weight_scalars], "weight_decay": WEIGHT_DECAY},
     ]
     if alternating:
         return [torch.optim.SGD([group], lr) for group in groups]
@@ -61,32 +62,32 @@ def training_step(
     optimizer: Optimizer,
     *,
     hook_eps: float | None = None,
-    amp: torch.dtype | None = None,
+    precision: str = "fp32",
 ) -> Tensor:
-    """One step of the joint: images (B, C, H, W), labels (B) -> the loss before it, with the penalty, a scalar.
+    """One step of the stitching layer: images (B, C, H, W), labels (B) -> the loss before it, with the penalty, a scalar.
 
-    `hook_eps` turns Birkhoff's gradients into what its projection leaves of them (--pgd_hook; published 0.001). `amp` is the
-    precision of the forward pass if not float32; losses are not scaled, so not float16.
+    `hook_eps` replaces Birkhoff's gradients by what its projection leaves of them (--pgd_hook; published 0.001). `precision`
+    is that of the forward pass.
 
     >>> from torch import nn
     >>> from common.symmetry.stitching import stitch
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
-    >>> joint = Birkhoff(4, alpha=0.1)
-    >>> stitched = stitch(net, net, 2, joint).train()
-    >>> loss = training_step(stitched, torch.zeros(5, 3, 32, 32), torch.arange(5), make_optimizers(joint, 0.01)[0])
+    >>> layer = Birkhoff(4, alpha=0.1)
+    >>> stitched = stitch(net, net, 2, layer).train()
+    >>> loss = training_step(stitched, torch.zeros(5, 3, 32, 32), torch.arange(5), make_optimizers(layer, 0.01)[0])
     >>> loss.shape
     torch.Size([])
     """
-    joint = model.joint
-    if hook_eps is not None and not isinstance(joint, Birkhoff):
-        raise ValueError(f"{type(joint).__name__} has no projection that a gradient could be fitted to")
-    with torch.autocast(images.device.type, amp, enabled=amp is not None):
+    layer = model.stitching_layer
+    if hook_eps is not None and not isinstance(layer, Birkhoff):
+        raise ValueError(f"{type(layer).__name__} has no projection that a gradient could be fitted to")
+    with autocast(images, precision):
         logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels) + joint.penalty()
-    joint.zero_grad()
+    loss = F.cross_entropy(logits.float(), labels) + layer.penalty()
+    layer.zero_grad()
     loss.backward()
-    if hook_eps is not None and isinstance(joint, Birkhoff):
-        joint.project_gradients(hook_eps)
+    if hook_eps is not None and isinstance(layer, Birkhoff):
+        layer.project_gradients(hook_eps)
     optimizer.step()
-    joint.project()
+    layer.project()
     return loss.detach()

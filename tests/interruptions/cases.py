@@ -13,11 +13,14 @@ import torch
 
 import amortised_clustering
 import swarm_transformer
-from common import paper_figures, plotting
+from common import plotting
 from common.checkpoint import atomic_write
+from common.routing import pictures as routing_pictures
 from common.run import backtracking, state
 from common.ssl import evaluation
 from common.ssl import models as ssl_models
+from common.ssl import pictures as ssl_pictures
+from common.symmetry import pictures as symmetry_pictures
 from tests.command_lines import exit_status
 from tests.interruptions.disk import Disk, watch
 
@@ -115,7 +118,8 @@ def save_often_draw_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(backtracking, "PATIENCE", 0)
     torch.set_num_threads(1)
     patch.setattr(state, "SAVE_SECONDS", -1.0)
-    for module in (plotting, paper_figures):
+    pictures = (plotting, amortised_clustering, routing_pictures, ssl_pictures, symmetry_pictures)
+    for module in pictures:
         for name in vars(module):
             if name.startswith("plot_"):
                 patch.setattr(module, name, lambda path, *_, **__: atomic_write(path, lambda file: file.write(b"a picture")))

@@ -1,8 +1,7 @@
-"""What the papers show, drawn from results of several runs: penalties, similarities, losses over time, accuracies."""
+"""Pictures of stitching, alignment and the rotation test: penalties, accuracies, matrices, similarities of layers."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from common.plotting import BASELINE, PALETTE, PRINT, VALIDATION, draw_baselines, draw_curve, headline, save_figure
+from common.plotting import BASELINE, PALETTE, PRINT, headline, save_figure
 
 
 def layer_labels(layers: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -20,7 +19,7 @@ def layer_labels(layers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def plot_penalties(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Penalties, a group of bars a layer, a bar a kind: rows of kind, layer, inside_block, penalty, deviation."""
+    """Penalties as bars, grouped by layer: `rows` have kind, layer, inside_block, penalty and deviation."""
     layers = sorted({row["layer"] for row in rows})
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     inside = {row["layer"] for row in rows if row["inside_block"]}
@@ -43,10 +42,24 @@ def plot_penalties(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) ->
     save_figure(figure, path, PRINT)
 
 
-def plot_accuracies(
-    path: Path, title: str, axis: str, rows: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]
+def plot_ranks(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy by the rank of the stitching layer: `rows` have kind ("rank 4"), layer, accuracy. Without ranks no picture."""
+    ranked = [{**row, "rank": int(row["kind"].split()[1])} for row in rows if row["kind"].startswith("rank ")]
+    _plot_accuracies(path, title, "rank", ranked, rows)
+
+
+def plot_sparsities(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy by the sparsity of the stitching layer: `rows` have kind, layer, accuracy, sparsity if it is a lasso."""
+    _plot_accuracies(path, title, "sparsity", [row for row in rows if row["kind"].startswith("lasso ")], rows)
+
+
+def _plot_accuracies(
+    path: Path, title: str, axis: str, rows: Sequence[Mapping[str, Any]], all_rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Accuracy of stitched networks by rank or sparsity, a panel a layer; `references` are other joints, as lines."""
+    """Accuracy of stitched networks by rank or sparsity, a panel a layer, with full matrices and permutations as lines."""
+    if not rows:
+        return
+    references = [row for row in all_rows if row["kind"] in ("full", "permutation")]
     layers = sorted({row["layer"] for row in rows})
     figure = Figure(figsize=(3.2 * len(layers), 3.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -67,7 +80,7 @@ def plot_accuracies(
 
 
 def plot_heat_maps(path: Path, title: str, labels: Sequence[str], maps: Mapping[str, NDArray[np.floating]]) -> None:
-    """Similarities from 0 to 1 of the layers of two networks (L, L), a panel a measure; what is NaN is grey."""
+    """Similarities (L, L) of the layers of two networks, from 0 to 1, a panel a measure; NaN is grey."""
     side = max(3.4, 0.24 * len(labels) + 1.2)
     figure = Figure(figsize=(side * len(maps) + 0.8, side + 0.5), layout="constrained")
     headline(figure, title)
@@ -89,7 +102,7 @@ def plot_heat_maps(path: Path, title: str, labels: Sequence[str], maps: Mapping[
 
 
 def plot_diagonals(path: Path, title: str, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Similarity of layers with themselves: rows of similarity, layer, mean, deviation, untrained, a curve a similarity."""
+    """Similarity of each layer with itself, a curve a measure: `rows` have similarity, layer, mean, deviation, untrained."""
     figure = Figure(figsize=(max(6.5, 0.45 * len(labels) + 3), 4.5), layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(dict.fromkeys(row["similarity"] for row in rows)):
@@ -108,50 +121,16 @@ def plot_diagonals(path: Path, title: str, labels: Sequence[str], rows: Sequence
     save_figure(figure, path, PRINT)
 
 
-def plot_over_time(
-    path: Path,
-    title: str,
-    measure: str,
-    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]],
-    levels: Mapping[str, float],
-) -> None:
-    """Curves of (label, minutes, values), several of a label faint below their mean; `levels` to judge them by.
-
-    A level far from the curves, as chance and an oracle often are, stands in the legend alone.
-    """
-    figure = Figure(figsize=(10, 5), layout="constrained")
+def plot_matrices(path: Path, title: str, matrices: Sequence[tuple[str, NDArray[np.floating], NDArray[np.floating]]]) -> None:
+    """Matrices of stitching layers, as (name, trained, rounded for evaluation), the rounded ones below."""
+    figure = Figure(figsize=(3.0 * len(matrices) + 0.8, 6.4), layout="constrained")
     headline(figure, title)
-    axes = figure.subplots()
-    for i, label in enumerate(dict.fromkeys(label for label, *_ in curves)):
-        own = [(minutes, values) for other, minutes, values in curves if other == label]
-        colour = PALETTE[i % len(PALETTE)]
-        for minutes, values in own:
-            draw_curve(axes, minutes, values, color=colour, alpha=0.3 if len(own) > 1 else 1, linewidth=1)
-        begin, end = max(minutes[0] for minutes, _ in own), min(minutes[-1] for minutes, _ in own)
-        grid = np.linspace(begin, max(begin, end), 200)
-        mean = np.mean([np.interp(grid, minutes, values) for minutes, values in own], axis=0)
-        name = textwrap.fill(f"{label} (n = {len(own)})", width=40)
-        axes.plot(grid, mean, color=colour, linewidth=2, linestyle=("-", "--", ":")[i // len(PALETTE) % 3], label=name)
-    low, high = (of(of(values) for *_, values in curves) for of in (min, max))
-    margin = 0.05 * (high - low)
-    draw_baselines(axes, levels)
-    axes.set(xlabel="minutes of training", ylabel=measure, ylim=(low - margin, high + margin) if margin else None)
-    axes.grid(alpha=0.25)
-    figure.legend(fontsize=8, loc="outside right center")
-    save_figure(figure, path)
-
-
-def plot_intervals(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of label, accuracy, half of its interval (or None) and chance in per cent, a bar each."""
-    figure = Figure(figsize=(10, 0.6 * len(rows) + 1.4), layout="constrained")
-    headline(figure, title)
-    axes = figure.subplots()
-    halves = [row["half"] or 0.0 for row in rows]
-    axes.errorbar([row["accuracy"] for row in rows], range(len(rows)), xerr=halves, fmt="o", color=VALIDATION, capsize=3)
-    labels = [textwrap.fill(f"{row['label']} (n = {row['n']})", width=60) for row in rows]
-    axes.set_yticks(range(len(rows)), labels, fontsize=7)
-    chances = {row["chance"] for row in rows}
-    axes.set(xlabel="accuracy in %" + (f" (chance {chances.pop():g})" if len(chances) == 1 and None not in chances else ""))
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.25)
+    panels = figure.subplots(2, len(matrices), squeeze=False)
+    for column, (name, trained, rounded) in enumerate(matrices):
+        for panel, matrix, how in zip(panels[:, column], (trained, rounded), ("trained", "in evaluation"), strict=True):
+            top = max(float(np.abs(matrix).max()), 1e-6)
+            drawn = panel.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+            panel.set_title(f"{name}, {how}", fontsize=9)
+            panel.set(xlabel="channel of network 1", ylabel="channel of network 2")
+            figure.colorbar(drawn, ax=panel, shrink=0.7)
     save_figure(figure, path)
