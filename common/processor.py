@@ -57,16 +57,21 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
 
 
+def _suits_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN is to multiply: it is hundreds of times slower on views with gaps, and slow on a few rows or columns."""
+    dense = all(x.is_contiguous() or x.T.is_contiguous() for x in (a, b))
+    large = min(*a.shape, *b.shape) >= 16
+    return large and dense and a.dtype == torch.float32 and a.device.type == "cpu" and fp32_products() == "oneDNN"
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of matrices, without gradients."""
-    if a.dtype == torch.float32 and a.device.type == "cpu" and fp32_products() == "oneDNN" and a.numel() and b.numel():
-        return _onednn(a, b)
-    return a @ b
+    return _onednn(a, b) if _suits_onednn(a, b) else a @ b
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, without gradients. The sum has the dtype of total."""
-    if total.dtype != a.dtype or (a.dtype == torch.float32 and a.device.type == "cpu" and fp32_products() == "oneDNN"):
+    if total.dtype != a.dtype or _suits_onednn(a, b):
         total += product(a, b)
     else:
         total.addmm_(a, b)

@@ -62,3 +62,9 @@ def test_library_follows_the_processor(cpu: str, expected: str, monkeypatch: pyt
 
 def test_cache_size() -> None:
     assert 2**17 <= processor.cache_size.__wrapped__() <= 2**26
+
+
+def test_views_with_gaps_are_left_to_pytorch(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "_onednn", lambda a, b: pytest.fail("it would take hundreds of times as long"))
+    x = torch.rand(32, 3, 64)
+    torch.testing.assert_close(processor.product(x[:, 0], x[:, 1].T), x[:, 0] @ x[:, 1].T)
