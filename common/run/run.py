@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 import torch
 
-from common import parallel
+from common import parallel, processor
 from common.checkpoint import sync_directory
 from common.errors import InputError, Interrupted, warn
 from common.run import trackers
@@ -324,6 +324,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_threads": torch.get_num_threads(),
+        "fp32_products": processor.fp32_products(),
         "platform": platform.platform(),
         "git_revision": git_revision(),
     }
