@@ -32,7 +32,7 @@ from common.datasets.clustering import N_LABELS, ClusteringTasks
 from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
 from common.precision import autocast
 from common.run import dotted, options
-from common.run.budget import BudgetedTraining
+from common.run.budget import BudgetedTraining, make_adam
 from common.run.command import echo
 from common.run.memory import tune_malloc
 from common.run.options import at_least, real, run_id
@@ -386,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     tune_malloc()
     with Run("amortised_clustering", name, args, another="-run ID", may_change=NOT_IN_NAME, quiet=True) as run:
         model = make_model(args)
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        optimizer = make_adam(model, args.lr)
         data = make_data(args.tasks, args.bs, args.seed, next(model.parameters()).device)
         limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
         training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, **limits)

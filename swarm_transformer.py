@@ -33,7 +33,7 @@ from common.models.image_transformer import N_VALUES, ImageTransformer, cross_en
 from common.models.sets import NON_LINEARITIES
 from common.precision import autocast
 from common.run import dotted, options
-from common.run.budget import BudgetedTraining
+from common.run.budget import BudgetedTraining, make_adam
 from common.run.command import echo
 from common.run.memory import MicroBatches, tune_malloc
 from common.run.options import at_least, boolean, real, shortest
@@ -184,7 +184,10 @@ def load_data(name: str, data_dir: str | None, seed: int, device: torch.device) 
 def log_histograms(data: ImageSet) -> Tensor:
     """Log-probability of each value at each position, from its counts plus one: (256, C H W)."""
     values = data.images.flatten(1)
-    counts = torch.stack([torch.bincount(column, minlength=N_VALUES) for column in values.T.contiguous()], 1)
+    first = N_VALUES * torch.arange(values.shape[1], device=values.device)  # bin of each position
+    n_bins = N_VALUES * values.shape[1]
+    counts = sum(torch.bincount((first + part).flatten(), minlength=n_bins) for part in values.split(1000))
+    counts = counts.view(-1, N_VALUES).T.contiguous()
     return ((counts + 1) / (len(values) + N_VALUES)).double().log()
 
 
@@ -412,7 +415,7 @@ def main(argv: list[str] | None = None) -> int:
     tune_malloc()
     with Run("swarm_transformer", name, args, another="-seed N", may_change=NOT_IN_NAME, quiet=True) as run:
         model = make_model(args)
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        optimizer = make_adam(model, args.lr)
         data = load_data(args.data, args.data_dir, args.seed, next(model.parameters()).device)
         limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
         training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, data=data.fingerprint, **limits)

@@ -18,6 +18,18 @@ from common.run.run import Run
 from common.run.state import Part, State
 
 
+def make_adam(model: nn.Module, lr: float) -> torch.optim.Adam:
+    """Adam, on a GPU in one kernel for all parameters. It takes states from any device, and stays as it is then."""
+    fused = next(model.parameters()).is_cuda or None
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=fused)
+
+    def keep_fused(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
+
+    optimizer.register_load_state_dict_pre_hook(keep_fused)
+    return optimizer
+
+
 class BestModel:
     """best.pkl: the model with the lowest validation loss so far, and the return to it.
 
