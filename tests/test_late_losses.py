@@ -2,6 +2,7 @@
 
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,29 @@ from common.run.run import Run
 from common.seeds import seed_everything
 
 STEPS = 13  # of an epoch
-NAN_AT = 17  # step of the run, counted from 1, in the second epoch
+FAILS_AT = 17  # step of the run, counted from 1, in the second epoch
+Failure = Callable[[torch.Tensor], torch.Tensor]
 
 
-def train_epoch(training: Training, stop_at: int | None, fetch_at: list[int]) -> bool:
+def fail(loss: torch.Tensor) -> torch.Tensor:
+    """A loss that is not finite, and gives weights that are not."""
+    return loss * math.nan
+
+
+def fail_alone(loss: torch.Tensor) -> torch.Tensor:
+    """A loss that is not finite, with the gradient of one that is."""
+    return loss + math.inf
+
+
+def train_epoch(training: Training, failure: Failure, stop_at: int | None, noticed: list[int]) -> bool:
     """As the scripts do it; after step `stop_at` a signal comes."""
     for batch in range(training.batch, STEPS):
         x = torch.full((4, 2), 1.0 + batch / STEPS)
         loss = training.model(x).square().mean()
-        if training.step + 1 == NAN_AT and training.epoch == 1:
-            loss = loss * math.nan
+        if training.step + 1 == FAILS_AT and training.epoch == 1:
+            loss = failure(loss)
         if not training.is_finite(loss):
-            fetch_at.append(training.step + 1)
+            noticed.append(training.step + 1)
             return False
         training.optimizer.zero_grad()
         loss.backward()
@@ -40,7 +52,13 @@ def train_epoch(training: Training, stop_at: int | None, fetch_at: list[int]) ->
 
 
 def train(
-    folder: Path, *, fetch_every: int | None, stop_at: int | None = None, resume: str | None = None, out_of_time: bool = False
+    folder: Path,
+    failure: Failure = fail,
+    *,
+    fetch_every: int | None,
+    stop_at: int | None = None,
+    resume: str | None = None,
+    out_of_time: bool = False,
 ) -> tuple[dict[str, Any], list[int]]:
     """A run of three epochs: what is left of it, and the steps at which a loss was noticed to be not finite."""
     seed_everything(0)
@@ -54,7 +72,7 @@ def train(
         training.fetch_every = fetch_every or training.fetch_every
         training.start(resume)
         while training.has_next_epoch(3):
-            finite = train_epoch(training, stop_at, noticed)
+            finite = train_epoch(training, failure, stop_at, noticed)
             loss = training.meter.means()["loss"] if finite else math.nan
             row = {"epoch": training.epoch + 1, "step": training.step, "train_loss": loss, "val_loss": loss}
             if out_of_time and not finite:
@@ -89,27 +107,31 @@ def save_seconds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(state_module, "SAVE_SECONDS", request.param)
 
 
-@pytest.mark.parametrize("stop_at", [16, 17, 18, 19, 28])
-def test_whole_and_resumed_runs_notice_at_the_same_step(stop_at: int, save_seconds: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("failure", [fail, fail_alone])
+@pytest.mark.parametrize("stop_at", [16, 18, 28])
+def test_whole_and_resumed_runs_notice_at_the_same_step(
+    stop_at: int, failure: Failure, save_seconds: None, tmp_path: Path
+) -> None:
     """Stopped before a loss that is not finite, after it, when nobody has looked at it yet, and in the epoch after it."""
-    whole, noticed = train(tmp_path / "whole", fetch_every=5)
+    whole, noticed = train(tmp_path / "whole", failure, fetch_every=5)
     assert noticed == [20] and whole["progress"] == (3, 0, 19 + STEPS)
     rows = read_metrics(tmp_path / "whole/script/name.part/metrics.csv")
     assert [math.isnan(loss) for loss in rows["train_loss"]] == [False, True, False] and rows["lr"][2] == 0.005
-    assert whole["traces"][0] == [*range(1, NAN_AT), *range(20, 20 + STEPS)]
+    traced = range(1, FAILS_AT) if failure is fail else (step for step in range(1, 20) if step != FAILS_AT)
+    assert whole["traces"][0] == [*traced, *range(20, 20 + STEPS)]
 
     with pytest.raises(SystemExit, match="75"):
-        train(tmp_path / "stopped", fetch_every=5, stop_at=stop_at)
-    left, noticed = train(tmp_path / "stopped", fetch_every=5, resume="auto")
+        train(tmp_path / "stopped", failure, fetch_every=5, stop_at=stop_at)
+    left, noticed = train(tmp_path / "stopped", failure, fetch_every=5, resume="auto")
     assert left == whole and noticed == ([20] if stop_at < 20 else [])
 
 
 def test_on_a_cpu_each_step_is_looked_at(save_seconds: None, tmp_path: Path) -> None:
     """Later looks change nothing of an epoch that goes well."""
     (at_once, noticed), (late, _) = (train(tmp_path / str(every), fetch_every=every) for every in (None, 5))
-    assert noticed == [NAN_AT]
+    assert noticed == [FAILS_AT]
     assert at_once["rows"].splitlines()[:2] == late["rows"].splitlines()[:2]
-    assert at_once["traces"][2][: NAN_AT - 1] == late["traces"][2][: NAN_AT - 1]
+    assert at_once["traces"][2][: FAILS_AT - 1] == late["traces"][2][: FAILS_AT - 1]
 
 
 def test_the_end_of_an_epoch_looks_at_all_losses(tmp_path: Path) -> None:
