@@ -194,22 +194,21 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
         points, labels, mask = clustering.padded_batch(data.tasks, data.training[index])
         log_p = log_probs(training.model, points, mask, args.precision)
         loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).mean()
-        value = loss.item()
-        if not math.isfinite(value):
+        if not training.is_finite(loss):
             return False
         training.optimizer.zero_grad()
         loss.backward()
         training.optimizer.step()
 
         progress.set_description_str(
-            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(data.training)}  loss {value:.3f}  best validation "
-            f"{training.best.loss:.3f} (oracle {data.baselines['oracle']['cross_entropy']:.3f})  "
+            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(data.training)}  loss {training.shown_loss}  "
+            f"best validation {training.best.loss:.3f} (oracle {data.baselines['oracle']['cross_entropy']:.3f})  "
             f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
             refresh=False,
         )
         progress.update()
-        training.record_step(len(points), value)
-    return True
+        training.record_step(len(points), loss)
+    return training.fetch_losses()
 
 
 def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, finite: bool) -> None:

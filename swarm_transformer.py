@@ -204,14 +204,14 @@ def nats(model: ImageTransformer, batch: ImageSet, precision: str) -> Tensor:
     return cross_entropy(logits, batch.images)
 
 
-def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: str, size: int) -> float:
+def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: str, size: int) -> Tensor:
     """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else."""
     model.zero_grad()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=batch.images.device)
     for start in range(0, len(batch), size):
         loss = nats(model, batch[start : start + size], precision).sum() / len(batch)
         loss.backward()
-        total += loss.item()
+        total += loss.detach()
     return total
 
 
@@ -227,9 +227,9 @@ def evaluate(
     return torch.cat(parts)
 
 
-def gradient_norm(model: ImageTransformer) -> float:
-    """The sum of the absolute gradients, as the original logs it."""
-    return float(sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None))
+def gradient_norm(model: ImageTransformer) -> Tensor:
+    """The sum of the absolute gradients, as the original logs it: a scalar."""
+    return torch.as_tensor(sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None))
 
 
 def epoch_size(args: argparse.Namespace, data: Data) -> int:
@@ -246,19 +246,19 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
             break
         loss = micro.run_in_parts(partial(accumulate_gradients, training.model, data.training[indices], args.precision))
         norm = gradient_norm(training.model)
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        if not training.is_finite(loss, norm):
             return False
         training.optimizer.step()
 
         progress.set_description_str(
-            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(batches)}  loss {loss:.3f}  best validation "
-            f"{training.best.loss:.3f} (by position {data.baselines['validation']['by position']:.3f})  "
+            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(batches)}  loss {training.shown_loss}  "
+            f"best validation {training.best.loss:.3f} (by position {data.baselines['validation']['by position']:.3f})  "
             f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
             refresh=False,
         )
         progress.update()
         training.record_step(len(indices), loss, gradient_norm=norm)
-    return True
+    return training.fetch_losses()
 
 
 def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, micro: MicroBatches, finite: bool) -> None:

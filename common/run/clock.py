@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class Clock:
     """Seconds used of a budget; runs from its making, or the loading of its state."""
@@ -17,15 +19,20 @@ class Clock:
         self._since: float | None = time.monotonic()
 
     def used(self) -> float:
-        """Seconds that have counted so far."""
+        """Seconds that have counted so far, with all work that a GPU was given, for which it waits."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return self._now()
+
+    def _now(self) -> float:
         return self._used + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def left(self) -> float:
-        """Seconds left, not below zero."""
-        return max(0.0, self.budget - self.used())
+        """Seconds left, not below zero. A GPU may be some steps behind: neither this nor `is_up` waits for it."""
+        return max(0.0, self.budget - self._now())
 
     def is_up(self) -> bool:
-        return self.used() >= self.budget
+        return self._now() >= self.budget
 
     @contextmanager
     def paused(self) -> Iterator[None]:
