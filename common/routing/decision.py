@@ -74,6 +74,7 @@ class Choice:
 
     state: Tensor  # (N, K, C)
     action: Tensor  # (N)
+    drawn_from: Tensor | None = None  # (N, K), distributions of the actions, if they were made
     gate: Tensor | None = None  # (N), 1 in value: carries the gradient of a reparameterised sample
     control: Tensor | None = None  # (N, K), for RELAX only
 
@@ -89,7 +90,7 @@ def at_action(values: Tensor, action: Tensor) -> Tensor:
 
 
 def draw(probabilities: Tensor) -> Tensor:
-    """Draw from each row of (N, K): (N). The draws of torch.multinomial, whose checks of values make the host wait for a GPU."""
+    """Draw from each row of (N, K): (N). As torch.multinomial does, without its look at values, which waits for a GPU."""
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(1)
 
 
@@ -207,7 +208,8 @@ class Decision(nn.Module, ABC):
         state = self.state(x, agents)
         if not self.training:
             return Choice(state, state[:, :, 0].argmax(1))
-        return Choice(state, draw(self.behaviour(state.detach())))
+        distribution = self.behaviour(state.detach())
+        return Choice(state, draw(distribution), distribution)
 
     def set_exploration(self, exploration: float) -> None:
         """Explore this much from now on, from 0 to 1. Raises ValueError outside."""
@@ -249,7 +251,8 @@ class Decision(nn.Module, ABC):
             )
         )
         if self.training:  # evaluation leaves no trace
-            self.reward_func.register(self.behaviour(choice.state.detach()), choice.action)
+            known = choice.drawn_from
+            self.reward_func.register(self.behaviour(choice.state.detach()) if known is None else known, choice.action)
         ys = xs if choice.gate is None else self._pass_gate(xs, records, 1 + spread(choice.gate - 1, active, n))
         return ys, records, actions
 

@@ -1,8 +1,8 @@
 """Several modules, each applied to its own samples: one call for each module, or a single one for all.
 
-The sizes of groups of samples are values, for which the host would have to wait for a GPU. There, linear maps are all applied
-to all samples, and each sample keeps the output of its own: a product of fixed size. Modules of any other kind get exactly
-their own samples everywhere (batch norm looks at all it gets), at the price of one wait.
+The host would wait for a GPU to learn how many samples each module gets. So, on a GPU, all linear maps are applied to all
+samples, and each sample keeps its own map's output: a product of fixed size. Modules of other kinds get exactly their own
+samples (batch norm depends on all that it gets); this costs one wait for each call.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def apply_grouped(functions: Sequence[Callable[[Tensor], Tensor]], xs: Tensor, i
     return sorted_out[order.argsort()]
 
 
-def applies_all(xs: Tensor, M: int, E: int) -> bool:
-    """True if M maps to E features are all applied to all of xs (N, D): on a GPU, unless the outputs get too many."""
+def can_apply_all(xs: Tensor, M: int, E: int) -> bool:
+    """True if M maps to E features are to be applied to all of xs (N, D): on a GPU, unless there are too many outputs."""
     return xs.device.type != "cpu" and len(xs) * M * E <= MAX_OUTPUTS
 
 
 def apply_all(weight: Tensor, bias: Tensor, xs: Tensor, index: Tensor) -> Tensor:
     """Apply all maps to all samples and keep each sample's own: (M, E, D), (M, E), xs (N, D), index (N) -> (N, E).
 
-    The gradient is deterministic on a GPU: that of `gather` adds a single number at each place, those of products have a fixed
-    order. Gathering the weights instead, or sorting the samples, adds with atomics in `index_select` backward.
+    Gradients are deterministic on a GPU: that of `gather` adds one number at each place, those of products have a fixed order.
+    (To gather the weights of each sample instead is not: the backward pass of `index_select` adds with atomics.)
     """
     outputs = F.linear(xs, weight.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape)  # (N, M, E)
     return outputs.gather(1, index[:, None, None].expand(-1, 1, bias.shape[1]))[:, 0]
@@ -76,7 +76,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, xs: Tensor, index: Tensor) -> Tensor:
         M, N = len(self), len(xs)
-        if applies_all(xs, *self.bias.shape):
+        if can_apply_all(xs, *self.bias.shape):
             return apply_all(self.weight, self.bias, xs, index)
         counts = group_sizes(index, M)
         size = int(counts.max())

@@ -1,4 +1,4 @@
-"""Masks of active samples, and checks of indices. A GPU's indices are not looked at: the host would wait for it at each layer."""
+"""Masks of active samples, and checks of indices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def check_index(argument: str, index: Tensor, active: Tensor | None, batch_size: int, n: int, kind: str) -> None:
     """Raise ValueError unless `index` is (batch_size,) and holds 0 ... n - 1 for active samples.
 
-    Values are checked on CPUs only.
+    Values are checked on CPUs only: the host would wait for a GPU at each layer.
     """
     if index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(f"{argument} are {index.dtype}: integers are needed")
@@ -22,7 +22,7 @@ def check_index(argument: str, index: Tensor, active: Tensor | None, batch_size:
 
 
 def active_samples(mask: Tensor | None, batch_size: int) -> Tensor | None:
-    """Indices (N) of the active samples, or None if all are. With a mask the host waits for a GPU once: N is a size.
+    """Indices (N) of the active samples, or None if all are. With a mask the host waits for a GPU once, for N.
 
     Raises ValueError for another shape, and for a mask without an active sample.
     """
@@ -39,7 +39,7 @@ def active_samples(mask: Tensor | None, batch_size: int) -> Tensor | None:
 
 
 def spread(values: Tensor, active: Tensor | None, batch_size: int) -> Tensor:
-    """Scatter values (N, ...) of the active samples (N) among zeros: (B, ...). If all are active, they are returned unchanged."""
+    """Scatter values (N, ...) of the active samples (N) among zeros: (B, ...). If all are, they are returned unchanged."""
     if active is None:
         return values
     return values.new_zeros(batch_size, *values.shape[1:]).index_copy(0, active, values)
