@@ -45,7 +45,8 @@ def set_backend_flags(precision: str, *, deterministic: bool = False, constant_s
         _set_fp32_precision(TF32 if precision == "tf32" else STRICT)
     if deterministic and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in DETERMINISTIC_WORKSPACES:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = DETERMINISTIC_WORKSPACES[0]
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # it imports the compiler, which takes seconds
+        torch.use_deterministic_algorithms(deterministic)
     backends.cudnn.deterministic = deterministic
     backends.cudnn.benchmark = constant_shapes and not deterministic
 
