@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import routing_networks
 from common import checkpoint, parallel, precision
 from common.datasets.augmentation import Preprocessing
 from common.errors import InputError
@@ -21,7 +23,6 @@ from common.models import deterministic, zoo
 from common.models.image_transformer import ImageTransformer, cross_entropy
 from common.models.pooling import FAST_POOLINGS, causal_pool
 from common.models.resnet import CifarResNet
-from common.models.routed import Trunk
 from common.models.sets import MODEL_TYPES, make_set_model
 from common.precision import OPERATORS, PRECISIONS, STRICT, TF32, autocast, set_backend_flags, strict_fp32
 from common.run.clock import Clock
@@ -319,13 +320,25 @@ def duet_step() -> Tensor:
     return model.loss(model(batch.views), batch, training=True)[0]
 
 
+def routing_step(decision: str) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        line = f"--data MNIST-MTL --width 4 --modules 3 --decision {decision}"
+        args, _ = routing_networks.parse(routing_networks.get_parser(), line.split())
+        images, tasks = torch.randn(6, 1, 32, 32), torch.arange(6) % 3
+        model = routing_networks.make_model(args, SimpleNamespace(train=SimpleNamespace(images=images), n_tasks=3, n_labels=2))
+        _, module_loss, routing_loss, _ = routing_networks.forward(args, model, images, tasks, tasks % 2)
+        return module_loss + routing_loss
+
+    return step
+
+
 STEPS = {
     **{kind: set_step(kind) for kind in MODEL_TYPES},
     "POMA": set_step("Swarm", pooling="POMA"),
     "images": image_step,
     **{arch: zoo_step(arch) for arch in ("mCNN", "cct_2_3x2_32", "resnet20")},
     "DUET": duet_step,
-    "trunk of routing networks": lambda: Trunk(1)(torch.randn(2, 1, 32, 32)).square().mean(),
+    **{decision: routing_step(decision) for decision in routing_networks.DECISIONS},
 }
 
 
