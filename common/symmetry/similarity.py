@@ -21,6 +21,7 @@ from collections.abc import Callable
 from torch import Tensor
 from tqdm import tqdm
 
+from common.precision import strict_fp32
 from common.symmetry.cka import Kernels
 from common.symmetry.measures import Similarities, check_names
 from common.symmetry.procrustes import ChannelProducts
@@ -34,6 +35,7 @@ Features = Callable[[slice], list[Tensor]]
 # ---- all pairs of layers of two networks ---------------------------------------------------------------------------------
 
 
+@strict_fp32()
 def layer_similarities(
     measure: str,
     features1: Features,
@@ -92,6 +94,7 @@ def layer_similarities(
 # ---- one pair of layers --------------------------------------------------------------------------------------------------
 
 
+@strict_fp32()
 def similarity(
     measure: str,
     features1: Tensor,
