@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.symmetry.cka import Kernels
-from common.symmetry.measures import Similarities, check_names
+from common.symmetry.measures import GPU_BYTES, Similarities, check_names
 from common.symmetry.procrustes import ChannelProducts
 
-TILE = 256  # images at a time, of one pair of layers: tiles of kernels stay in a CPU's cache
+IMAGES, CPU_BYTES = 256, 2**23  # of one pair of layers at a time: at least so many images or, of smaller ones, so many bytes
 
 # of a network: the features of each of its layers, (B, C, H, W), for the images of a slice
 Features = Callable[[slice], list[Tensor]]
@@ -120,8 +120,10 @@ def similarity(
                 f"channel_axis is {channel_axis}: features of shape {tuple(features.shape)} have no channels there"
             )
     x, y = features1.movedim(channel_axis, 1), features2.movedim(channel_axis, 1)
+    image_bytes = max(z[:1].numel() for z in (x, y)) * 4
+    block = max(IMAGES, (CPU_BYTES if x.device.type == "cpu" else GPU_BYTES) // max(1, image_bytes))
     similarities = layer_similarities(
-        measure, lambda part: [x[part]], lambda part: [y[part]], len(x), estimator=estimator, centered=centered, block=TILE
+        measure, lambda part: [x[part]], lambda part: [y[part]], len(x), estimator=estimator, centered=centered, block=block
     )
     value = (similarities.live if live_only else similarities.published).item()
     if math.isnan(value):
