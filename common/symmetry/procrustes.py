@@ -100,38 +100,42 @@ def common_size(a: Size, b: Size) -> Size:
 def _summed_products(maps1: list[Tensor], maps2: list[Tensor], size: Size) -> Tensor:
     """Inner products of all channels of maps (B, C, H, W) shrunk to one size: (sum of C1, sum of C2), float64.
 
-    One matrix product is of `k` images, with about TERMS positions; a few of these are added in single precision.
+    A matrix product is of `k` images with about TERMS positions. On a CPU, a few of these are added in single precision.
     """
-    C1, C2 = (sum(x.shape[1] for x in maps) for maps in (maps1, maps2))
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in maps1 + maps2])
+    shrunk1, shrunk2 = ([_shrink(x, size).flatten(2).to(dtype) for x in maps] for maps in (maps1, maps2))  # (B, C, P)
+    C1, C2 = (sum(x.shape[1] for x in maps) for maps in (maps1, maps2))
     total = torch.zeros(C1, C2, dtype=torch.float64, device=maps1[0].device)
     k = max(1, TERMS // math.prod(size))
-    at_a_time = 8 if total.device.type == "cpu" else max(1, GPU_BYTES // (4 * max(C1 * C2, TERMS * (C1 + C2))))
-    for start in range(0, len(maps1[0]), k * at_a_time):
-        part1, part2 = ([x[start : start + k * at_a_time] for x in maps] for maps in (maps1, maps2))
-        if total.device.type == "cpu":
-            few = torch.zeros(C1, C2, dtype=dtype)
-            for i in range(0, len(part1[0]), k):  # one after the other: copies stay in the cache
-                a, b = (_rows([x[i : i + k] for x in part], size, k)[0].to(dtype) for part in (part1, part2))
-                add_product(few, a, b.T)
-            total += few
-        else:
-            a, b = (_rows(part, size, k).to(dtype) for part in (part1, part2))
-            total += torch.bmm(a, b.mT).sum(0, dtype=torch.float64)
+    if total.device.type == "cpu":
+        few = torch.zeros(C1, C2, dtype=dtype)
+        for i, (a, b) in enumerate(zip(_rows(shrunk1, k), _rows(shrunk2, k), strict=True), start=1):
+            add_product(few, a, b.T)
+            if i % 8 == 0:
+                total += few
+                few.zero_()
+        return total.add_(few)
+    at_a_time = k * max(1, GPU_BYTES // (4 * max(C1 * C2, TERMS * (C1 + C2))))
+    for part1, part2 in zip(_parts(shrunk1, at_a_time), _parts(shrunk2, at_a_time), strict=True):
+        total += torch.bmm(_grouped(part1, k), _grouped(part2, k).mT).sum(0, dtype=torch.float64)
     return total
 
 
-def _rows(maps: list[Tensor], size: Size, k: int) -> Tensor:
-    """All channels of maps (B, C, H, W) at one size, the positions of k images beside each other.
+def _parts(maps: list[Tensor], n_images: int) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*[x.split(n_images) for x in maps], strict=True)
 
-    (G, sum of C, k positions) for G groups of images, the last one filled up with zeros.
-    """
-    k = min(k, len(maps[0]))
-    shrunk = [_shrink(x, size).flatten(2) for x in maps]
-    if len(maps[0]) % k:
-        shrunk = [F.pad(x, (0, 0, 0, 0, 0, -len(x) % k)) for x in shrunk]
-    shrunk = [x.unflatten(0, (-1, k)).transpose(1, 2) for x in shrunk]  # (G, C, k, P)
-    return (shrunk[0] if len(maps) == 1 else torch.cat(shrunk, 1)).flatten(2)
+
+def _rows(maps: list[Tensor], k: int) -> Iterator[Tensor]:
+    """All channels of maps (B, C, P), the positions of k images beside each other: (sum of C, k P), one after the other."""
+    for parts in zip(*[x.transpose(0, 1).split(k, 1) for x in maps], strict=True):
+        yield (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+
+def _grouped(maps: tuple[Tensor, ...], k: int) -> Tensor:
+    """The same for all groups of k images: (G, sum of C, k P). Zeros fill the last one up."""
+    x = torch.cat(maps, 1)
+    k = min(k, len(x))
+    return F.pad(x, (0, 0, 0, 0, 0, -len(x) % k)).unflatten(0, (-1, k)).transpose(1, 2).flatten(2)
 
 
 def _shrink(x: Tensor, size: Size) -> Tensor:
