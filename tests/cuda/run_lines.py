@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common.run.state import State
 from common.ssl import models as ssl_models
@@ -24,6 +25,8 @@ from tests.stopping import signal_at
 def run(line: Line, data: Path, results: Path, *, draw: bool = False, resume: bool = False, stop: int | None = None) -> int:
     """Run a line in this process, with a signal at look `stop` for one; its exit status."""
     argv = line.argv(data, results) + (line.resume if resume else [])
+    if not torch.cuda.is_available():
+        argv = ["cpu" if word == "cuda" else word for word in argv]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl_models, "HIDDEN", 8)
         if stop is not None:
