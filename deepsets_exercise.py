@@ -73,7 +73,7 @@ def make_data(N: int) -> tuple[Tensor, Tensor]:
     if N % 2:
         raise ValueError(f"{N} instances do not fall into two equal classes")
     y = torch.arange(N) % 2
-    k = torch.tensor(SUBSET)[y].unsqueeze(1)  # how many objects are not 0: (N, 1)
+    k = torch.where(y == 1, SUBSET[1], SUBSET[0]).unsqueeze(1)  # how many objects are not 0: (N, 1)
     # The places of 10 random numbers in their order are a random permutation, so the k first places are a random subset.
     place = torch.rand(N, N_OBJECTS).argsort(1)  # (N, 10)
     X = torch.where(place < k, 1 / k, 0.0)
@@ -148,8 +148,8 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        history.append(loss.item())
-    return model, history
+        history.append(loss.detach())  # a GPU goes on
+    return model, [loss.item() for loss in history]
 
 
 @torch.no_grad()

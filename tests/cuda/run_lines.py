@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ from tests.interruptions.cases import draw_nothing
 from tests.stopping import signal_at
 
 
+class ShortLBFGS(torch.optim.LBFGS):
+    """With three iterations: the probes of an encoder take 300, each of 600 operators."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor], **options: Any):
+        super().__init__(parameters, **options | {"max_iter": 3})
+
+
 def run(line: Line, data: Path, results: Path, *, draw: bool = False, resume: bool = False, stop: int | None = None) -> int:
     """Run a line in this process, with a signal at look `stop` for one; its exit status."""
     argv = line.argv(data, results) + (line.resume if resume else [])
@@ -29,6 +37,7 @@ def run(line: Line, data: Path, results: Path, *, draw: bool = False, resume: bo
         argv = ["cpu" if word == "cuda" else word for word in argv]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl_models, "HIDDEN", 8)
+        patch.setattr(torch.optim, "LBFGS", ShortLBFGS)
         if stop is not None:
             patch.setattr(State, "check_signal", signal_at(stop))
         if not draw:
