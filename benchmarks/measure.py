@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import records
+from benchmarks import records, table
 from benchmarks.peak import machine, peaks
 from common.run.memory import tune_malloc
 
@@ -117,7 +117,9 @@ def _serve(connection: Connection, kind: Kind, threads: int, count: bool) -> Non
 
 def _operations(step: Step) -> int:
     """Floating-point operations of the products and convolutions of a step."""
-    with FlopCounterMode(display=False) as counter:
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # which PyTorch does not count, see common/processor.py
+    mapping = {linear: lambda x, weight, *_, out_shape: 2 * math.prod(out_shape) * x[-1]} if linear else {}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         step()
     return counter.get_total_flops()
 
@@ -132,9 +134,11 @@ def _turn(step: Step, calls: int, times: float) -> tuple[float, float, dict[str,
 
 
 def alternate(kinds: dict[str, Kind], rounds: int, threads: int, counted: str | None = None) -> dict[str, Timings]:
-    """Time kinds in turn, and count the operations of the kind `counted`. Raises RuntimeError with the traceback of a kind that fails."""
+    """Time kinds in turn, and count the operations of the kind `counted`.
+
+    Raises RuntimeError with the traceback of a kind that fails, and EOFError if its process was killed (out of memory).
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.measure"])  # PyTorch is imported once
     ends, processes = {}, []
 
     def answer(name: str) -> Any:
@@ -180,10 +184,13 @@ class Bench:
         torch.set_num_threads(threads)
         self.machine, self.peak = machine(), peaks()
         self.record = records.new(name, threads, quick, self.peak)
-        print(f"{name}: {records.title(self.machine)}, {', '.join(f'{k} {v}' for k, v in self.machine['caches'].items())}, "
-              f"{' '.join(self.machine['instructions'])}")  # fmt: skip
-        print(f"{self.record['date']}, revision {self.record['revision']}, torch {torch.__version__}, {threads} threads, load "
-              f"{os.getloadavg()[0]:.1f}; peak {self.peak['fp32']:.0f} GFLOP/s in fp32, {self.peak['bf16']:.0f} in bf16")  # fmt: skip
+        # imported once, and then forked with each kind
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.measure", f"benchmarks.{name}"])
+        caches = ", ".join(f"{cache} {size}" for cache, size in self.machine["caches"].items())
+        print(f"{name}: {records.title(self.machine)}, {caches}, {' '.join(self.machine['instructions'])}")
+        print(f"{self.record['date']}, revision {self.record['revision']}, torch {torch.__version__}, {threads} threads")
+        peak = ", ".join(f"{rate:.0f} GFLOP/s in {precision}" for precision, rate in self.peak.items())
+        print(f"load {self.record['load']}; peak {peak}", flush=True)
 
     def add(self, work: str, kind: str, **values: Any) -> None:
         """Note and print a measurement; benchmarks/records.py says which values there are."""
@@ -239,7 +246,7 @@ def run_benchmark(name: str, run: Callable[[Bench], None], description: str | No
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds of the most important parts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="[%(default)s]")
-    parser.add_argument("--save", action="store_true", help="write results/benchmarks/PROCESSOR.json")
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks/PROCESSOR.json and the table of machines")
     args = parser.parse_args(argv)
     bench = Bench(name, args.threads, args.quick, args.save)
     began = time.perf_counter()
@@ -247,10 +254,11 @@ def run_benchmark(name: str, run: Callable[[Bench], None], description: str | No
         run(bench)
     except Exception as error:
         traceback.print_exc()
-        bench.record["error"] = str(error).strip().splitlines()[-1]
+        bench.record["error"] = (str(error).strip() or repr(error)).splitlines()[-1]
         print(f"{name}: failed", file=sys.stderr)
     bench.record["took"] = round(time.perf_counter() - began, 1)
     print(f"\n{name}: {bench.record['took']:.0f} s")
     if args.save:
         records.save(bench.machine, bench.record)
+        table.write()
     return 1 if bench.record["error"] else 0

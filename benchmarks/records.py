@@ -1,10 +1,11 @@
 """What the benchmarks leave in results/benchmarks: a JSON file for each processor.
 
-    {"machine": {...}, "runs": [{"benchmark", "threads", "date", "revision", "torch", "quick", "source", "peak", "measurements"}]}
+    {"machine": {...}, "runs": [{"benchmark", "threads", "date", "revision", "torch", "quick", "peak", "measurements"}]}
 
-A measurement has "work", "kind" and some of: "n" (rounds), "seconds" and "cpu_seconds" (medians), "mib" (peak memory beyond
-model and data), "speedup" (times as fast as other kinds), "overhead" (times the time of others; "peak": of its products at the
-processor's peak), "at_peak" (those seconds), "parts" (seconds by name), "value" with "unit", "sd".
+A run that was not written by a benchmark has a "source", one that failed an "error". A measurement has "work", "kind" and
+some of: "n" (rounds), "seconds" and "cpu_seconds" (medians), "mib" (peak memory beyond model and data), "speedup" (times as
+fast as other kinds), "overhead" (times the time of others; "peak": of its products at the processor's peak), "at_peak"
+(those seconds), "parts" (seconds by name), "value" with "unit", "sd".
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def revision() -> str:
 def title(machine: dict[str, Any]) -> str:
     """A machine in a few words."""
     family = f" (family {machine['family']}, model {machine['model']})" if machine["family"] else ""
-    return f"{machine['name']}{family}, {machine['cores']} cores"
+    cores = f", {machine['cores']} cores" if machine["cores"] else ""
+    return machine["name"] + family + cores
 
 
 def path_of(machine: dict[str, Any], quick: bool = False, folder: Path = FOLDER) -> Path:
@@ -107,4 +109,19 @@ def describe(values: dict[str, Any]) -> str:
     words += [f"{ratio:.3g} times the {other}" for other, ratio in values.get("overhead", {}).items()]
     parts = values.get("parts", {})
     words += [f"{name} {100 * part / sum(parts.values()):.2g} %" for name, part in parts.items()]
+    return ", ".join(words)
+
+
+def in_short(measurement: dict[str, Any]) -> str:
+    """The values of a measurement for a cell of a table."""
+    words = []
+    if "value" in measurement:
+        deviation = f" ± {measurement['sd']:.2g}" if "sd" in measurement else ""
+        words.append(f"{measurement['value']:,.4g}{deviation} {measurement['unit']}".rstrip())
+    if "seconds" in measurement or "cpu_seconds" in measurement:
+        words.append(f"{measurement.get('seconds', measurement.get('cpu_seconds')):.3g} s")
+    if "mib" in measurement:
+        words.append(f"{measurement['mib']:,.0f} MiB")
+    words += [f"{ratio:.3g}x {other}" for other, ratio in measurement.get("speedup", {}).items()]
+    words += [f"{ratio:.3g} of {other}" for other, ratio in measurement.get("overhead", {}).items()]
     return ", ".join(words)

@@ -69,13 +69,20 @@ def library_cka(x: Tensor, y: Tensor) -> float:
     return cka_from_features(x.flatten(1), y.flatten(1)).item()
 
 
-def make_step(measure: Callable[[Tensor, Tensor], object], shape: Shape, prepare: str = "") -> Step:
-    """A measure of two layers: of maps (N, C, H, W), of "centred" ones, or of "matrices" (C, N H W)."""
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean((0, 2, 3), keepdim=True)
+
+
+def matrix(x: Tensor) -> Tensor:
+    """Maps (N, C, H, W) -> (C, N H W)."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def make_step(measure: Callable[[Tensor, Tensor], object], shape: Shape, *prepare: Callable[[Tensor], Tensor]) -> Step:
+    """A measure of two layers (N, C, H, W), prepared outside the step."""
     x, y = a_layer(shape, 0), a_layer(shape, 1)
-    if prepare == "centred":
-        x, y = (z - z.mean((0, 2, 3), keepdim=True) for z in (x, y))
-    if prepare == "matrices":
-        x, y = (z.transpose(0, 1).flatten(1) for z in (x, y))
+    for function in prepare:
+        x, y = function(x), function(y)
     return lambda: measure(x, y)
 
 
@@ -95,7 +102,7 @@ def compare_procrustes(bench: Bench, shapes: list[Shape], rounds: int) -> None:
         kinds = {
             "plain": Kind(partial(make_step, plain_wreath_procrustes, shape), tuned=False),
             "suite": Kind(partial(make_step, wreath_procrustes, shape)),
-            "products": Kind(partial(make_step, procrustes_products, shape, "matrices")),
+            "products": Kind(partial(make_step, procrustes_products, shape, matrix)),
         }
         bench.compare(f"wreath_procrustes, {size(shape)}", kinds, rounds)
 
@@ -108,7 +115,7 @@ def compare_libraries(bench: Bench, shape: Shape, rounds: int) -> None:
         libraries.append(("linear_cka", linear_cka, "pytorch-cka", library_cka))
     for name, measure, library, other in libraries:
         kinds = {"suite": measure, library: other}
-        kinds = {kind: Kind(partial(make_step, function, shape, "centred")) for kind, function in kinds.items()}
+        kinds = {kind: Kind(partial(make_step, function, shape, centred)) for kind, function in kinds.items()}
         bench.compare(f"{name}, {size(shape)}", kinds, rounds, baselines=(library,))
 
 

@@ -111,11 +111,11 @@ def run(bench: Bench) -> None:
     names = ["plain", "plain, tuned", "layer", "bf16", "products", "bf16 products"]
     rounds = 2 if bench.quick else 5
     more = [] if bench.quick else ["fused", "bf16 fused"]
-    compare(bench, "clustering step, 128 hidden", names + more, 599, N_HIDDEN, rounds)
-    compare(bench, "clustering step, 32 hidden", names, 599, 32, rounds)
+    compare(bench, "clustering step, 128 hidden", names + more, 594, N_HIDDEN, rounds)
+    compare(bench, "clustering step, 32 hidden", names, 594, 32, rounds)
     if bench.quick:
         return
-    for entities in (250, 950):
+    for entities in (258, 940):
         work = f"clustering step, 128 hidden, sets of up to {entities}"
         compare(bench, work, ["plain", "layer", "products"], entities, N_HIDDEN, 3)
     for entities in (100, 1_000, 10_000, 100_000):
