@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 import time

@@ -23,6 +23,7 @@ from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+SHAPES = ((2400, 128, 512), (2048, 2048, 2048))  # of torch.mm: rows, inner size, columns
 SECONDS = 0.15  # that each operation is repeated for
 
 
@@ -67,7 +68,7 @@ def measure(dtype: torch.dtype) -> dict[str, float]:
         return torch.randn(shape).to(dtype)
 
     rates = {}
-    for m, k, n in ((2400, 128, 512), (2048, 2048, 2048)):
+    for m, k, n in SHAPES:
         a, b, out = new(m, k), new(k, n), new(m, n)
         rates[f"torch.mm {m}x{k}x{n}"] = _rate(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 2 * m * k * n)
     x, weight = new(600, 128), new(512, 128)

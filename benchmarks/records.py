@@ -107,6 +107,8 @@ def describe(values: dict[str, Any]) -> str:
         words.append(f"{values['mib']:8,.0f} MiB")
     words += [f"{ratio:.3g}x as fast as {other}" for other, ratio in values.get("speedup", {}).items()]
     words += [f"{ratio:.3g} times the {other}" for other, ratio in values.get("overhead", {}).items()]
+    if "at_peak" in values:
+        words[-1] += f" ({values['at_peak']:.4g} s)"
     parts = values.get("parts", {})
     words += [f"{name} {100 * part / sum(parts.values()):.2g} %" for name, part in parts.items()]
     return ", ".join(words)

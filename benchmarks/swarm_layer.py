@@ -109,7 +109,7 @@ def compare(bench: Bench, work: str, names: list[str], entities: int, n_hidden: 
 
 def run(bench: Bench) -> None:
     names = ["plain", "plain, tuned", "layer", "bf16", "products", "bf16 products"]
-    rounds = 2 if bench.quick else 5
+    rounds = 2 if bench.quick else 4
     more = [] if bench.quick else ["fused", "bf16 fused"]
     compare(bench, "clustering step, 128 hidden", names + more, 594, N_HIDDEN, rounds)
     compare(bench, "clustering step, 32 hidden", names, 594, 32, rounds)
@@ -117,11 +117,11 @@ def run(bench: Bench) -> None:
         return
     for entities in (258, 940):
         work = f"clustering step, 128 hidden, sets of up to {entities}"
-        compare(bench, work, ["plain", "layer", "products"], entities, N_HIDDEN, 3)
+        compare(bench, work, ["plain", "layer", "products"], entities, N_HIDDEN, 2)
     for entities in (100, 1_000, 10_000, 100_000):
         kinds = {"plain": Kind(partial(step_on_one_set, "plain", entities), tuned=False)} if entities <= 10_000 else {}
         kinds["layer"] = Kind(partial(step_on_one_set, "layer", entities))
-        bench.compare(f"one set of {entities:,} entities", kinds, rounds=2 if entities > 10_000 else 5)
+        bench.compare(f"one set of {entities:,} entities", kinds, rounds=1 if entities > 10_000 else 5)
 
 
 if __name__ == "__main__":

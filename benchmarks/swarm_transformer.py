@@ -112,7 +112,7 @@ def run(bench: Bench) -> None:
     names += [] if bench.quick else ["fused", "bf16 fused"]
     kinds = {name: Kind(partial(make_step, name, BATCH, SIZE), tuned=name != "plain") for name in names}
     baselines, floors = ("plain", "plain, tuned"), ("products", "bf16 products")
-    bench.compare("image step, 256 hidden", kinds, 2 if bench.quick else 5, baselines, floors)
+    bench.compare("image step, 256 hidden", kinds, 2 if bench.quick else 4, baselines, floors)
 
     pixels = SIZE * SIZE
     kinds = {
@@ -120,7 +120,7 @@ def run(bench: Bench) -> None:
         "plain": Kind(partial(make_forward, "plain", N_SAMPLES, SIZE), tuned=False, times=pixels),
         "layer": Kind(partial(make_forward, "layer", N_SAMPLES, SIZE), times=pixels),
     }
-    bench.compare("sampling 12 images", kinds, 1 if bench.quick else 5, ("plain", "layer"))
+    bench.compare("sampling 12 images", kinds, 1 if bench.quick else 4, ("plain", "layer"))
     if not bench.quick:
         for size in (14, 28, 64):
             kinds = {"layer": Kind(partial(make_step, "layer", 4, size))}

@@ -20,8 +20,8 @@ HEAD = """# Benchmarks by machine
 less of it, in five minutes). Other machines stay as they were last measured.
 
 Ratios are medians over rounds in which the kinds alternate, each in a process of its own; CPU time with one thread, wall time
-with two. "plain" is the original's formulation with the C library's memory policy, in which the original runs. "The peak" is the
-time of a step's products at the most floating-point operations a second that PyTorch reaches on the processor.
+with two. "plain" is the original's formulation with the C library's memory policy, in which the original runs. "The peak" is
+the time of a step's products at the most floating-point operations a second that PyTorch reaches on the processor.
 """
 
 
