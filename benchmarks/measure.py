@@ -1,12 +1,12 @@
-"""How the benchmarks measure: kinds of a step in turn, each in a process of its own; and what they have in common.
+"""Common parts of the benchmarks: kinds of a step are timed in turn, each in a process of its own.
 
 A benchmark is a function `run(bench)` that calls `bench.compare` for each of its questions. Kinds alternate, round by round, so
 that a machine that slows down slows all of them. Each kind has its own process and, in it, its own memory policy: the C
 library's, as the original programs have it, or that of this suite's scripts (common/run/memory.py). Ratios are medians of the
 ratios of rounds, in CPU time with one thread (other processes disturb it little) and in wall time with more.
 
-Every benchmark measures the processor's peak first (benchmarks/peak.py), and says how far each kind is from the time that its
-products would take there.
+Every benchmark measures the processor's peak first (benchmarks/peak.py), and prints how many times the time of its products at
+that rate each kind takes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -31,6 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import records, table
 from benchmarks.peak import machine, peaks
 from common.run.memory import tune_malloc
+
+# a kind's process imports the script twice: before it is forked, and as the main module
+warnings.filterwarnings("ignore", "'benchmarks.* found in sys.modules", RuntimeWarning)
 
 TURN = 0.1  # seconds: shorter steps are repeated in a turn
 PAUSE = 0.02  # seconds between turns: threads of the last kind stop waiting for work
@@ -45,7 +49,7 @@ class Kind:
     make: Callable[[], Step]
     tuned: bool = True  # the scripts' memory policy, not the C library's
     times: float = 1  # that the whole work takes of a step
-    warm: bool = True  # up, by a step that does not count
+    warm: bool = True  # a first step does not count
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""What the processor can do: its description, and the most floating-point operations a second that PyTorch reaches on it.
+"""The processor: its description, and its peak, the most floating-point operations a second that PyTorch reaches on it.
 
     python -m benchmarks.peak --threads 1     # a few seconds
 
 Best of a matrix product (torch.mm), oneDNN's linear operator and a convolution, in fp32 and bf16, each of shapes that suit it.
-"Time at the peak" in the other benchmarks is the number of operations of a step's products divided by this.
+In the other benchmarks, "the peak" is the time of a step: the operations of its products divided by this rate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks leave in results/benchmarks: a JSON file for each processor.
+"""Files of the benchmarks in results/benchmarks: a JSON file for each processor.
 
     {"machine": {...}, "runs": [{"benchmark", "threads", "date", "revision", "torch", "quick", "peak", "measurements"}]}
 

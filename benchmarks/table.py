@@ -127,8 +127,12 @@ def describe_machines(files: dict[str, dict[str, Any]]) -> list[str]:
     rows = []
     for stem, file in files.items():
         machine, runs = file["machine"], file["runs"]
-        peaks = {run["threads"]: run["peak"] for run in runs if run.get("peak")}
-        peak = [f"{name} {rate:,.0f} ({n})" for n, rates in sorted(peaks.items()) for name, rate in rates.items()]
+        peaks: dict[tuple[int, str], float] = {}  # the highest that one of the runs has measured
+        for run in runs:
+            for precision, rate in (run["peak"] or {}).items():
+                key = run["threads"], precision
+                peaks[key] = max(rate, peaks.get(key, 0))
+        peak = [f"{precision} {rate:,.0f} ({n})" for (n, precision), rate in peaks.items()]
         dates, revisions, torches = ({str(run[key]) for run in runs} for key in ("date", "revision", "torch"))
         notes = sorted(
             {run["source"].split(":")[0] for run in runs if run.get("source")} | {"quick" for run in runs if run["quick"]}

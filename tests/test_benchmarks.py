@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import time
@@ -236,6 +237,7 @@ def test_make_bench_runs_all_and_measures_the_targets(monkeypatch: pytest.Monkey
                 monkeypatch.setattr(module, function, lambda *_, value=value: value)
 
         def compare(bench: Bench, title: str, kinds: dict[str, Kind], *_: object, name: str = name, **__: object) -> dict:
+            pickle.dumps(kinds)
             work.update((name, title, kind) for kind in kinds)
             return {}
 
@@ -244,7 +246,8 @@ def test_make_bench_runs_all_and_measures_the_targets(monkeypatch: pytest.Monkey
 
         monkeypatch.setattr(Bench, "compare", compare)
         monkeypatch.setattr(Bench, "add", add)
-        module.run(Bench(name, 1, quick=True))
+        for quick in (True, False):
+            module.run(Bench(name, 1, quick))
     absent = {(t.benchmark, t.work, t.kind) for t in table.TARGETS if t.benchmark in scripts} - work
     assert not absent
 
