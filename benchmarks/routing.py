@@ -127,7 +127,7 @@ def kept_bytes(batch: int, depth: int) -> int:
 def run(bench: Bench, batches: tuple[int, ...] = (64, 512)) -> None:
     rounds = 2 if bench.quick else 9
     for batch in batches:
-        kinds = {"plain": Kind(partial(plain_step, batch)), "layers": Kind(partial(layers_step, batch))}
+        kinds = {"plain": Kind(partial(plain_step, batch), tuned=False), "layers": Kind(partial(layers_step, batch))}
         bench.compare(f"routing outside the convolutions, batch of {batch}", kinds, rounds)
     kinds = {"trunk": Kind(partial(trunk_step, batches[0])), "whole": Kind(partial(whole_step, batches[0]))}
     bench.compare(f"routing step, batch of {batches[0]}", kinds, rounds, floors=("trunk",), operations="trunk")

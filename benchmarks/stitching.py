@@ -48,7 +48,7 @@ def make_step(kind: str, layer: int, width: int, device: str = "cpu") -> Step:
 
 def run(bench: Bench, width: int = 64) -> None:
     for layer in (3, 14):
-        kinds = {kind: Kind(partial(make_step, kind, layer, width)) for kind in KINDS}
+        kinds = {kind: Kind(partial(make_step, kind, layer, width), tuned=kind != "plain") for kind in KINDS}
         bench.compare(f"stitching step, mCNN, layer {layer}", kinds, 2 if bench.quick else 7, operations="stitched")
 
 

@@ -123,7 +123,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def describe_machines(files: dict[str, dict[str, Any]]) -> list[str]:
-    """A row a machine: what it is, what it can do, when and with what it was measured."""
+    """A row a machine: its caches, instructions and peak; date and versions of its measurements."""
     rows = []
     for stem, file in files.items():
         machine, runs = file["machine"], file["runs"]

@@ -118,7 +118,7 @@ def run(bench: Bench, batch_size: int = 64, width: int = 64) -> None:
         names.remove("plain")
     if bench.quick:
         names.remove("suite, joint pass")
-    kinds = {name: Kind(partial(Step, name, batch_size, width)) for name in names}
+    kinds = {name: Kind(partial(Step, name, batch_size, width), tuned=name != "plain") for name in names}
     bench.compare("DUET step", kinds, 1 if bench.quick else 2, ("plain", "suite"), operations="suite")
 
 
