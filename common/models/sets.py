@@ -134,7 +134,7 @@ class AttentionBlock(nn.Module):
         self.multihead = MultiheadAttention(d, n_heads)
         self.layer_norm1 = nn.LayerNorm(d)
         self.layer_norm2 = nn.LayerNorm(d)
-        self.rff = FeedForward(d)
+        self.rff: nn.Module = FeedForward(d)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend from x (N, Q, D) to the valid entities of y (N, K, D), `mask` (N, K): -> (N, Q, D)."""
