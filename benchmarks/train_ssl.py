@@ -117,7 +117,7 @@ def run(bench: Bench, batch_size: int = 64, width: int = 64) -> None:
         print("kornia is not installed: no plain loop to compare with")
         names.remove("plain")
     kinds = {name: Kind(partial(Step, name, batch_size, width), tuned=name != "plain") for name in names}
-    bench.compare("DUET step", kinds, 1 if bench.quick else 2, ("plain", "suite"), operations="suite")
+    bench.compare("DUET step", kinds, 1 if bench.quick else 2, ("plain", "suite"), operations="suite, bf16")
 
 
 if __name__ == "__main__":
