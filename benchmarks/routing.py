@@ -125,7 +125,7 @@ def kept_bytes(batch: int, depth: int) -> int:
 
 
 def run(bench: Bench, batches: tuple[int, ...] = (64, 512)) -> None:
-    rounds = 2 if bench.quick else 9
+    rounds = 2 if bench.quick else 5
     for batch in batches:
         kinds = {"plain": Kind(partial(plain_step, batch), tuned=False), "layers": Kind(partial(layers_step, batch))}
         bench.compare(f"routing outside the convolutions, batch of {batch}", kinds, rounds)

@@ -1,7 +1,7 @@
 """Speed and memory of the SWARM image transformer, against the plain formulation and against its matrix products alone.
 
     python -m benchmarks.swarm_transformer            # about 3 minutes on two cores
-    python -m benchmarks.swarm_transformer --quick    # without compiled kinds and (c), a minute
+    python -m benchmarks.swarm_transformer --quick    # without (c), a minute
 
 All with n_hidden 256, n_iter 10, one layer, as the published lines for MNIST have it.
 
@@ -37,7 +37,7 @@ class PlainOnGrid(PlainSwarmLayer):
 
 def make_model(kind: str, size: int, device: str) -> ImageTransformer:
     torch.manual_seed(0)
-    model = ImageTransformer(shape=(1, size, size), n_hidden=N_HIDDEN, n_iter=N_ITER, fuse="fused" in kind)
+    model = ImageTransformer(shape=(1, size, size), n_hidden=N_HIDDEN, n_iter=N_ITER)
     if "plain" in kind:
         model.cells[0] = PlainOnGrid(N_HIDDEN, N_VALUES, N_HIDDEN, N_ITER, pooling="CAUSAL")
     return model.to(device)
@@ -48,7 +48,7 @@ def random_images(n: int, size: int, device: str) -> Tensor:
 
 
 def make_step(kind: str, n: int, size: int, device: str = "cpu") -> Step:
-    """A training step of one kind: plain, layer, fused, bf16, bf16 fused, products, or bf16 products."""
+    """A training step of one kind: plain, layer, bf16, products, or bf16 products."""
     bf16 = "bf16" in kind
     if "products" in kind:
         return partial(products, n * size * size, device, torch.bfloat16 if bf16 else torch.float32)
@@ -109,10 +109,9 @@ def make_forward(kind: str, n: int, size: int) -> Step:
 
 def run(bench: Bench) -> None:
     names = ["plain", "plain, tuned", "layer", "bf16", "products", "bf16 products"]
-    names += [] if bench.quick else ["fused", "bf16 fused"]
     kinds = {name: Kind(partial(make_step, name, BATCH, SIZE), tuned=name != "plain") for name in names}
     baselines, floors = ("plain", "plain, tuned"), ("products", "bf16 products")
-    bench.compare("image step, 256 hidden", kinds, 2 if bench.quick else 4, baselines, floors)
+    bench.compare("image step, 256 hidden", kinds, 2 if bench.quick else 3, baselines, floors)
 
     pixels = SIZE * SIZE
     kinds = {
@@ -120,7 +119,7 @@ def run(bench: Bench) -> None:
         "plain": Kind(partial(make_forward, "plain", N_SAMPLES, SIZE), tuned=False, times=pixels),
         "layer": Kind(partial(make_forward, "layer", N_SAMPLES, SIZE), times=pixels),
     }
-    bench.compare("sampling 12 images", kinds, 1 if bench.quick else 4, ("plain", "layer"))
+    bench.compare("sampling 12 images", kinds, 1 if bench.quick else 2, ("plain", "layer"))
     if not bench.quick:
         for size in (14, 28, 64):
             kinds = {"layer": Kind(partial(make_step, "layer", 4, size))}

@@ -78,7 +78,7 @@ class Step:
         batch = self.batch()
         mark()
         with autocast(batch.views[0], self.precision):
-            z = encode_views(model.base_network, batch.views, jointly="joint" in self.kind)
+            z = encode_views(model.base_network, batch.views)
         mark()
         cut = [rows.detach().requires_grad_() for rows in z]
         with autocast(batch.views[0], self.precision):
@@ -112,14 +112,12 @@ def kornia_views(device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tenso
 
 
 def run(bench: Bench, batch_size: int = 64, width: int = 64) -> None:
-    names = ["plain", "suite", "suite, joint pass", "suite, bf16"]
+    names = ["plain", "suite", "suite, bf16"]
     if importlib.util.find_spec("kornia") is None:
         print("kornia is not installed: no plain loop to compare with")
         names.remove("plain")
-    if bench.quick:
-        names.remove("suite, joint pass")
     kinds = {name: Kind(partial(Step, name, batch_size, width), tuned=name != "plain") for name in names}
-    bench.compare("DUET step", kinds, 1 if bench.quick else 2, ("plain", "suite"), operations="suite")
+    bench.compare("DUET step", kinds, 1 if bench.quick else 2, ("plain", "suite"), operations="suite, bf16")
 
 
 if __name__ == "__main__":

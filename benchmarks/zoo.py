@@ -60,7 +60,7 @@ def run(bench: Bench, width: int | None = None) -> None:
         }
         baselines = ("fp32, contiguous", "fp32, channels-last")
         work = f"zoo step, {arch}, {recipe}"
-        timings = bench.compare(work, kinds, 2 if bench.quick else 5, baselines, operations="fp32, contiguous")
+        timings = bench.compare(work, kinds, 2 if bench.quick else 3, baselines, operations="fp32, contiguous")
         batch_size, epochs = (int(training.RECIPES[recipe][name]) for name in ("batch_size", "epochs"))
         for kind, values in timings.items():
             hours = epochs * (N_TRAINING // batch_size) * statistics.median(values.wall) / 3600
