@@ -116,11 +116,8 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         assert a == b or (a != a and b != b), f"{where}: {a}, {b}"
 
 
-def save_often_draw_nothing(patch: pytest.MonkeyPatch) -> None:
-    """Save after every step, return to the best model soon; pictures are files, but empty ones."""
-    patch.setattr(backtracking, "PATIENCE", 0)
-    torch.set_num_threads(1)
-    patch.setattr(state, "SAVE_SECONDS", -1.0)
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Pictures are files, but empty ones."""
     pictures = (plotting, amortised_clustering, amortised_mog, routing_pictures, ssl_pictures, symmetry_pictures)
     for module in pictures:
         for name in vars(module):
@@ -128,6 +125,14 @@ def save_often_draw_nothing(patch: pytest.MonkeyPatch) -> None:
                 patch.setattr(module, name, lambda path, *_, **__: atomic_write(path, lambda file: file.write(b"a picture")))
     for script in (amortised_clustering, amortised_mog, swarm_transformer):
         patch.setattr(script, "samples", lambda *_: [])
+
+
+def save_often_draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Save after every step, return to the best model soon."""
+    patch.setattr(backtracking, "PATIENCE", 0)
+    torch.set_num_threads(1)
+    patch.setattr(state, "SAVE_SECONDS", -1.0)
+    draw_nothing(patch)
     for name in ("STEPS_PER_EPOCH", "VALIDATION_BATCHES", "TEST_BATCHES"):
         patch.setattr(amortised_mog, name, 2)
     patch.setattr(ssl_models, "HIDDEN", 4)
