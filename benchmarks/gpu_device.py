@@ -17,7 +17,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Step = Callable[[], object]
 
-missing: set[str] = set()  # what this process has left out, as its GPU is simulated
+# what a simulated GPU leaves out; `missing` are those that this process came by
+TIMES = "times and memory (figures are those of the CPU, or 0)"
+GRAPHS = "CUDA graphs (steps are launched kernel by kernel)"
+COMPILE = "torch.compile (functions run as they are)"
+WAITS = "torch.cuda.set_sync_debug_mode (the simulation counts waits itself)"
+NCCL = "NCCL (an all-reduce is gloo's, on the CPU)"
+DRIVER = "the driver"
+missing: set[str] = set()
 
 
 @functools.cache
@@ -44,7 +51,7 @@ def measure(step: Step, n: int, warm_up: int = 3) -> dict[str, float]:
         step()
         event.record()
     torch.cuda.synchronize()
-    not_simulated("times and memory (figures are those of the CPU, or 0)")
+    not_simulated(TIMES)
     times = [start.elapsed_time(end) for start, end in pairwise(events)]
     peak = torch.cuda.max_memory_allocated() / 2**20
     return {"ms": statistics.median(times), "min": min(times), "max": max(times), "n": n, "peak MiB": peak}
@@ -52,7 +59,7 @@ def measure(step: Step, n: int, warm_up: int = 3) -> dict[str, float]:
 
 def capture(step: Step) -> Step:
     """Record a step of constant shapes as a CUDA graph; the result launches all its kernels at once."""
-    if not_simulated("CUDA graphs (steps are launched kernel by kernel)"):
+    if not_simulated(GRAPHS):
         return step
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -66,19 +73,13 @@ def capture(step: Step) -> Step:
     return graph.replay
 
 
-def compiled(function: Any, **options: Any) -> Any:
-    """torch.compile."""
-    not_simulated("torch.compile (functions run as they are)")
-    return torch.compile(function, **options)
-
-
 def count_waits(run: Step) -> dict[str, Any]:
     """Run something that trains: how often the host waits for the device in its usual optimiser step, and where.
 
     The usual step is the one in the middle by its waits, the first left out. Raises RuntimeError without a step.
     """
     steps: list[collections.Counter[str]] = []
-    if not_simulated("torch.cuda.set_sync_debug_mode (the simulation counts waits itself)"):
+    if not_simulated(WAITS):
         from tests.cuda.simulation import Device, waits
 
         Device.active.steps.clear()
@@ -121,7 +122,7 @@ def command_of(*words: str) -> list[str]:
 
 def driver() -> str:
     """The version of NVIDIA's driver."""
-    if not_simulated("the driver"):
+    if not_simulated(DRIVER):
         return "none"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
