@@ -30,7 +30,7 @@ from common import matching, plotting
 from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks
 from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
-from common.precision import autocast
+from common.precision import autocast, set_backend_flags
 from common.run import dotted, options
 from common.run.budget import BudgetedTraining
 from common.run.command import echo
@@ -106,6 +106,11 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f"-n_hidden {args.n_hidden} does not split into -n_heads {args.n_heads}: choose a multiple")
     if args.type == "Swarm" and args.pooling == "POMA" and args.n_hidden <= 8:
         parser.error(f"-pooling POMA takes 8 hidden units for itself: -n_hidden {args.n_hidden} is too small")
+    if args.type.startswith("LSTM") and args.precision == "bf16" and options.device_of(args).type == "cuda":
+        parser.error(
+            f"-type {args.type} -precision bf16: autocast makes cuDNN's recurrent networks float16, whose gradients vanish "
+            "without loss scaling: take -precision tf32, or -device cpu"
+        )
     if args.dropout and args.type.startswith("SetLinear"):
         parser.error(f"-type {args.type} has no dropout: leave -dropout {args.dropout:g} out")
     if args.dropout and args.type.startswith("LSTM") and args.n_layers == 1:
@@ -385,6 +390,7 @@ def main(argv: list[str] | None = None) -> int:
         echo(name)
         return 0
     tune_malloc()
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     with Run("amortised_clustering", name, args, another="-run ID", may_change=NOT_IN_NAME, quiet=True) as run:
         model = make_model(args)
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)

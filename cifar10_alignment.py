@@ -33,6 +33,7 @@ from common.datasets.augmentation import Preprocessing, as_rgb_32
 from common.datasets.images import DataError, ImageSet
 from common.errors import Failed, InputError
 from common.models import zoo
+from common.precision import set_backend_flags
 from common.run import options
 from common.run.clock import Clock
 from common.run.command import Command, echo
@@ -311,7 +312,9 @@ def main(argv: list[str] | None = None) -> int:
         echo(name)
         return 0
     tune_malloc()
+    set_backend_flags("fp32")  # similarities know no other
     with Run("cifar10_alignment", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:
+        run.saves_memory = "a smaller --block"
         pairs = zoo_pairs.pairs_of(args, args.repeats)
         networks, points = zoo_pairs.load(args, pairs)
         test = load_images(args)

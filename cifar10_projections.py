@@ -25,6 +25,7 @@ from torch import nn
 from common import checkpoint
 from common.datasets.classification import Splits
 from common.models import zoo
+from common.precision import set_backend_flags
 from common.run import options
 from common.run.clock import Clock
 from common.run.command import Command, echo
@@ -263,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         echo(name)
         return 0
     tune_malloc()
+    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
     with Run("cifar10_projections", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:
         data = splits_of(args, options.device_of(args))
         jobs = open_run(run, lambda folder: make_jobs(args, folder / "cells"), data=data.fingerprint)

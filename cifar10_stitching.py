@@ -32,6 +32,7 @@ from common import checkpoint, parallel
 from common.datasets.classification import Splits
 from common.errors import InputError
 from common.models import zoo
+from common.precision import set_backend_flags, strict_fp32
 from common.run import options
 from common.run.clock import Clock
 from common.run.command import Command, echo
@@ -326,7 +327,8 @@ def validate(args: argparse.Namespace, job: StitchJob, data: Splits, state: Stat
             yield x
 
     if args.bn_epoch:
-        reestimate_statistics(model, batches())
+        with strict_fp32():  # as `evaluate`: accuracies, and so penalties, do not depend on --precision
+            reestimate_statistics(model, batches())
     return model, 100 * evaluate(model, data.selection, data.preprocessing, check_signal=check_signal)["accuracy"]
 
 
@@ -422,6 +424,7 @@ def main(argv: list[str] | None = None) -> int:
         echo(name)
         return 0
     tune_malloc()
+    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
     with Run("cifar10_stitching", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:
         pairs = zoo_pairs.pairs_of(args, args.retrain_repeats)
         pairs = pairs[chunk_of(args, len(pairs))]

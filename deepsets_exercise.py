@@ -31,6 +31,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
 from common.plotting import PALETTE, save_figure
+from common.precision import autocast, set_backend_flags
 from common.run import dotted, options
 from common.run.command import echo
 from common.run.options import at_least, real
@@ -59,6 +60,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="small networks are faster on a CPU [%(default)s]"
     )
+    options.add_arithmetic_options(parser)
     options.add_tracker_options(parser)
     return parser
 
@@ -132,13 +134,17 @@ def count_params(model: nn.Module) -> int:
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 
-def train(model: nn.Module, steps: int = 4000, batch_size: int = 128, lr: float = 0.005) -> tuple[nn.Module, list[float]]:
+def train(
+    model: nn.Module, steps: int = 4000, batch_size: int = 128, lr: float = 0.005, precision: str = "fp32"
+) -> tuple[nn.Module, list[float]]:
     """Train on fresh data in every step, so on an endless data set; the trained model and the loss of each step."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     history = []
     for _ in tqdm(range(steps), type(model).__name__, disable=None, leave=False):
         X, y = make_data(batch_size)
-        loss = F.binary_cross_entropy(model(X), y)
+        with autocast(X, precision):
+            p = model(X)
+        loss = F.binary_cross_entropy(p.float(), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -177,7 +183,9 @@ def widened(mlp: nn.Sequential, hidden: int) -> nn.Sequential:
     return wide
 
 
-def train_together(models: list[nn.Module], steps: int, batch_size: int, lr: float) -> tuple[Tensor, Tensor]:
+def train_together(
+    models: list[nn.Module], steps: int, batch_size: int, lr: float, precision: str = "fp32"
+) -> tuple[Tensor, Tensor]:
     """Train models of one architecture in one batched pass, all on the same data: final loss and accuracy, (number of models).
 
     torch.func turns a module into a function of its parameters; vmap runs it over a stack of them. Adam treats each weight for
@@ -193,8 +201,9 @@ def train_together(models: list[nn.Module], steps: int, batch_size: int, lr: flo
     optimizer = torch.optim.Adam(params.values(), lr=lr)
     for _ in tqdm(range(steps), f"{len(models)} models", disable=None, leave=False):
         X, y = make_data(batch_size)
-        p = batched(params, X)  # (number of models, N, 1)
-        loss = F.binary_cross_entropy(p, y.expand_as(p), reduction="none").mean((1, 2)).sum()
+        with autocast(X, precision):
+            p = batched(params, X)  # (number of models, N, 1)
+        loss = F.binary_cross_entropy(p.float(), y.expand_as(p), reduction="none").mean((1, 2)).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -205,7 +214,7 @@ def train_together(models: list[nn.Module], steps: int, batch_size: int, lr: flo
 
 def sweep(args: argparse.Namespace) -> dict[str, Any]:
     """DeepSets of several seeds, and MLPs of growing width: metrics of each, as {"DeepSet": row, "MLP": [rows]}."""
-    settings = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
+    settings = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "precision": args.precision}
     losses, accuracies = train_together([DeepSet(args.hidden) for _ in range(args.seeds)], **settings)
     deep_set = {
         "parameters": count_params(DeepSet(args.hidden)), "losses": losses.tolist(), "accuracies": accuracies.tolist(),
@@ -337,7 +346,7 @@ def exercise(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     """Every step of the sheet in its order; what goes into result.json."""
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
-    settings = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
+    settings = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "precision": args.precision}
 
     run.log("1. Data: 10 objects; class 0 has three of 1/3, class 1 five of 1/5")
     X, y = make_data(args.batch_size)
@@ -410,6 +419,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         echo(name)
         return 0
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     files = ("*.png",)
     with Run("deepsets_exercise", name, args, another="--seed N", may_change=NOT_IN_NAME, files=files) as run:
         run.open()

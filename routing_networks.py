@@ -32,7 +32,7 @@ from common.datasets.multitask import MultitaskSet
 from common.errors import InputError
 from common.models import routed
 from common.models.routed import RoutedNet, SoftMixture
-from common.precision import autocast
+from common.precision import autocast, set_backend_flags
 from common.routing import Decision, Loss, Trajectories, pictures
 from common.routing.comparison import comparison_table, interval
 from common.routing.loss import NonFiniteLossError
@@ -406,6 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         echo(name)
         return 0
+    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
     with Run("routing_networks", name, args, another="--seed N", may_change=NOT_IN_NAME, files=("routing.png",)) as run:
         data = Data(args, options.device_of(args))
         model = make_model(args, data)

@@ -31,7 +31,7 @@ from common.datasets.images import ImageSet
 from common.errors import warn
 from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
 from common.models.sets import NON_LINEARITIES
-from common.precision import autocast
+from common.precision import autocast, set_backend_flags
 from common.run import dotted, options
 from common.run.budget import BudgetedTraining
 from common.run.command import echo
@@ -410,6 +410,7 @@ def main(argv: list[str] | None = None) -> int:
         echo(name)
         return 0
     tune_malloc()
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     with Run("swarm_transformer", name, args, another="-seed N", may_change=NOT_IN_NAME, quiet=True) as run:
         model = make_model(args)
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)

@@ -28,7 +28,7 @@ from common.datasets import images
 from common.datasets.images import ImageSet
 from common.errors import InputError
 from common.models.resnet import BLOCKS, CifarResNet
-from common.precision import PRECISIONS, autocast
+from common.precision import autocast, set_backend_flags, strict_fp32
 from common.run import options
 from common.run.clock import Clock
 from common.run.command import Command, echo
@@ -99,7 +99,7 @@ def get_parser() -> argparse.ArgumentParser:
     own = parser.add_argument_group("options of this suite")
     own.add_argument("--seed", type=at_least(0), default=0, help="of weights, order and views [%(default)s]")
     own.add_argument("--encoder-width", type=at_least(1, 1024), default=64, help="channels of the stem [%(default)s]")
-    own.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of products and convolutions [%(default)s]")
+    options.add_arithmetic_options(own)
     own.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     own.add_argument("--joint-pass", action="store_true", help="encode both views in one pass, with common batch statistics")
     own.add_argument("--subset", type=at_least(20), metavar="N", help="train on N images, drawn by the seed [all]")
@@ -132,6 +132,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
             echo(f"[ESSL] Transformation {args.equi_tx} removed from tx, only using {args.tx}")
     name = name_of(parser, args)
     options.check(parser, args, name)
+    try:
+        parallel.local_device(options.device_of(args).type)
+    except InputError as error:
+        parser.error(str(error))
     return args, name
 
 
@@ -336,6 +340,7 @@ def draw_curves(training: Training) -> None:
     plotting.plot_weights(run.part / "weights.png", run.name, training.traces.steps, weights, 1)
 
 
+@strict_fp32()
 def report(args: argparse.Namespace, data: Data, training: Training) -> dict[str, Any]:
     """The final metrics of the last model, and pictures of what it learned."""
     run, model = training.run, training.model.eval()
@@ -371,6 +376,7 @@ def report(args: argparse.Namespace, data: Data, training: Training) -> dict[str
 # ---- saved encoders ------------------------------------------------------------------------------------------------------
 
 
+@strict_fp32()
 def measure(args: argparse.Namespace, kind: str, path: Path, encoder: CifarResNet, out: Path, command: Command) -> None:
     """Print the accuracy of a saved encoder, and write it to `out`."""
     title = kind.replace("_", " ")
@@ -444,12 +450,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args, name = parse(parser, argv)
     tune_malloc()
+    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
     if name == "probe":
         return evaluate_saved(args)
     if args.dry_run:
         echo(name)
         return 0
     run = Run("train_ssl", name, args, another="--seed N", may_change=NOT_IN_NAME, files=FILES)
+    run.saves_memory = "--precision bf16, a smaller --batch-size, or torchrun with more GPUs"
     with parallel.process_group(options.device_of(args).type) as device, run:
         data = load_data(args, device)
         training = Training(args, run, make_model(args, device), data)

@@ -24,6 +24,7 @@ import torch
 from common import checkpoint, parallel
 from common.datasets.classification import Splits
 from common.models import cnn, zoo
+from common.precision import set_backend_flags
 from common.run import options
 from common.run.clock import Clock
 from common.run.command import Command, echo
@@ -250,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         echo(f"{args.out}: models {', '.join(job.name for job in jobs) or 'none'}")
         return 0
     tune_malloc()
+    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
     device = options.device_of(args)
     with Command("train_zoo") as command:
         for job in jobs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 import zipfile
@@ -50,7 +51,8 @@ def sync_directory(directory: Path) -> None:
 
 
 def save(state: Any, path: Path) -> None:
-    """Write a checkpoint of tensors and plain values. Raises OSError if it cannot be written."""
+    """Write a checkpoint of tensors and plain values; tensors go to the CPU. Raises OSError if it cannot be written."""
+    state = on_cpu(state)
 
     def write(file: IO[bytes]) -> None:
         try:
@@ -59,6 +61,26 @@ def save(state: Any, path: Path) -> None:
             raise error.__cause__ or error.__context__ or error from None
 
     atomic_write(path, write)
+
+
+def on_cpu(state: Any) -> Any:
+    """The same containers with all tensors on the CPU, so that a machine without a GPU reads the file with plain torch.load.
+
+    What is on the CPU already is not copied.
+    """
+    if isinstance(state, torch.Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        moved = {name: on_cpu(value) for name, value in state.items()}
+        if all(moved[name] is value for name, value in state.items()):
+            return state
+        same = copy.copy(state)  # its type, and attributes: a module's state dict has versions
+        same.update(moved)
+        return same
+    if type(state) in (list, tuple):
+        values = [on_cpu(value) for value in state]
+        return state if all(a is b for a, b in zip(values, state, strict=True)) else type(state)(values)
+    return state
 
 
 def read(path: str | Path) -> Any:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.errors import InputError
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -34,15 +36,24 @@ def is_main() -> bool:
     return not launched() or int(os.environ["RANK"]) == 0
 
 
+def local_device(device_type: str) -> torch.device:
+    """This process's device. Raises InputError if torchrun has started more processes than the machine has GPUs."""
+    if device_type != "cuda" or not launched():
+        return torch.device(device_type)
+    index, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if index >= n_gpus:
+        raise InputError(f"process {index} of torchrun has no GPU, this machine has {n_gpus}: --nproc-per-node={n_gpus}")
+    return torch.device("cuda", index)
+
+
 @contextmanager
 def process_group(device_type: str) -> Iterator[torch.device]:
-    """Join the other processes that torchrun has started, if any; gives this process's device."""
+    """Join the other processes that torchrun has started, if any; gives this process's device. Raises as `local_device`."""
+    device = local_device(device_type)
     if not launched():
-        yield torch.device(device_type)
+        yield device
         return
-    device = torch.device(device_type)
     if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
     try:
@@ -141,7 +152,11 @@ class _Sum(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the rows of all processes, on any device (torch's own is for GPUs alone). (B, C) or (B, C, H, W)."""
+    """Batch norm over the rows of all processes: (B, C) or (B, C, H, W).
+
+    On any device, and the host never waits for a GPU. torch.nn.SyncBatchNorm is for GPUs alone, and looks there which
+    processes have no rows, which makes the host wait in every layer.
+    """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim not in (2, 4):
@@ -153,7 +168,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         axes = [axis for axis in range(input.ndim) if axis != 1]
         shape = [1, -1] + [1] * (input.ndim - 2)
         x = input if input.dtype == torch.float64 else input.float()
-        n = x.new_tensor(x.numel() // x.shape[1])
+        n = x.new_full((), x.numel() // x.shape[1])
         dist.all_reduce(n)
         mean = _Sum.apply(x.sum(axes)) / n
         centred = x - mean.view(shape)
@@ -167,11 +182,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """Let all batch norms of a model see all processes' rows. On GPUs with torch's own, which is the faster."""
+    """Let all batch norms of a model see all processes' rows."""
     if world_size() == 1:
         return model
-    if next(model.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):

@@ -54,6 +54,7 @@ def test_options_and_defaults_are_the_published_ones() -> None:
         "pooling",
         "loss",
         "precision",
+        "deterministic",
         "compile",
         "overwrite",
         "device",

@@ -550,6 +550,10 @@ ENDINGS = {  # error, whether the work has begun, exit status, the line on stder
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), False, 2, "too large? Default",
     ),
     "memory of a GPU": (torch.OutOfMemoryError("CUDA out of memory.\nTry this"), False, 2, "too large? CUDA out of memory."),
+    "memory, begun": (
+        torch.OutOfMemoryError("CUDA out of memory.\nTry this"), True, 1,
+        "script.py: failed: out of memory; less is needed with --precision bf16, or a smaller --batch-size",
+    ),
     "more than can be counted": (RuntimeError("Storage size calculation overflowed with sizes=[9]"), False, 2, "? Storage"),
 }  # fmt: skip
 
@@ -575,13 +579,6 @@ def test_other_errors_are_shown_as_they_are(error: BaseException, begun: bool) -
     with pytest.raises(type(error)), Command("script") as command:
         command.begun = begun
         raise error
-
-
-def test_memory_that_runs_out_later_is_an_error() -> None:
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")):
-        with pytest.raises(type(error)), Command("script") as command:
-            command.begun = True
-            raise error
 
 
 def test_signals_are_noted_and_end_with_75(capsys: Capture) -> None:

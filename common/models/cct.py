@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.models.deterministic import MaxPool2d
+
 # blocks, heads, width of the MLP relative to that of the tokens, width of the tokens
 SIZES = {2: (2, 1, 128), 4: (2, 1, 128), 6: (4, 2, 256), 7: (4, 2, 256)}
 # cct_<blocks>_<kernel>x<convolutions>_<side of the images>: blocks, convolutions
@@ -35,7 +37,7 @@ class Tokenizer(nn.Module):
         channels = [3, *[64] * (n_conv_layers - 1), embedding_dim]
         self.conv_layers = nn.Sequential(
             *(
-                nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1))
+                nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.ReLU(), MaxPool2d(3, stride=2, padding=1))
                 for n_in, n_out in pairwise(channels)
             )
         )

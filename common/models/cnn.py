@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from common.models.deterministic import MaxPool2d
+
 # channels of the first convolution, as published
 WIDTHS = {"mCNN": 64, "mCNN_k": 64, "mCNN_k_sigmoid": 64, "cwCNN": 512, "cwCNN_k": 512}
 
@@ -23,9 +25,9 @@ def _cnn(channels: tuple[int, int, int, int], n_classes: int, *, batch_norm: boo
             layers.append(nn.BatchNorm2d(n_out))
         layers.append(nn.Sigmoid() if sigmoid else nn.ReLU(inplace=True))
         if i > 0:
-            layers.append(nn.MaxPool2d(2))
+            layers.append(MaxPool2d(2))
         n_in = n_out
-    return nn.Sequential(*layers, nn.MaxPool2d(4), nn.Flatten(), nn.Linear(n_in, n_classes))
+    return nn.Sequential(*layers, MaxPool2d(4), nn.Flatten(), nn.Linear(n_in, n_classes))
 
 
 def mCNN(n_classes: int = 10, width: int = WIDTHS["mCNN"]) -> nn.Sequential:

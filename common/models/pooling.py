@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from common.models.deterministic import cumsum
+
 POMA_SLICES = 4
 
 
@@ -26,7 +28,7 @@ def mean_pool(h: Tensor, mask: Tensor) -> Tensor:
 def causal_pool(h: Tensor, mask: Tensor) -> Tensor:
     """Mean of h over the valid entities up to and including each entity: (N, E, H) -> (N, E, H)."""
     valid = mask.unsqueeze(2)
-    return (h * valid).cumsum(1) / valid.cumsum(1).clamp(min=1)
+    return cumsum(h * valid, 1) / valid.cumsum(1).clamp(min=1)
 
 
 def poma_pool(h: Tensor, mask: Tensor) -> Tensor:
@@ -73,15 +75,15 @@ class FastCausal:
 
     def __init__(self, mask: Tensor, dtype: torch.dtype):
         self.valid = mask.to(torch.promote_types(dtype, torch.float32))
-        self.inverse_count = 1 / self.valid.cumsum(1).clamp(min=1)
+        self.inverse_count = 1 / mask.cumsum(1).clamp(min=1).to(self.valid)
 
     def pool(self, h: Tensor, p: Tensor) -> None:
-        torch.mul((h * self.valid).cumsum(2), self.inverse_count, out=p)
+        torch.mul(cumsum(h * self.valid, 2), self.inverse_count, out=p)
 
     def add_grad(self, dh: Tensor, dp: Tensor, h: Tensor) -> None:
         """Entity e is in the means of e and all later ones: running sums of dp / count from the end of the set."""
         shares = dp * self.inverse_count
-        dh += shares.flip(2).cumsum(2).flip(2).mul_(self.valid)
+        dh += cumsum(shares.flip(2), 2).flip(2).mul_(self.valid)
 
 
 class FastPoma:

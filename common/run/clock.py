@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class Clock:
     """Seconds used of a budget; runs from its making, or the loading of its state."""
@@ -17,15 +19,20 @@ class Clock:
         self._since: float | None = time.monotonic()
 
     def used(self) -> float:
-        """Seconds that have counted so far."""
+        """Seconds that have counted so far, to the end of what a GPU has been given to do: waits for it."""
+        wait_for_gpu()
+        return self._so_far()
+
+    def _so_far(self) -> float:
         return self._used + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def left(self) -> float:
-        """Seconds left, not below zero."""
-        return max(0.0, self.budget - self.used())
+        """Seconds left, not below zero. For every step: waits for nothing."""
+        return max(0.0, self.budget - self._so_far())
 
     def is_up(self) -> bool:
-        return self.used() >= self.budget
+        """True if the budget is used. For every step: waits for nothing."""
+        return self._so_far() >= self.budget
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -34,6 +41,7 @@ class Clock:
         try:
             yield
         finally:
+            wait_for_gpu()
             self._since = time.monotonic()
 
     def state_dict(self) -> dict[str, float]:
@@ -41,3 +49,9 @@ class Clock:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self._used, self._since = float(state["seconds"]), time.monotonic()
+
+
+def wait_for_gpu() -> None:
+    """Wait until the GPU, if one is in use, has done all that it has been given to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

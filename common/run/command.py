@@ -35,6 +35,8 @@ class Command:
     def __init__(self, script: str, *, dash: str = "--"):
         self.script, self.dash = script, dash  # as the script spells its options
         self.next = f"{dash}resume auto continues from there"  # a hint, where the command stops early
+        batch = "-bs" if dash == "-" else "--batch-size"
+        self.saves_memory = f"{dash}precision bf16, or a smaller {batch}"  # a hint, where memory runs out
         self.signals: tuple[signal.Signals, ...] = SIGNALS  # those that are noted
         self.signal: str | None = None
         self.begun = False
@@ -69,6 +71,9 @@ class Command:
             sys.exit(RESUMABLE)
         if isinstance(error, OSError):
             self._refuse(f"cannot use {error.filename or 'a file'}: {error.strerror or error}")
+        if is_out_of_memory(error) and self.begun:
+            warn(f"{self.script}.py: failed: out of memory; less is needed with {self.saves_memory}")
+            sys.exit(1)
         too_large = is_out_of_memory(error) or "overflow" in str(error)  # of a size in bytes
         if isinstance(error, MemoryError | RuntimeError) and too_large and not self.begun:
             first, *_ = str(error).splitlines() or [type(error).__name__]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,6 +14,12 @@ from common.errors import Failed
 
 # parameters of mallopt(3)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory"
+    r"|CUDA( driver)? error: out of memory|CUDA out of memory|Cuda failure.* 'out of memory'"  # the last from NCCL
+    r"|CU[A-Z]+_(STATUS_)?(\w+_)?ALLOC(ATION)?_FAILED"  # cuBLAS, cuDNN (8; 9 has more words), cuSOLVER, cuFFT
+)
 
 T = TypeVar("T")
 
@@ -34,8 +41,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True if an error says that memory has run out, on a GPU or a CPU, and nothing else."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # the CPU's allocator has no error class of its own
-    return type(error) is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    # the CPU's allocator, the CUDA runtime and its libraries have no error class of their own
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 class MicroBatches:

@@ -66,6 +66,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) 
         parser.error("-no_cuda means -device cpu, but -device cuda was given: leave one out")
     if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
         parser.error(f"{dash}device cuda: PyTorch finds no GPU here")
+    # the machine of a dry run may be another than that of the run
+    if getattr(args, "precision", None) == "tf32" and device_of(args).type == "cpu" and not args.dry_run:
+        parser.error(f"{dash}precision tf32 is a format of NVIDIA GPUs, and this would run on a CPU: leave it out")
     try:
         trackers.check(args, dash)
     except InputError as error:
@@ -108,9 +111,15 @@ def add_run_options(group: argparse._ArgumentGroup, what: str = "run") -> None:
 def add_device_options(group: argparse._ArgumentGroup, dash: str = "--") -> None:
     """Options of the device and its arithmetic."""
     group.add_argument(f"{dash}device", choices=("cpu", "cuda"), help="[cuda when available]")
-    group.add_argument(
-        f"{dash}precision", choices=PRECISIONS, default="fp32", help="of products and convolutions [%(default)s]"
-    )
+    add_arithmetic_options(group, dash)
+
+
+def add_arithmetic_options(group: argparse._ActionsContainer, dash: str = "--") -> None:
+    """Options that `common.precision.set_backend_flags` takes."""
+    text = "of products and convolutions: IEEE float32, TF32 of NVIDIA GPUs, bfloat16 [%(default)s]"
+    group.add_argument(f"{dash}precision", choices=PRECISIONS, default="fp32", help=text)
+    text = "compute the same bits each time on a GPU, too, more slowly"
+    group.add_argument(f"{dash}deterministic", action="store_true", help=text)
 
 
 def device_of(args: argparse.Namespace) -> torch.device:

@@ -32,6 +32,7 @@ from common.errors import InputError, Interrupted, warn
 from common.run import trackers
 from common.run.command import Command, echo
 from common.run.lock import is_locked, release_lock, take_lock
+from common.run.memory import is_out_of_memory
 from common.run.options import check_same_options, name_error
 from common.run.records import RecordError, read_json, write_json
 
@@ -94,7 +95,7 @@ class Run(Command):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, Exception) and not isinstance(error, Interrupted | OSError) and self._log is not None:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = "out of memory" if is_out_of_memory(error) else " ".join(str(error).split()) or type(error).__name__
             self._write(FAILED_LINE + reason)  # for readers of the directory
         try:
             super().__exit__(kind, error, trace)

@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.precision import strict_fp32
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
+@strict_fp32()
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Cut out boxes (B, 4), as x0, y0, x1, y1 (pixels, inclusive), and stretch them to size x size.
 
@@ -46,6 +49,7 @@ def centre_crop(images: Tensor, size: int) -> Tensor:
     return images[:, :, top : top + size, left : left + size]
 
 
+@strict_fp32()
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     """Rotate counter-clockwise around the centre by `degrees` (B), bilinear, with zeros outside."""
     angle = torch.deg2rad(degrees)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from common.datasets import images
 from common.datasets.augmentation import Preprocessing
 from common.datasets.classification import Splits, load_splits
 from common.datasets.images import DataError, ImageSet
-from common.precision import autocast
+from common.precision import autocast, strict_fp32
 from common.run.metrics import Meter
 from common.run.options import at_least, real
 from common.run.progress import bar
@@ -153,13 +154,16 @@ def evaluate(
     precision: str = "fp32",
     check_signal: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Mean loss and accuracy (a share) over images, in evaluation mode; `check_signal` is called before each batch."""
+    """Mean loss and accuracy (a share) over images, in evaluation mode; `check_signal` is called before each batch.
+
+    fp32 is strict: it stays IEEE float32 when training takes TF32.
+    """
     model.eval()
     meter = Meter()
     for part in torch.arange(len(data), device=data.labels.device).split(EVALUATED_AT_ONCE):
         check_signal()
         x = preprocessing.normalise(data.images[part]).contiguous(memory_format=torch.channels_last)
-        with autocast(x, precision):
+        with autocast(x, precision), strict_fp32() if precision == "fp32" else nullcontext():
             logits = model(x)
         labels = data.labels[part]
         accuracy = (logits.argmax(1) == labels).double().mean()
