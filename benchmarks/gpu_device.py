@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Step = Callable[[], object]
+Values = Iterator[tuple[str, Any]]  # of a section, by name
 
 # what a simulated GPU leaves out; `missing` are those that this process came by
 TIMES = "times and memory (figures are those of the CPU, or 0)"
@@ -37,6 +38,11 @@ def not_simulated(what: str) -> bool:
     if is_simulated():
         missing.add(what)
     return is_simulated()
+
+
+def bounded(value: float, at_most: float, *, must: bool = False) -> dict[str, Any]:
+    """A value with its target; with `must`, missing it is a failure of the section."""
+    return {"value": value, "at most": at_most, "met": value <= at_most, "must": must}
 
 
 def measure(step: Step, n: int, warm_up: int = 3) -> dict[str, float]:
