@@ -12,8 +12,8 @@ operators go CUDA's ways. Every operator runs on the CPU (simulation.py). shim.c
 
 Simulated are
 - errors: operands on two devices, a random generator of another device, products of integers, .numpy() of a GPU's tensor;
-- waits: .item(), copies back, copies from pageable memory that do not say non_blocking, operators whose shape or check depends on
-  values (nonzero, masked indexing, unique, bincount, torch.linalg), torch.cuda.synchronize, Event.synchronize;
+- waits: .item(), copies between host and device that do not say non_blocking, operators whose shape or check depends on values
+  (nonzero, masked indexing, unique, bincount, torch.linalg), torch.cuda.synchronize, Event.synchronize;
 - random numbers: the device has a generator of its own, whose state a resumed run has to put back;
 - launches: operators that are no views, as "kernels".
 Not simulated are speed, memory, rounding (TF32, atomics, another order of sums), missing CUDA kernels, cuDNN (an LSTM goes cell

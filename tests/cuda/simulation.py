@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch._dynamo  # before torch.compile is replaced
@@ -92,7 +92,7 @@ class DeviceTensor(Tensor):
 class Generator(torch.Generator):
     """torch.Generator, of either device. Those of the GPU give the numbers of a CPU's with the same seed."""
 
-    on_device: set[int] = set()  # by address, as operators get another Python object
+    on_device: ClassVar[set[int]] = set()  # by address, as operators get another Python object
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         made = super().__new__(cls)
@@ -158,6 +158,10 @@ class Device(TorchDispatchMode):
         if not isinstance(optimizer, torch.optim.LBFGS):  # a step of which is a whole fit
             self.steps.append(self.events)
         self.events = collections.Counter()
+
+    def forget(self) -> None:
+        """Count from here on, as in a new process."""
+        self.events, self.steps = collections.Counter(), []
 
     def summary(self) -> dict[str, Any]:
         """The number of steps; the usual one, in the middle by its waits; without steps, the whole run in its place."""
@@ -335,8 +339,8 @@ def returning(value: Any) -> Any:
 
 
 CONSTANTS = {
-    "_lazy_init": None, "init": None, "is_available": True, "is_initialized": True, "is_bf16_supported": True, "device_count": 1,
-    "current_device": 0, "set_device": None, "get_device_name": "simulated", "get_device_capability": (9, 0),
+    "_lazy_init": None, "init": None, "is_available": True, "is_initialized": True, "is_bf16_supported": True,
+    "device_count": 1, "current_device": 0, "set_device": None, "get_device_name": "simulated", "get_device_capability": (9, 0),
     "get_device_properties": Properties, "is_current_stream_capturing": False, "empty_cache": None, "memory_allocated": 0,
     "max_memory_allocated": 0, "max_memory_reserved": 0, "reset_peak_memory_stats": None, "mem_get_info": (80 << 30, 80 << 30),
     "set_sync_debug_mode": None, "get_sync_debug_mode": 0,
@@ -349,13 +353,17 @@ def replace_torch_cuda(device: Device) -> None:
     def seed(value: int) -> None:
         device.random = seeded(value)
 
-    def set_state(state: Tensor | Sequence[Tensor], *_: Any) -> None:
-        device.random = (state if isinstance(state, Tensor) else state[0]).clone()
+    def set_state(state: Tensor, *_: Any) -> None:
+        device.random = state.clone()
+
+    def set_states(states: Sequence[Tensor]) -> None:
+        for state in states[:1]:
+            set_state(state)
 
     for name, value in CONSTANTS.items():
         setattr(torch.cuda, name, returning(value))
     torch.cuda.manual_seed = torch.cuda.manual_seed_all = seed
-    torch.cuda.set_rng_state = torch.cuda.set_rng_state_all = set_state
+    torch.cuda.set_rng_state, torch.cuda.set_rng_state_all = set_state, set_states
     torch.cuda.get_rng_state = lambda *_: device.random.clone()
     torch.cuda.get_rng_state_all = lambda: [device.random.clone()]
     torch.cuda.synchronize = lambda *_: device.note("synchronize")

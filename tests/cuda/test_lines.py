@@ -1,0 +1,108 @@
+"""Every script on the simulated GPU ends with the CPU's metrics, resumes exactly, and waits for the device as rarely as said."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.models import zoo
+from common.run.records import read_json
+from tests.command_lines import exit_status
+from tests.cuda.lines import LINES
+from tests.cuda.processes import simulated
+from tests.interruptions.cases import assert_equal, outcome
+from tests.small_images import smooth, write_mnist
+from tests.test_images import write_cifar
+
+PLACES = ("device", "gpu", "options")  # entries that differ between devices; options: by --device
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, and a zoo of two untrained networks."""
+    folder = tmp_path_factory.mktemp("data")
+    write_mnist(folder, smooth(80), smooth(30, seed=1))
+    for name in ("CIFAR10", "CIFAR100"):
+        write_cifar(folder, name)
+    (folder / "zoo").mkdir()
+    for i in range(2):
+        torch.manual_seed(i)
+        torch.save(zoo.make("mCNN", width=2).state_dict(), folder / "zoo" / f"{i}.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs_of(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Where the lines of a script have left their runs and reports. One process runs them all, at the first call."""
+
+    @functools.cache
+    def runs_of(script: str) -> Path:
+        results = tmp_path_factory.mktemp(script)
+        simulated(results / "report.json", "-m", "tests.cuda.run_lines", script, str(data), str(results))
+        return results
+
+    return runs_of
+
+
+# all lines of a script in one worker (pytest -n 2 --dist loadgroup), as they share a process
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(LINES[n].script)) for n in LINES])
+class TestLine:
+    def test_it_ends_and_resumes_exactly(self, name: str, runs_of: Callable[[str], Path]) -> None:
+        line, results = LINES[name], runs_of(LINES[name].script)
+        report = read_json(results / f"{name}.json")
+        assert report["statuses"] == [0] if line.stop is None else [0, 75, 0], report["error"]
+        if line.stop is not None:
+            assert_equal(outcome(results / f"{name}.stopped"), outcome(results / name))
+
+    def test_metrics_are_those_of_the_cpu(self, name: str, runs_of: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+        line, results = LINES[name], runs_of(LINES[name].script)
+        if line.relative is None:
+            pytest.skip(line.why)
+        assert exit_status(importlib.import_module(line.script).main, line.argv(data, tmp_path)) == 0
+        assert_close(metrics(results / name), metrics(tmp_path), line.relative)
+
+    def test_waits_in_a_usual_step(self, name: str, runs_of: Callable[[str], Path]) -> None:
+        line, results = LINES[name], runs_of(LINES[name].script)
+        report = read_json(results / f"{name}.json")
+        if line.waits is not None:
+            assert report["steps"] > 1 and report["waits"] <= line.waits, report
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    """All records and tables of a run, without what differs between devices."""
+    left = outcome(folder)
+    return {name: without_places(left[name]) for name in left if name.endswith((".json", ".csv")) and "args" not in name}
+
+
+def without_places(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: without_places(value) for key, value in content.items() if key not in PLACES}
+    return [without_places(value) for value in content] if isinstance(content, list) else content
+
+
+def assert_close(a: Any, b: Any, relative: float, where: str = "") -> None:
+    """Equal; numbers close to each other, also those that a table holds as text."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_close(a[key], b[key], relative, f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_close(x, y, relative, f"{where}/{i}")
+    elif is_number(a) and is_number(b):
+        assert float(a) == pytest.approx(float(b), rel=relative, abs=1e-6, nan_ok=True), where
+    else:
+        assert a == b, where
+
+
+def is_number(x: Any) -> bool:
+    try:
+        float(x)
+    except (TypeError, ValueError):
+        return False
+    return True
