@@ -43,6 +43,7 @@ from common.ssl.essl import ESSL
 from common.ssl.simclr import SimCLR
 from common.symmetry.stitching import stitch
 from common.symmetry.stitching_layers import Birkhoff, Full, Lasso, LowRank, Wreath
+from tests.cuda.lines import LINES, Line
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -185,17 +186,20 @@ def agreement(smoke: bool) -> Values:
 # ---- whole scripts: waits, and resuming ----------------------------------------------------------------------------------
 
 
-def write_data(folder: Path, n: int = 120) -> Path:
-    """Random images in the published formats: MNIST's idx files, and CIFAR's pickled batches; 20 of them for tests."""
-    rng, sizes = np.random.default_rng(0), {"train": n, "test": 20}
+def write_data(folder: Path) -> Path:
+    """What lines of tests/cuda need: random images in the published formats of MNIST and CIFAR, and a zoo of two networks."""
+    rng, sizes = np.random.default_rng(0), {"train": 80, "test": 20}
+    (folder / "zoo").mkdir(parents=True)
+    for i in range(2):
+        torch.save(zoo.make("mCNN", width=2).state_dict(), folder / "zoo" / f"{i}.pt")
     for split, prefix in images.MNIST_PREFIXES.items():
-        (folder / "MNIST/raw").mkdir(parents=True, exist_ok=True)
         for kind, shape in (("images-idx3", (sizes[split], 28, 28)), ("labels-idx1", (sizes[split],))):
             header = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
             content = rng.integers(0, 10 if len(shape) == 1 else 256, shape, np.uint8)
-            (folder / f"MNIST/raw/{prefix}-{kind}-ubyte").write_bytes(header + content.tobytes())
-    for name, cifar in images.CIFAR.items():
-        (folder / cifar.folder).mkdir(parents=True, exist_ok=True)
+            (folder / f"{prefix}-{kind}-ubyte").write_bytes(header + content.tobytes())
+    for name in ("CIFAR10", "CIFAR100"):
+        cifar = images.CIFAR[name]
+        (folder / cifar.folder).mkdir()
         classes = [f"class {i}" for i in range(images.N_CLASSES[name])]
         (folder / cifar.folder / cifar.meta).write_bytes(pickle.dumps({cifar.class_names: classes}, protocol=4))
         for split, batches in cifar.batches.items():
@@ -207,45 +211,12 @@ def write_data(folder: Path, n: int = 120) -> Path:
     return folder
 
 
-# script, options, and the largest number of waits in a usual step
-LINES = {
-    "clustering, Swarm": ("amortised_clustering", "-type Swarm -n_hidden 8 -n_iter 2 {sets}", 2),
-    "clustering, SetTransformer": ("amortised_clustering", "-type SetTransformer -n_hidden 8 {sets}", 2),
-    "clustering, LSTM": ("amortised_clustering", "-type LSTM -n_hidden 8 {sets}", 3),
-    "image transformer": ("swarm_transformer", "-data MNIST -n_hidden 8 -n_iter 2 -bs 20 -n_samples 1 {grey}", 0),
-    "DUET": ("train_ssl", "--model duet --tx sca rot --equi-tx rot {views}", 0),
-    "ESSL": ("train_ssl", "--model essl --tx sca --equi-tx ron {views}", 0),
-    "SimCLR": ("train_ssl", "--model simclr --tx sca fli {views}", 0),
-    "zoo": ("train_zoo", "--arch mCNN --num_models 2 --epochs 1 --width 4 --out {results}/zoo {files}", 0),
-    "stitching": ("cifar10_stitching", "--birkhoff --nopermwarmup --stitch_epochs 1 --layers 3 --pairs 0-1 {zoo} {cifar}", 0),
-    "rotations": ("cifar10_projections", "--repeats 1 --layers 0 --activations relu --epochs 1 --width 4 {cifar}", 0),
-    "routing, WPL": ("routing_networks", "--data CIFAR100-MTL --epochs 1 --width 8 {cifar}", 2),
-}  # fmt: skip
-GROUPS = {
-    "sets": "-tasks 60 -bs 9 {swarm}",
-    "grey": "-data_dir {data} {swarm}",
-    "swarm": "-max_epochs 1 -wc 9 -results_dir {results}",
-    "views": "--encoder cifar10_resnet20 --encoder-width 2 --image-size 16 --batch-size 20 --epochs 1 --warmup-epochs 0 {ssl}",
-    "ssl": "--dataset-root {data} --results-dir {results}",
-    "zoo": "--arch mCNN --zoo {results}/zoo",
-    "cifar": "{files} --results-dir {results}",
-    "files": "--batch-size 20 --data-dir {data}",
-}
-SMOKE = (
-    "clustering, Swarm",
-    "zoo",
-    "stitching",
-    "rotations",
-    "routing, WPL",
-)  # others take long where convolutions are simulated
-RESUMED = ("clustering, Swarm", "image transformer", "DUET", "zoo", "routing, WPL")
-
-
-def command_line(line: str, results: Path, data: Path) -> list[str]:
-    """The words of a line of LINES, with GROUPS and places filled in."""
-    while "{" in line:
-        line = line.format(**GROUPS, results=results, data=data)
-    return line.split()
+COUNTED = (
+    "clustering Swarm", "clustering SetTransformer", "clustering LSTM", "images", "DUET, von Mises", "ESSL of classes", "SimCLR",
+    "zoo mCNN", "stitching, permutation", "rotations", "routing WPL",
+)  # fmt: skip
+RESUMED = ("clustering Swarm", "images", "DUET, von Mises", "zoo mCNN", "routing WPL")
+SMOKE = ("clustering Swarm", "zoo mCNN", "stitching, permutation", "rotations", "routing WPL")  # the quick ones
 
 
 def run_script(script: str, words: list[str]) -> int:
@@ -257,36 +228,30 @@ def run_script(script: str, words: list[str]) -> int:
 
 
 def waits(smoke: bool) -> Values:
-    """How often the host waits for the device in a usual step of each script, against the number that it may."""
-    with tempfile.TemporaryDirectory() as name:
-        results, data = Path(name), write_data(Path(name) / "data")
-        for title in SMOKE if smoke else LINES:
-            script, line, at_most = LINES[title]
-            statuses: list[int] = []
+    """How often the host waits for the device in a usual step of each script, against the number that tests/cuda allows it."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_data(Path(folder) / "data")
+        for title in SMOKE if smoke else COUNTED:
+            line, statuses = LINES[title], []  # type: ignore[var-annotated]
 
-            def run(script: str = script, line: str = line, statuses: list[int] = statuses) -> None:
-                statuses.append(run_script(script, command_line(line, results, data)))
+            def run(line: Line = line, title: str = title, statuses: list[int] = statuses) -> None:
+                statuses.append(run_script(line.script, line.argv(data, Path(folder) / title)))
 
             counted = gpu.count_waits(run)
+            yield title, bounded(counted["waits"], line.waits) | {"steps": counted["steps"], "places": counted["places"]}
             if statuses != [0]:
-                raise RuntimeError(f"{script} {line} ended with status {statuses[0]}")
-            yield title, bounded(counted["waits"], at_most) | {"places": counted["places"]}
+                yield f"{title}, exit status", bounded(statuses[0], 0, must=True)
 
 
 def weights(results: Path) -> dict[str, Tensor]:
-    """All floating-point weights in the files below a directory of results."""
-    states = {
-        path.relative_to(results): checkpoint.read(path)
-        for path in sorted(results.rglob("*"))
-        if path.suffix in (".pkl", ".pt")
-    }
-    tensors_by_name = {}
-    for path, state in states.items():
-        tensors = state.get("model", state)
-        tensors_by_name |= {
-            f"{path} {key}": value for key, value in tensors.items() if isinstance(value, Tensor) and value.is_floating_point()
-        }
-    return tensors_by_name
+    """All floating-point weights in the files of a run, by file and name."""
+    by_name = {}
+    for path in sorted(results.rglob("*")):
+        if path.suffix in (".pkl", ".pt"):
+            state = checkpoint.read(path)
+            tensors = {name: x for name, x in state.get("model", state).items() if isinstance(x, Tensor)}
+            by_name |= {f"{path.relative_to(results)} {name}": x for name, x in tensors.items() if x.is_floating_point()}
+    return by_name
 
 
 def resume(smoke: bool, deterministic: bool = False) -> Values:
@@ -294,23 +259,21 @@ def resume(smoke: bool, deterministic: bool = False) -> Values:
 
     Without --deterministic it is for information, with it both have to be equal.
     """
-    with tempfile.TemporaryDirectory() as name:
-        data = write_data(Path(name) / "data")
-        for title in ("zoo",) if smoke else RESUMED:
-            script, line, _ = LINES[title]
-            whole, stopped = (Path(name) / script / kind for kind in ("whole", "stopped"))
-            dash = "-" if script in ("amortised_clustering", "swarm_transformer") else "--"
-            words = [*command_line(line, whole, data), *([f"{dash}deterministic"] if deterministic else [])]
-            again = [word.replace(str(whole), str(stopped)) for word in words]
-            statuses = [run_script(script, words)]
-            with sigterm_after(3):
-                statuses.append(run_script(script, again))
-            statuses.append(run_script(script, [*again, f"{dash}resume", "auto"]))
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_data(Path(folder) / "data")
+        for title in ("zoo mCNN",) if smoke else RESUMED:
+            line = LINES[title]
+            whole, stopped = (Path(folder) / title / kind for kind in ("whole", "stopped"))
+            more = [line.resume[0].replace("resume", "deterministic")] if deterministic else []
+            statuses = [run_script(line.script, [*line.argv(data, whole), *more])]
+            with sigterm_after(2):
+                statuses.append(run_script(line.script, [*line.argv(data, stopped), *more]))
+            statuses.append(run_script(line.script, [*line.argv(data, stopped), *more, *line.resume]))
             if statuses != [0, 75, 0]:
-                raise RuntimeError(f"{script}: statuses {statuses} of whole, stopped and resumed runs, not 0, 75, 0")
+                raise RuntimeError(f"{line.script}: statuses {statuses} of whole, stopped and resumed runs, not 0, 75, 0")
             ours, theirs = weights(whole), weights(stopped)
-            largest = max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
-            difference = largest / max(float(value.abs().max()) for value in ours.values())
+            largest = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+            difference = largest / max(float(x.abs().max()) for x in ours.values())
             yield title, bounded(difference, 0.0, must=True) if deterministic else difference
 
 
