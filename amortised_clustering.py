@@ -32,7 +32,7 @@ from common.datasets.clustering import N_LABELS, ClusteringTasks
 from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
 from common.precision import autocast, set_backend_flags
 from common.run import dotted, options
-from common.run.budget import BudgetedTraining
+from common.run.budget import BudgetedTraining, make_adam
 from common.run.command import echo
 from common.run.memory import tune_malloc
 from common.run.options import at_least, real, run_id
@@ -199,22 +199,21 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
         points, labels, mask = clustering.padded_batch(data.tasks, data.training[index])
         log_p = log_probs(training.model, points, mask, args.precision)
         loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).mean()
-        value = loss.item()
-        if not math.isfinite(value):
+        if not training.is_finite(loss):
             return False
         training.optimizer.zero_grad()
         loss.backward()
         training.optimizer.step()
 
         progress.set_description_str(
-            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(data.training)}  loss {value:.3f}  best validation "
-            f"{training.best.loss:.3f} (oracle {data.baselines['oracle']['cross_entropy']:.3f})  "
+            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(data.training)}  loss {training.shown_loss}  "
+            f"best validation {training.best.loss:.3f} (oracle {data.baselines['oracle']['cross_entropy']:.3f})  "
             f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
             refresh=False,
         )
         progress.update()
-        training.record_step(len(points), value)
-    return True
+        training.record_step(len(points), loss)
+    return training.fetch_losses()
 
 
 def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, finite: bool) -> None:
@@ -393,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
     set_backend_flags(args.precision, deterministic=args.deterministic)
     with Run("amortised_clustering", name, args, another="-run ID", may_change=NOT_IN_NAME, quiet=True) as run:
         model = make_model(args)
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        optimizer = make_adam(model, args.lr)
         data = make_data(args.tasks, args.bs, args.seed, next(model.parameters()).device)
         limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
         training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, **limits)

@@ -33,7 +33,7 @@ from common.models.image_transformer import N_VALUES, ImageTransformer, cross_en
 from common.models.sets import NON_LINEARITIES
 from common.precision import autocast, set_backend_flags
 from common.run import dotted, options
-from common.run.budget import BudgetedTraining
+from common.run.budget import BudgetedTraining, make_adam
 from common.run.command import echo
 from common.run.memory import MicroBatches, tune_malloc
 from common.run.options import at_least, boolean, real, shortest
@@ -184,7 +184,10 @@ def load_data(name: str, data_dir: str | None, seed: int, device: torch.device) 
 def log_histograms(data: ImageSet) -> Tensor:
     """Log-probability of each value at each position, from its counts plus one: (256, C H W)."""
     values = data.images.flatten(1)
-    counts = torch.stack([torch.bincount(column, minlength=N_VALUES) for column in values.T.contiguous()], 1)
+    first = N_VALUES * torch.arange(values.shape[1], device=values.device)  # bin of each position
+    n_bins = N_VALUES * values.shape[1]
+    counts = sum(torch.bincount((first + part).flatten(), minlength=n_bins) for part in values.split(1000))
+    counts = counts.view(-1, N_VALUES).T.contiguous()
     return ((counts + 1) / (len(values) + N_VALUES)).double().log()
 
 
@@ -204,14 +207,14 @@ def nats(model: ImageTransformer, batch: ImageSet, precision: str) -> Tensor:
     return cross_entropy(logits, batch.images)
 
 
-def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: str, size: int) -> float:
+def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: str, size: int) -> Tensor:
     """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else."""
     model.zero_grad()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=batch.images.device)
     for start in range(0, len(batch), size):
         loss = nats(model, batch[start : start + size], precision).sum() / len(batch)
         loss.backward()
-        total += loss.item()
+        total += loss.detach()
     return total
 
 
@@ -227,9 +230,9 @@ def evaluate(
     return torch.cat(parts)
 
 
-def gradient_norm(model: ImageTransformer) -> float:
-    """The sum of the absolute gradients, as the original logs it."""
-    return float(sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None))
+def gradient_norm(model: ImageTransformer) -> Tensor:
+    """The sum of the absolute gradients, as the original logs it: a scalar."""
+    return torch.as_tensor(sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None))
 
 
 def epoch_size(args: argparse.Namespace, data: Data) -> int:
@@ -246,19 +249,19 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
             break
         loss = micro.run_in_parts(partial(accumulate_gradients, training.model, data.training[indices], args.precision))
         norm = gradient_norm(training.model)
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        if not training.is_finite(loss, norm):
             return False
         training.optimizer.step()
 
         progress.set_description_str(
-            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(batches)}  loss {loss:.3f}  best validation "
-            f"{training.best.loss:.3f} (by position {data.baselines['validation']['by position']:.3f})  "
+            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(batches)}  loss {training.shown_loss}  "
+            f"best validation {training.best.loss:.3f} (by position {data.baselines['validation']['by position']:.3f})  "
             f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
             refresh=False,
         )
         progress.update()
         training.record_step(len(indices), loss, gradient_norm=norm)
-    return True
+    return training.fetch_losses()
 
 
 def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, micro: MicroBatches, finite: bool) -> None:
@@ -413,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
     set_backend_flags(args.precision, deterministic=args.deterministic)
     with Run("swarm_transformer", name, args, another="-seed N", may_change=NOT_IN_NAME, quiet=True) as run:
         model = make_model(args)
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        optimizer = make_adam(model, args.lr)
         data = load_data(args.data, args.data_dir, args.seed, next(model.parameters()).device)
         limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
         training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, data=data.fingerprint, **limits)

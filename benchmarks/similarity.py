@@ -32,10 +32,11 @@ from benchmarks.plain_similarity import plain_wreath_cka, plain_wreath_procruste
 from benchmarks.swarm_layer import peak_resident, seconds
 from common.matching import best_matching
 from common.models import zoo
+from common.processor import product
 from common.run.memory import tune_malloc
+from common.symmetry.cka import COLUMNS
 from common.symmetry.measures import features_of
 from common.symmetry.similarity import (
-    TILE,
     layer_similarities,
     linear_cka,
     ortho_procrustes,
@@ -54,15 +55,11 @@ def a_layer(shape: Shape, seed: int) -> Tensor:
 
 
 def cka_products(*layers: Tensor) -> None:
-    """The matrix products of wreath_cka alone: a product per channel of each tile of a kernel's lower triangle."""
-    out = torch.empty(TILE, TILE)
-    for x in layers:
-        tiles = x.flatten(2).split(TILE)
-        for i, rows in enumerate(tiles):
-            for columns in tiles[: i + 1]:
-                product = out[: len(rows), : len(columns)]
-                for c in range(x.shape[1]):
-                    torch.mm(rows[:, c], columns[:, c].T, out=product)
+    """The matrix products of wreath_cka alone, of features that lie ready: per channel, all rows below a strip of columns."""
+    for x in layers:  # (C, N, P)
+        for left in range(0, x.shape[1], COLUMNS):
+            for rows, columns in zip(x[:, left:], x[:, left : left + COLUMNS].mT, strict=True):
+                product(rows, columns)
 
 
 def medians(kinds: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -91,10 +88,11 @@ def compare_cka(shapes: list[Shape], rounds: int) -> None:
     print(f"\n(a) wreath_cka, seconds; median of {rounds}\n{'N x C x H x W':>16}{'plain':>10}{'suite':>10}{'products':>10}")
     for shape in shapes:
         x, y = a_layer(shape, 0), a_layer(shape, 1)
+        a, b = (z.flatten(2).transpose(0, 1).contiguous() for z in (x, y))
         kinds = {
             "plain": lambda x=x, y=y: plain_wreath_cka(x, y),
             "suite": lambda x=x, y=y: wreath_cka(x, y),
-            "products": lambda x=x, y=y: cka_products(x, y),
+            "products": lambda a=a, b=b: cka_products(a, b),
         }
         print_row(shape, medians(kinds, rounds), "products")
         print(f"{'':16}  off by {abs(plain_wreath_cka(x, y) - wreath_cka(x, y)):.1e}", flush=True)
@@ -116,7 +114,7 @@ def compare_procrustes(shapes: list[Shape], rounds: int) -> None:
         kinds = {
             "plain": lambda x=x, y=y: plain_wreath_procrustes(x, y),
             "suite": lambda x=x, y=y: wreath_procrustes(x, y),
-            "floor": lambda a=a, b=b: best_matching((a @ b.T)[None]),
+            "floor": lambda a=a, b=b: best_matching(product(a, b.T)[None]),
         }
         print_row(shape, medians(kinds, rounds), "floor")
         print(f"{'':16}  off by {abs(plain_wreath_procrustes(x, y) - wreath_procrustes(x, y)):.1e}", flush=True)

@@ -140,13 +140,18 @@ def check_fits(model: torch.nn.Module, weights: Any, path: Path) -> None:
             )
 
 
+def has_finite_weights(model: torch.nn.Module) -> bool:
+    """True if all parameters are finite; a GPU is waited for once."""
+    return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())
+
+
 def start_from(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Take weights and moments from a best.pkl, at the optimiser's own learning rate. Raises CheckpointError."""
     state, own = read(path), [{**group} for group in optimizer.param_groups]
     if not isinstance(state, dict) or not {"model", "optimizer"} <= state.keys():
         raise CheckpointError(f"{path} is no checkpoint of this suite: it has no model and optimizer")
     load_model(model, state["model"], path)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    if not has_finite_weights(model):
         raise CheckpointError(f"{path} has weights that are not finite: choose an earlier checkpoint")
     try:
         optimizer.load_state_dict(state["optimizer"])

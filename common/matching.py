@@ -56,7 +56,7 @@ def best_matching(scores: Tensor) -> Tensor:
     for n, matrix in enumerate(matrices):
         if np.isfinite(matrix).all():
             columns[n] = linear_sum_assignment(matrix, maximize=True)[1]
-    return torch.from_numpy(columns).to(scores.device)
+    return torch.from_numpy(columns).to(scores.device, non_blocking=True)
 
 
 def greedy_matching(scores: Tensor) -> Tensor:

@@ -59,9 +59,10 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 
 def _suits_onednn(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN is to multiply: it is hundreds of times slower on views with gaps, and slow on a few rows or columns."""
+    if fp32_products() != "oneDNN" or a.dtype != torch.float32 or a.device.type != "cpu":
+        return False
     dense = all(x.is_contiguous() or x.T.is_contiguous() for x in (a, b))
-    large = min(*a.shape, *b.shape) >= 16
-    return large and dense and a.dtype == torch.float32 and a.device.type == "cpu" and fp32_products() == "oneDNN"
+    return dense and min(*a.shape, *b.shape) >= 16
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

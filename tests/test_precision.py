@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import routing_networks
 from common import checkpoint, parallel, precision
 from common.datasets.augmentation import Preprocessing
 from common.errors import InputError
@@ -21,13 +23,14 @@ from common.models import deterministic, zoo
 from common.models.image_transformer import ImageTransformer, cross_entropy
 from common.models.pooling import FAST_POOLINGS, causal_pool
 from common.models.resnet import CifarResNet
-from common.models.routed import Trunk
 from common.models.sets import MODEL_TYPES, make_set_model
 from common.precision import OPERATORS, PRECISIONS, STRICT, TF32, autocast, set_backend_flags, strict_fp32
 from common.run.clock import Clock
 from common.run.memory import is_out_of_memory
 from common.ssl import transformations
 from common.ssl.duet import DUET
+from common.symmetry.measures import MEASURES
+from common.symmetry.similarity import layer_similarities, similarity
 from common.symmetry.stitching import stitch
 from common.symmetry.stitching_layers import Birkhoff
 from common.symmetry.train import make_optimizers
@@ -66,7 +69,7 @@ def flags() -> tuple[str, ...]:
 class Seen(TorchDispatchMode):
     """Notes of all products and convolutions the dtype and the flags under which they ran; `refused` operators raise."""
 
-    PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward")
+    PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "affine_grid_generator")
 
     def __init__(self, refused: tuple[str, ...] = ()):
         super().__init__()
@@ -180,13 +183,21 @@ def test_strict_fp32_ends_as_it_began() -> None:
     assert flags() == TF32
 
 
-def test_views_and_accuracies_are_strict_where_training_takes_tf32() -> None:
+def test_views_similarities_and_accuracies_are_strict_where_training_takes_tf32() -> None:
     set_backend_flags("tf32")
     images = torch.rand(4, 3, 16, 16)
-    with Seen() as seen:
-        transformations.crop_and_resize(images, torch.tensor([[0.0, 0, 9, 9]]).expand(4, 4), 8)
-        transformations.rotate(images, torch.arange(4.0))
-    assert seen.products == {(torch.float32, STRICT)}
+    boxes, degrees = torch.tensor([[0.0, 0, 9, 9]]).expand(4, 4), torch.arange(4.0)
+    for view in (lambda: transformations.crop_and_resize(images, boxes, 8), lambda: transformations.rotate(images, degrees)):
+        with Seen() as seen:
+            view()
+        assert seen.products == {(torch.float32, STRICT)}
+
+    features = torch.rand(9, 3, 4)
+    for measure in MEASURES:
+        with Seen() as seen:
+            similarity(measure, features, features)
+            layer_similarities(measure, lambda part: [features[part]], lambda part: [features[part]], 9)
+        assert {setting for _, setting in seen.products} == {STRICT}
 
     model, labels = zoo.make("mCNN", width=2), torch.arange(8) % 2
     data = smooth(8, (3, 32, 32))
@@ -309,13 +320,25 @@ def duet_step() -> Tensor:
     return model.loss(model(batch.views), batch, training=True)[0]
 
 
+def routing_step(decision: str) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        line = f"--data MNIST-MTL --width 4 --modules 3 --decision {decision}"
+        args, _ = routing_networks.parse(routing_networks.get_parser(), line.split())
+        images, tasks = torch.randn(6, 1, 32, 32), torch.arange(6) % 3
+        model = routing_networks.make_model(args, SimpleNamespace(train=SimpleNamespace(images=images), n_tasks=3, n_labels=2))
+        _, module_loss, routing_loss, _ = routing_networks.forward(args, model, images, tasks, tasks % 2)
+        return module_loss + routing_loss
+
+    return step
+
+
 STEPS = {
     **{kind: set_step(kind) for kind in MODEL_TYPES},
     "POMA": set_step("Swarm", pooling="POMA"),
     "images": image_step,
     **{arch: zoo_step(arch) for arch in ("mCNN", "cct_2_3x2_32", "resnet20")},
     "DUET": duet_step,
-    "trunk of routing networks": lambda: Trunk(1)(torch.randn(2, 1, 32, 32)).square().mean(),
+    **{decision: routing_step(decision) for decision in routing_networks.DECISIONS},
 }
 
 
@@ -480,7 +503,7 @@ def test_seconds_are_read_when_the_gpu_is_done_and_the_budget_without_waiting(mo
     assert clock.used() >= 0 and len(waits) == 1
     with clock.paused():
         assert len(waits) == 2
-    assert len(waits) == 3 and clock.state_dict()["seconds"] >= 0 and len(waits) == 4
+    assert clock.state_dict()["seconds"] >= 0 and len(waits) == 3
 
 
 def test_autocast_takes_the_device_of_the_tensor() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn, optim
 
 import common.routing as R
+from common.models import routed
 from common.routing import (
     MLP,
     CollaborationReward,
@@ -22,8 +23,10 @@ from common.routing import (
     NegLossReward,
     RoutedLSTMCell,
     Selection,
+    grouped,
+    policies,
 )
-from common.routing.decision import Transition
+from common.routing.decision import Transition, draw
 from tests.reference import DATA, assert_agrees
 
 POLICY = (
@@ -282,6 +285,26 @@ def test_shared_rewards() -> None:
             assert reward.get_reward(torch.zeros(1, 5), torch.tensor([4])).shape == (1,)
 
 
+def test_collaboration_of_layers_that_share() -> None:
+    """Actions of a wider layer are counted in all, and a history that is not full has only its own."""
+    reward = CollaborationReward(0.5, history_len=8)
+    reward.register(torch.zeros(6, 5), torch.tensor([0, 4, 1, 4, 0, 3]))
+    actions = torch.tensor([0, 1, 2, 0])
+    assert_agrees(reward.get_reward(torch.zeros(4, 3), actions), 0.5 * torch.tensor([2.0, 1, 0, 2]) / 6, 1e-6)
+    reward.clear()
+    assert not reward.get_reward(torch.zeros(4, 3), actions).any()
+
+
+def test_draws() -> None:
+    """They are those of torch.multinomial, and leave its random state."""
+    p = torch.rand(1000, 7, generator=torch.Generator().manual_seed(0))
+    p[:, 3] = 0
+    torch.manual_seed(0)
+    expected, after = p.multinomial(1)[:, 0], torch.get_rng_state()
+    torch.manual_seed(0)
+    assert torch.equal(draw(p), expected) and torch.equal(torch.get_rng_state(), after)
+
+
 def test_bootstrap_over_widths() -> None:
     """The next state's value counts, whatever its width; where there is none, the return does; gaps are passed."""
     xs, records = start(6)
@@ -353,6 +376,75 @@ def test_stacked_linear(index: list[int]) -> None:
     for k, layer in enumerate(layers):
         expected = torch.zeros(4, 6) if layer.weight.grad is None else layer.weight.grad
         assert_agrees(stack.weight.grad[k], expected, 1e-5)
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All maps are applied to all samples."""
+    for module in (grouped, policies):
+        monkeypatch.setattr(module, "can_apply_all", lambda *_: True)
+
+
+def outputs_and_gradients(layer: nn.Module, index: list[int]) -> list[Tensor]:
+    """Of a layer for samples (N, 6) and their index: its output and all gradients, 0 where there is none."""
+    layer.zero_grad()
+    xs = torch.randn(len(index), 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = layer(xs, torch.tensor(index))
+    out.square().sum().backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in (xs, *layer.parameters())]
+    return [out.detach(), *gradients]
+
+
+@pytest.mark.parametrize("index", [[0, 2, 1, 2, 0, 1, 3, 3, 2], [0, 0, 0, 0, 0, 0, 0, 4, 0], [1] * 9, [3]])
+@pytest.mark.parametrize("kind", ["maps", "networks", "deep networks"])
+def test_all_maps_for_all_samples(kind: str, index: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product of fixed size equals a call for each module: groups that are alike, that are not, empty ones, one sample."""
+    torch.manual_seed(0)
+    hidden = (8, 7) if kind == "deep networks" else ()
+    layer = R.StackedLinear(5, 6, 4) if kind == "maps" else policies.Networks(5, 6, 4, hidden)
+    by_group = outputs_and_gradients(layer, index)
+    as_on_a_gpu(monkeypatch)
+    for a, b in zip(by_group, outputs_and_gradients(layer, index), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decisions_as_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several networks decide, with values and controls: the same draws, losses and gradients, second derivatives included."""
+    torch.manual_seed(0)
+    layer, selection = getattr(R, kind)(4, 6, num_agents=3, approx_hidden_dims=(8,)), Selection(R.StackedLinear(4, 6, 2))
+    results = []
+    for on_a_gpu in (False, True):
+        if on_a_gpu:
+            as_on_a_gpu(monkeypatch)
+        torch.manual_seed(1)
+        xs, records = start(20)
+        ys, records, actions = selection(*layer(xs, records, torch.arange(20) % 3))
+        sum(Loss(nn.MSELoss(), NegLossReward())(ys, torch.ones(20, 2), records)).backward()
+        parameters = [*layer.parameters(), *selection.parameters()]
+        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+        results.append([actions, ys.detach(), *(g for g in gradients if g is not None)])
+        layer.zero_grad()
+        selection.zero_grad()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+DECIDING = [(model, kind) for model in ("routed-all-fc", "dispatched", "single-agent") for kind in KINDS]
+
+
+@pytest.mark.parametrize("model, kind", [*DECIDING, *((model, "WPL") for model in ("per-task-1-fc", "soft-mixture"))])
+def test_no_layer_looks_at_values(model: str, kind: str) -> None:
+    """A step of tensors without values, which cannot be looked at: with a GPU, nothing would wait for it."""
+
+    def make_decision(n: int, n_in: int, n_agents: int, storage: str) -> R.Decision:
+        reward = CollaborationReward if n_in == 32 else R.RunningAverageCollaborationReward
+        return getattr(R, kind)(n, n_in, n_agents, policy_storage_type=storage, additional_reward_class=reward)
+
+    net = routed.make(model, 1, routed.layer_sizes(28, 2, 8, 3), 5, 4, 2, make_decision).to("meta")
+    tasks = torch.zeros(6, dtype=torch.int64, device="meta")
+    estimates, records = net(torch.zeros(6, 1, 28, 28, device="meta"), tasks)
+    sum(Loss(nn.CrossEntropyLoss(), NegLossReward())(estimates, tasks, records)).backward()
+    assert all(p.grad is not None for p in net.trunk.parameters())
 
 
 def test_dispatching_and_masks() -> None:

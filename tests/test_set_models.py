@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.plain_sets import PlainLSTM, PlainSetTransformer
 from common.matching import matched_cross_entropy
 from common.models.sets import (
     MODEL_TYPES,
@@ -204,3 +205,18 @@ def test_wrong_options() -> None:
         small("SetTransformer", n_heads=3)
     with pytest.raises(ValueError, match="unknown model type 'Sworm'"):
         small("Sworm")
+
+
+@pytest.mark.parametrize(("kind", "plain"), [("SetTransformer", PlainSetTransformer), ("LSTM", PlainLSTM)])
+def test_equals_plain_formulation(kind: str, plain: type[torch.nn.Module]) -> None:
+    """In double precision; the LSTM without padding, which the plain one reads like entities."""
+    torch.manual_seed(0)
+    model, formula = make_set_model(kind, 2, 5, n_hidden=32), plain(2, 5, 32)
+    formula.load_state_dict(model.state_dict())
+    model, formula, x = model.double(), formula.double(), torch.randn(4, 13, 2, dtype=torch.float64)
+    mask = torch.ones(4, 13).bool() if kind == "LSTM" else torch.rand(4, 13) < 0.7
+    for each in (model, formula):
+        each(x, mask)[mask].square().sum().backward()
+    torch.testing.assert_close(model(x, mask)[mask], formula(x, mask)[mask])
+    for (name, p), q in zip(model.named_parameters(), formula.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)

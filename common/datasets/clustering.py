@@ -78,8 +78,8 @@ def padded_batch(tasks: ClusteringTasks, indices: Tensor) -> tuple[Tensor, Tenso
     """Collect tasks, padded to the largest: points (N, E, 2) and labels (N, E), zero at padding, and the mask (N, E)."""
     device, sizes = tasks.points.device, tasks.sizes[indices]
     offsets = torch.arange(int(sizes.max()), device=device)
-    mask = offsets < sizes.to(device)[:, None]
-    entity = torch.where(mask, tasks.starts[indices.to(device)][:, None] + offsets, 0)
+    mask = offsets < sizes.to(device, non_blocking=True)[:, None]
+    entity = torch.where(mask, tasks.starts[indices.to(device, non_blocking=True)][:, None] + offsets, 0)
     return tasks.points[entity] * mask.unsqueeze(2), tasks.labels[entity] * mask, mask
 
 

@@ -136,21 +136,25 @@ class IncrementalImages:
     """An ImageTransformer over n images that become known value by value: each costs n_iter cell steps per layer.
 
     All it keeps of the earlier values is a sum of h for each iteration and layer: n_layers n_iter n_hidden numbers an image.
+    What the first layer makes of its input, Wih x + b, is a sum of three terms, all of which are computed at the start.
     """
 
     @torch.no_grad()
     def __init__(self, model: ImageTransformer, n: int, classes: Tensor | None = None):
         self.cells = [IncrementalSwarm(cell, n) if isinstance(cell, SwarmLayer) else cell for cell in model.cells]
-        self.embedding, self.positions = model.input_embedding, iter(model.positions())
-        self.context = model.context(n, classes)
+        Wih, bias = self.cells[0].Wih, self.cells[0].bias
+        self.values = F.linear(model.input_embedding.weight, Wih)  # (256, 4H)
+        self.positions = iter(F.linear(model.positions(), Wih))  # (E, 4H)
+        self.context = F.linear(model.context(n, classes), Wih, bias)  # (n, 4H)
 
     @torch.no_grad()
     def logits(self, before: Tensor | None) -> Tensor:
         """Logits (n, 256) at the next position, given the value (n) at the one before: None at the first position."""
-        x = self.context + next(self.positions)
+        x_term = self.context + next(self.positions)
         if before is not None:
-            x += self.embedding(before)
-        for cell in self.cells:
+            x_term += self.values[before]
+        x = self.cells[0].step(x_term)
+        for cell in self.cells[1:]:
             x = cell(x)
         return x
 

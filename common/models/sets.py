@@ -66,14 +66,49 @@ class MultiheadAttention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend from x (N, Q, D) to the valid entities of y (N, K, D), `mask` (N, K): -> (N, Q, D)."""
-
-        def heads(z: Tensor) -> Tensor:
-            return z.unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (N, heads, E, D / heads)
-
-        q, k, v = heads(self.project_queries(x)), heads(self.project_keys(y)), heads(self.project_values(y))
-        attention_mask = None if mask is None else as_mask(y, mask)[:, None, None, :]  # (N, heads, Q, K)
-        attended = F.scaled_dot_product_attention(q, k, v, attention_mask)
+        valid = None if mask is None else as_mask(y, mask)[:, None]  # (N, 1, K)
+        limit = x.shape[2] // self.n_heads  # with fewer queries, or keys, it takes less time not to project the others
+        if x.shape[1] < limit:
+            return self.concatenation(self.from_few(x, y, valid).transpose(1, 2).flatten(2))
+        if y.shape[1] < limit:
+            return self.to_few(x, y, valid)
+        q, k, v = self.heads(self.project_queries(x)), self.heads(self.project_keys(y)), self.heads(self.project_values(y))
+        attended = F.scaled_dot_product_attention(q, k, v, None if valid is None else valid.unsqueeze(2))
         return self.concatenation(attended.transpose(1, 2).flatten(2))
+
+    def heads(self, z: Tensor) -> Tensor:
+        """(N, E, D) -> (N, heads, E, D / heads)."""
+        return z.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+
+    def from_few(self, x: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
+        """Attend from few queries: the mean of values is the value of the mean. -> (N, heads, Q, D / heads)."""
+        scores = self.scores(self.heads(self.project_queries(x)), y, self.project_keys)
+        attention = masked_softmax(scores, None if valid is None else valid.unsqueeze(2), 3)
+        means = (attention.flatten(1, 2) @ y).unflatten(1, (self.n_heads, -1))  # (N, heads, Q, D)
+        weight, bias = (p.unflatten(0, (self.n_heads, -1)) for p in (self.project_values.weight, self.project_values.bias))
+        bias = bias.unsqueeze(1) if valid is None else bias.unsqueeze(1) * valid.any(2)[:, None, None]
+        return means @ weight.mT + bias
+
+    def to_few(self, x: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
+        """Attend to few keys, whose values are concatenated before they are summed up. -> (N, Q, D)."""
+        scores = self.scores(self.heads(self.project_keys(y)), x, self.project_queries)
+        attention = masked_softmax(scores, None if valid is None else valid.unsqueeze(3), 2)
+        weight = self.concatenation.weight.T.unflatten(0, (self.n_heads, -1))  # (heads, D / heads, D)
+        values = self.heads(self.project_values(y)) @ weight
+        return attention.flatten(1, 2).mT @ values.flatten(1, 2) + self.concatenation.bias
+
+    def scores(self, few: Tensor, many: Tensor, linear: nn.Linear) -> Tensor:
+        """Scaled products of few (N, heads, F, D / heads) and linear(many (N, M, D)), which is not computed: (N, heads, F, M)."""
+        few = few / few.shape[3] ** 0.5
+        weight, bias = linear.weight.unflatten(0, (self.n_heads, -1)), linear.bias.unflatten(0, (self.n_heads, -1, 1))
+        return ((few @ weight).flatten(1, 2) @ many.mT).unflatten(1, (self.n_heads, -1)) + few @ bias
+
+
+def masked_softmax(scores: Tensor, valid: Tensor | None, dim: int) -> Tensor:
+    """Softmax over the valid entries; zero at the others."""
+    if valid is None:
+        return scores.softmax(dim)
+    return scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(dim) * valid
 
 
 class FeedForward(nn.Module):
@@ -133,7 +168,7 @@ class SetStack(nn.Module):
         mask = as_mask(x, mask)
         for module in self.mods:
             x = module(x, mask) if isinstance(module, SwarmLayer | SetLinear | InducedSetAttentionBlock) else module(x)
-            if isinstance(module, InducedSetAttentionBlock):
+            if isinstance(module, InducedSetAttentionBlock) and self.dropout:
                 # one mask for each set and channel: the same network for all entities of a set
                 x = x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), self.dropout, self.training)
         return x
@@ -155,11 +190,33 @@ class SetLSTM(nn.Module):
         mask = as_mask(x, mask)
         key = x[:, :, 0] if self.sort else torch.zeros_like(x[:, :, 0])
         order = torch.where(mask, key, torch.inf).argsort(dim=1, stable=True)  # padding last
-        lengths = mask.sum(1).clamp(min=1).cpu()
-        entities = torch.gather(x, 1, order.unsqueeze(2).expand_as(x))
-        packed = nn.utils.rnn.pack_padded_sequence(entities, lengths, batch_first=True, enforce_sorted=False)
-        h, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
-        return self.lin(torch.gather(h, 1, order.argsort(1).unsqueeze(2).expand_as(h)))
+        h = self.run(reordered(x, order), mask.sum(1, keepdim=True))
+        return reordered(self.lin(h), order.argsort(1))
+
+    def run(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Outputs of the LSTM (N, E, 2H) for sequences that begin with their valid entities, lengths (N, 1) in number.
+
+        The second direction is a first one over the valid entities in reverse. (A packed sequence says the same, but it goes
+        through Python's autograd step by step on a CPU, at a twentieth of the speed.)
+        """
+        position = torch.arange(x.shape[1], device=x.device)
+        reverse = torch.where(position < lengths, lengths - 1 - position, position)  # (N, E), the inverse of itself
+        for layer in range(self.lstm.num_layers):
+            if layer:
+                x = F.dropout(x, self.lstm.dropout, self.training)
+            onward = self.run_direction(x, f"_l{layer}")
+            x = torch.cat([onward, reordered(self.run_direction(reordered(x, reverse), f"_l{layer}_reverse"), reverse)], 2)
+        return x
+
+    def run_direction(self, x: Tensor, suffix: str) -> Tensor:
+        weights = [getattr(self.lstm, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        start = x.new_zeros(1, len(x), self.lstm.hidden_size)
+        return torch.lstm(x, (start, start), weights, True, 1, 0.0, self.training, False, True)[0]
+
+
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """Entities x (N, E, D) of each set in an order (N, E)."""
+    return torch.gather(x, 1, order.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 
 def make_set_model(

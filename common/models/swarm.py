@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from common.masks import as_mask
 from common.models.pooling import POMA_SLICES, POOLINGS
 from common.models.swarm_fast import Weights, fast_recurrence
+from common.processor import product
 
 
 class SwarmCell(nn.Module):
@@ -144,6 +145,9 @@ class IncrementalSwarm:
     All it keeps of the earlier entities is the sum of their h in each iteration. A call takes the next entity (N, n_in) and
     returns the output of the layer for it (N, n_out), without gradients. The layer's weights must not change in between.
 
+    With k entities so far, the last included, p = (sum + h) / k, sum over the earlier ones: Whp sum / k is computed for all
+    iterations at once, and what is left to the iterations is one product, (Whh + Whp / k) h.
+
     Raises ValueError for a layer with another pooling.
     """
 
@@ -153,23 +157,32 @@ class IncrementalSwarm:
             raise ValueError(
                 f"{layer.pooling} pooling looks at entities that are still to come: only CAUSAL can go step by step"
             )
-        _, _, Whh, Whp = layer.cell.matrices()
-        self.layer, self.Whhp = layer, torch.cat([Whh, Whp], 1).T.contiguous()  # (2H, 4H)
-        self.sums = [Whh.new_zeros(n, Whh.shape[1]) for _ in range(layer.n_iter - 1)]
+        self.Wih, self.bias, self.Whh, self.Whp = (weight.detach() for weight in layer.cell.matrices())
+        self.ffwd, H = layer.ffwd, self.Whh.shape[1]
+        self.W = torch.empty_like(self.Whh)  # Whh + Whp / k
+        self.h = self.Whh.new_empty(layer.n_iter, n, H)  # after each iteration
+        self.c = self.Whh.new_empty(n, H)
+        self.gates = self.Whh.new_empty(layer.n_iter, n, 4 * H)
+        self.parts = [(gates[:, : 3 * H], *gates.chunk(4, 1)) for gates in self.gates]  # of each iteration: ifo, i, f, o, d
+        self.sums = torch.zeros_like(self.h[1:])
         self.count = 0
 
-    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        Wih, bias, _, _ = self.layer.cell.matrices()
+        return self.step(F.linear(x, self.Wih, self.bias))
+
+    @torch.no_grad()
+    def step(self, x_term: Tensor) -> Tensor:
+        """The same, given Wih x + b of the next entity (N, 4H)."""
         self.count += 1
-        gates = x_term = F.linear(x, Wih, bias)
-        h = c = x_term.new_zeros(())
-        for t in range(self.layer.n_iter):
+        torch.add(self.Whh, self.Whp, alpha=1 / self.count, out=self.W)
+        self.gates[:] = x_term
+        self.gates[1:] += product((self.sums / self.count).flatten(0, 1), self.Whp.T).view_as(self.gates[1:])
+        self.c.zero_()
+        for t, (ifo, i, f, o, d) in enumerate(self.parts):
             if t > 0:
-                self.sums[t - 1] += h  # causal_pool, one entity at a time
-                p = self.sums[t - 1] * (1 / self.count)
-                gates = torch.addmm(x_term, torch.cat([h, p], 1), self.Whhp)
-            i, f, o, d = gates.chunk(4, 1)
-            c = f.sigmoid() * c + i.sigmoid() * d.tanh()
-            h = o.sigmoid() * c.tanh()
-        return F.linear(torch.cat([h, c], 1), self.layer.ffwd.weight.flatten(1), self.layer.ffwd.bias)
+                self.gates[t].addmm_(self.h[t - 1], self.W.T)
+            ifo.sigmoid_()
+            self.c.mul_(f).addcmul_(i, d.tanh_())
+            torch.tanh(self.c, out=self.h[t]).mul_(o)
+        self.sums += self.h[:-1]
+        return F.linear(torch.cat([self.h[-1], self.c], 1), self.ffwd.weight.flatten(1), self.ffwd.bias)

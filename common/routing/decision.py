@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.routing.masks import check_index, checked_mask, spread
+from common.routing.masks import active_samples, check_index, spread
 from common.routing.policies import Networks, Tables
 from common.routing.rewards import PerActionBaseReward
 
@@ -74,6 +74,7 @@ class Choice:
 
     state: Tensor  # (N, K, C)
     action: Tensor  # (N)
+    drawn_from: Tensor | None = None  # (N, K), distributions of the actions, if they were made
     gate: Tensor | None = None  # (N), 1 in value: carries the gradient of a reparameterised sample
     control: Tensor | None = None  # (N, K), for RELAX only
 
@@ -86,6 +87,11 @@ def temperature_for(exploration: float) -> float:
 def at_action(values: Tensor, action: Tensor) -> Tensor:
     """The value of each sample's action: (N, K), (N) -> (N)."""
     return values.gather(1, action[:, None])[:, 0]
+
+
+def draw(probabilities: Tensor) -> Tensor:
+    """Draw from each row of (N, K): (N). As torch.multinomial does, without its look at values, which waits for a GPU."""
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(1)
 
 
 def epsilon_greedy(exploration: float, scores: Tensor) -> Tensor:
@@ -202,7 +208,8 @@ class Decision(nn.Module, ABC):
         state = self.state(x, agents)
         if not self.training:
             return Choice(state, state[:, :, 0].argmax(1))
-        return Choice(state, torch.multinomial(self.behaviour(state.detach()), 1)[:, 0])
+        distribution = self.behaviour(state.detach())
+        return Choice(state, draw(distribution), distribution)
 
     def set_exploration(self, exploration: float) -> None:
         """Explore this much from now on, from 0 to 1. Raises ValueError outside."""
@@ -229,23 +236,24 @@ class Decision(nn.Module, ABC):
         """
         if len(records) != len(xs):
             raise ValueError(f"records are of {len(records)} samples: the batch has {len(xs)}")
-        mask = checked_mask(mask, len(xs))
+        active, n = active_samples(mask, len(xs)), len(xs)
         inputs, agents = xs.detach() if self.detach else xs, self._agent_indices(prior_actions, xs)
-        choice = self.decide(inputs, agents) if mask is None else self.decide(inputs[mask], agents[mask])
-        actions = spread(choice.action, mask)
+        choice = self.decide(inputs, agents) if active is None else self.decide(inputs[active], agents[active])
+        actions = spread(choice.action, active, n)
         records.steps.append(
             Step(
                 self,
                 actions,
-                torch.ones(len(xs), dtype=torch.bool, device=xs.device) if mask is None else mask,
-                spread(choice.state, mask),
-                spread(choice.action != choice.state[:, :, 0].argmax(1), mask),
-                None if choice.control is None else spread(choice.control, mask),
+                torch.ones(n, dtype=torch.bool, device=xs.device) if mask is None else mask.bool(),
+                spread(choice.state, active, n),
+                spread(choice.action != choice.state[:, :, 0].argmax(1), active, n),
+                None if choice.control is None else spread(choice.control, active, n),
             )
         )
         if self.training:  # evaluation leaves no trace
-            self.reward_func.register(self.behaviour(choice.state.detach()), choice.action)
-        ys = xs if choice.gate is None else self._pass_gate(xs, records, 1 + spread(choice.gate - 1, mask))
+            known = choice.drawn_from
+            self.reward_func.register(self.behaviour(choice.state.detach()) if known is None else known, choice.action)
+        ys = xs if choice.gate is None else self._pass_gate(xs, records, 1 + spread(choice.gate - 1, active, n))
         return ys, records, actions
 
     def _pass_gate(self, xs: Tensor, records: Trajectories, gate: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""Several modules, each applied to its own samples: one call for each module, or a single one for all."""
+"""Several modules, each applied to its own samples: one call for each module, or a single one for all.
+
+The host would wait for a GPU to learn how many samples each module gets. So, on a GPU, all linear maps are applied to all
+samples, and each sample keeps its own map's output: a product of fixed size. Modules of other kinds get exactly their own
+samples (batch norm depends on all that it gets); this costs one wait for each call.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +14,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_PADDING = 4  # rows of padded groups for each sample
+MAX_OUTPUTS = 2**24  # of all maps for all samples, on a GPU: the product takes no longer than to wait and sort
+
+
+def group_sizes(index: Tensor, n: int) -> Tensor:
+    """Number of samples of each of n groups: (N) -> (n) int64. Unlike torch.bincount, it does not wait for a GPU."""
+    return index.new_zeros(n).scatter_add(0, index, torch.ones_like(index))
 
 
 def apply_grouped(functions: Sequence[Callable[[Tensor], Tensor]], xs: Tensor, index: Tensor) -> Tensor:
     """functions[index[i]](xs[i]) for every sample i: (N, ...), (N) -> (N, ...).
 
-    Samples are sorted by function, so that each is called once, with all of its samples, or not at all without any.
+    Samples are sorted by function, so that each is called once, with all of its samples, or not at all without any. With
+    several functions the host waits for a GPU once.
     """
-    counts = torch.bincount(index, minlength=len(functions)).tolist()
+    if len(functions) == 1:
+        return functions[0](xs)
+    counts = group_sizes(index, len(functions)).tolist()
     if max(counts) == len(index):
         return functions[counts.index(len(index))](xs)
     order = index.argsort(stable=True)
     parts = xs[order].split(counts)
     sorted_out = torch.cat([function(part) for function, part in zip(functions, parts, strict=True) if len(part)])
     return sorted_out[order.argsort()]
+
+
+def can_apply_all(xs: Tensor, M: int, E: int) -> bool:
+    """True if M maps to E features are to be applied to all of xs (N, D): on a GPU, unless there are too many outputs."""
+    return xs.device.type != "cpu" and len(xs) * M * E <= MAX_OUTPUTS
+
+
+def apply_all(weight: Tensor, bias: Tensor, xs: Tensor, index: Tensor) -> Tensor:
+    """Apply all maps to all samples and keep each sample's own: (M, E, D), (M, E), xs (N, D), index (N) -> (N, E).
+
+    Gradients are deterministic on a GPU: that of `gather` adds one number at each place, those of products have a fixed order.
+    (To gather the weights of each sample instead is not: the backward pass of `index_select` adds with atomics.)
+    """
+    outputs = F.linear(xs, weight.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape)  # (N, M, E)
+    return outputs.gather(1, index[:, None, None].expand(-1, 1, bias.shape[1]))[:, 0]
 
 
 class StackedLinear(nn.Module):
@@ -47,7 +76,9 @@ class StackedLinear(nn.Module):
 
     def forward(self, xs: Tensor, index: Tensor) -> Tensor:
         M, N = len(self), len(xs)
-        counts = torch.bincount(index, minlength=M)
+        if can_apply_all(xs, *self.bias.shape):
+            return apply_all(self.weight, self.bias, xs, index)
+        counts = group_sizes(index, M)
         size = int(counts.max())
         if M * size > MAX_PADDING * N + M:  # few groups hold most samples
             maps = [lambda x, W=W, b=b: F.linear(x, W, b) for W, b in zip(self.weight, self.bias, strict=True)]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.routing.decision import Trajectories
 from common.routing.grouped import StackedLinear, apply_grouped
-from common.routing.masks import check_index, checked_mask, spread
+from common.routing.masks import active_samples, check_index, spread
 
 
 class Initialization(nn.Module):
@@ -57,11 +57,11 @@ class Selection(nn.Module):
         """Raises ValueError for actions that are missing, not (B), or name no module, and a mask without an active sample."""
         if actions is None:
             raise ValueError("actions is None: a decision needs to come before a Selection")
-        mask = checked_mask(mask, len(xs))
-        check_index("actions", actions, mask, len(xs), len(self.stack or self.selectable), "modules")
-        x, index = (xs, actions) if mask is None else (xs[mask], actions[mask])
+        active = active_samples(mask, len(xs))
+        check_index("actions", actions, active, len(xs), len(self.stack or self.selectable), "modules")
+        x, index = (xs, actions) if active is None else (xs[active], actions[active])
         ys = apply_grouped(list(self.selectable), x, index) if self.stack is None else self.stack(x, index)
-        ys = spread(ys, mask)
+        ys = spread(ys, active, len(xs))
         if records.gate is not None:
             ys = ys * records.gate.view(-1, *[1] * (ys.ndim - 1))
             records.gate = None

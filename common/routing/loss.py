@@ -51,7 +51,7 @@ class Loss(nn.Module):
         """Mean module loss and mean routing loss or, without `reduce`, both for each sample (B).
 
         `external_losses` (B, ...) replace the loss of the estimates. Raises ValueError for targets that are missing,
-        another number of losses than of trajectories, and rewards that are not finite.
+        another number of losses than of trajectories, and, on CPUs, rewards that are not finite.
         """
         if not isinstance(records, Trajectories):
             raise ValueError(f"records is a {type(records).__name__}: trajectories are needed, as Initialization makes them")
@@ -62,7 +62,7 @@ class Loss(nn.Module):
         if len(module_loss) != len(records):
             raise ValueError(f"records are of {len(records)} samples: the batch has {len(module_loss)} losses")
         final = self.reward_func(module_loss, ysest, ystrue)
-        if not final.isfinite().all():
+        if final.device.type == "cpu" and not final.isfinite().all():  # the host would wait for a GPU
             raise NonFiniteLossError(
                 f"the final rewards hold {final[~final.isfinite()][0].item()}: the loss has no finite value"
             )
@@ -97,20 +97,20 @@ class Loss(nn.Module):
         per_action = per_action / active.sum(0).clamp(min=1)
         if self.normalize_per_action_rewards:
             per_action = per_action * final.abs()
-        rewards, returns, next_values = (torch.zeros_like(per_action) for _ in range(3))
+        rewards, returns, next_values = [], [], []  # of the last step first
         is_last = torch.ones_like(active[0])  # no later decision of the sample is active
         cum_return, value = torch.zeros_like(final), torch.zeros_like(final)  # of the next decision
         for t in reversed(range(len(records.steps))):
             step, here = records.steps[t], active[t]
-            next_values[t] = value * here
-            rewards[t] = torch.where(is_last, per_action[t] + final, per_action[t]) * here
-            cum_return = torch.where(here, rewards[t] + cum_return, cum_return)
-            returns[t] = cum_return * here
+            next_values.append(value * here)
+            rewards.append(torch.where(is_last, per_action[t] + final, per_action[t]) * here)
+            cum_return = torch.where(here, rewards[-1] + cum_return, cum_return)
+            returns.append(cum_return * here)
             if any(earlier.decision.bootstraps for earlier in records.steps[:t]):
                 known = step.decision.bootstrap(step.states, step.actions)
                 value = torch.where(here, cum_return if known is None else known, value)
             is_last = is_last & ~here
-        return rewards, returns, next_values
+        return torch.stack(rewards[::-1]), torch.stack(returns[::-1]), torch.stack(next_values[::-1])
 
     @staticmethod
     def _per_action(step: Step) -> Tensor:

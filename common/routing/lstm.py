@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.routing.decision import Decision, Trajectories
 from common.routing.layers import Selection
-from common.routing.masks import checked_mask
+from common.routing.masks import active_samples
 
 
 class RoutedProjection(nn.Module):
@@ -86,16 +86,17 @@ class RoutedLSTMCell(nn.Module):
         if hidden is None:
             hidden = (x.new_zeros(len(x), self.hidden_size), x.new_zeros(len(x), self.hidden_size))
         h, c = hidden
-        active = checked_mask(mask, len(x))
+        if active_samples(mask, len(x)) is None:
+            mask = None
         agents = None if task_actions is None else torch.as_tensor(task_actions, device=x.device)
 
         def project(part: nn.Module, inputs: Tensor) -> Tensor:
-            return part(inputs, records, agents, active) if isinstance(part, RoutedProjection) else part(inputs)
+            return part(inputs, records, agents, mask) if isinstance(part, RoutedProjection) else part(inputs)
 
         gates = project(self.i2h, x) + project(self.h2h, h)  # (B, 4 H)
         i, f, o, candidate = gates.chunk(4, 1)
         new_c = f.sigmoid() * c + i.sigmoid() * candidate.tanh()
         new_h = o.sigmoid() * new_c.tanh()
-        if active is not None:
-            new_h, new_c = (torch.where(active[:, None], new, old) for new, old in ((new_h, h), (new_c, c)))
+        if mask is not None:
+            new_h, new_c = (torch.where(mask.bool()[:, None], new, old) for new, old in ((new_h, h), (new_c, c)))
         return (new_h, new_c), records

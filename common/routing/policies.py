@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.routing.grouped import apply_grouped
+from common.routing.grouped import apply_all, apply_grouped, can_apply_all
 
 
 class MLP(nn.Module):
@@ -34,7 +34,8 @@ class MLP(nn.Module):
 class Networks(nn.Module):
     """A network for each of A agents: inputs (N, ...), agents (N) -> (N, K).
 
-    Copies of `net`, which get the inputs as they are; without it MLPs, which get them flattened.
+    Copies of `net`, which get the inputs as they are; without it MLPs, which get them flattened. On a GPU, MLPs that get no
+    sample have a gradient of 0, not None.
     """
 
     def __init__(self, num_agents: int, in_dim: int, out_dim: int, hidden: Sequence[int], net: nn.Module | None = None):
@@ -43,7 +44,16 @@ class Networks(nn.Module):
         self.nets, self.flattens = nn.ModuleList(nets), net is None
 
     def forward(self, x: Tensor, agents: Tensor) -> Tensor:
-        return apply_grouped(list(self.nets), x.flatten(1) if self.flattens else x, agents)
+        if not self.flattens:
+            return apply_grouped(list(self.nets), x, agents)
+        x, A = x.flatten(1), len(self.nets)
+        layers = [list(same) for same in zip(*(net.layers for net in self.nets), strict=True)]  # by depth, of all agents
+        if A == 1 or not all(can_apply_all(x, A, same[0].out_features) for same in layers):
+            return apply_grouped(list(self.nets), x, agents)
+        for i, same in enumerate(layers):
+            weight, bias = (torch.stack([getattr(layer, name) for layer in same]) for name in ("weight", "bias"))
+            x = apply_all(weight, bias, F.relu(x) if i else x, agents)
+        return x
 
 
 class Tables(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.routing.decision import Choice, Decision, Trajectories, Transition, at_action, temperature_for
+from common.routing.decision import Choice, Decision, Trajectories, Transition, at_action, draw, temperature_for
 from common.routing.policies import Networks
 
 
@@ -125,7 +125,7 @@ class RELAX(Sampled):
         logits = self.policy(x, agents)
         if not (self.training and torch.is_grad_enabled()):
             state = F.pad(logits[:, :, None], (0, 2))
-            action = self.behaviour(state).multinomial(1)[:, 0] if self.training else logits.argmax(1)
+            action = draw(self.behaviour(state)) if self.training else logits.argmax(1)
             return Choice(state, action)
         # a leaf: the loss of c must not reach the policy
         leaf = logits.detach().requires_grad_()

@@ -92,7 +92,9 @@ class CollaborationReward(PerActionBaseReward):
         self.history.fill_(-1)
 
     def get_reward(self, dist: Tensor, action: Tensor) -> Tensor:
-        counts = torch.bincount(self.history + 1, minlength=dist.shape[1] + 1)[1:].to(dist.dtype)
+        K = dist.shape[1]
+        places = self.history.clamp(max=K) + 1  # 0: nothing yet, K + 1: selections of a wider layer that shares the reward
+        counts = places.new_zeros(K + 2).scatter_add(0, places, torch.ones_like(places))[1:].to(dist.dtype)
         return self.reward_ratio * (counts / counts.sum().clamp(min=1))[action]
 
 
@@ -117,10 +119,8 @@ class RunningAverageCollaborationReward(PerActionBaseReward):
     def register(self, dist: Tensor, action: Tensor) -> None:
         n = len(action)
         weights = self.decay ** torch.arange(n - 1, -1, -1, device=action.device, dtype=self.average.dtype)
-        if self.average.sum() == 0:  # the first action enters with the full weight
-            weights = weights * torch.where(torch.arange(n, device=action.device) == 0, 1.0, 1 - self.decay)
-        else:
-            weights = weights * (1 - self.decay)
+        is_first = (self.average.sum() == 0) & (torch.arange(n, device=action.device) == 0)
+        weights = weights * torch.where(is_first, 1.0, 1 - self.decay)  # the first action enters with the full weight
         self.average = self.decay**n * self.average + torch.zeros_like(self.average).index_add(0, action, weights)
 
     def clear(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import checkpoint, plotting
 from common.run.backtracking import Backtracking
@@ -16,6 +16,18 @@ from common.run.clock import Clock
 from common.run.metrics import Meter, Metrics, Traces, read_metrics
 from common.run.run import Run
 from common.run.state import Part, State
+
+
+def make_adam(model: nn.Module, lr: float) -> torch.optim.Adam:
+    """Adam, on a GPU in one kernel for all parameters. It takes states from any device, and stays as it is then."""
+    fused = next(model.parameters()).is_cuda or None
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=fused)
+
+    def keep_fused(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
+
+    optimizer.register_load_state_dict_pre_hook(keep_fused)
+    return optimizer
 
 
 class BestModel:
@@ -111,7 +123,12 @@ class BudgetedTraining(State):
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def record_step(self, n: int, loss: float, **metrics: float) -> None:
+    @property
+    def shown_loss(self) -> str:
+        """The last training loss that has arrived from the device, for a progress bar."""
+        return f"{self.losses[0]:.3f}" if self.losses else "?"
+
+    def record_step(self, n: int, loss: Tensor, **metrics: Tensor) -> None:
         """Count an optimiser's step on n samples; its metrics are traced. Raises Interrupted after a signal."""
         self.meter.add(n, {"loss": loss})
         self.traces.record(self.step + 1, {"loss": loss, **metrics})
@@ -120,13 +137,17 @@ class BudgetedTraining(State):
     def draw(self, steps_per_epoch: int, baselines: Mapping[str, Mapping[str, float]], loss_name: str) -> None:
         """metrics.png and weights.png, with the baselines of columns as {"val_loss": {"oracle": 0.1}}."""
         folder, name, traces = self.run.part, self.run.name, self.traces
+        weights = traces.by_parameter()  # fetches all
         by_step = traces.steps, traces.numbers, steps_per_epoch
         plotting.plot_metrics(folder / "metrics.png", name, read_metrics(self.metrics.path), *by_step, baselines, loss_name)
-        plotting.plot_weights(folder / "weights.png", name, traces.steps, traces.by_parameter(), steps_per_epoch)
+        plotting.plot_weights(folder / "weights.png", name, traces.steps, weights, steps_per_epoch)
 
     def conclude_epoch(self, row: Mapping[str, float | int]) -> str:
         """Judge the epoch by the val_loss of its row of metrics.csv; returns a text for the log. The next epoch begins."""
         verdict = self.best.judge(row["val_loss"], last_epoch=self.clock.is_up())
+        if not checkpoint.has_finite_weights(self.model):  # there is no way back from the last epoch
+            self.best.load()
+        self.losses_finite = True
         self.metrics.append(row)
         self.meter.reset()
         self.end_epoch()

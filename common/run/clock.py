@@ -19,20 +19,20 @@ class Clock:
         self._since: float | None = time.monotonic()
 
     def used(self) -> float:
-        """Seconds that have counted so far, to the end of what a GPU has been given to do: waits for it."""
-        wait_for_gpu()
-        return self._so_far()
+        """Seconds that have counted so far, with all work that a GPU was given, for which it waits."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return self._now()
 
-    def _so_far(self) -> float:
+    def _now(self) -> float:
         return self._used + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def left(self) -> float:
-        """Seconds left, not below zero. For every step: waits for nothing."""
-        return max(0.0, self.budget - self._so_far())
+        """Seconds left, not below zero. A GPU may be some steps behind: neither this nor `is_up` waits for it."""
+        return max(0.0, self.budget - self._now())
 
     def is_up(self) -> bool:
-        """True if the budget is used. For every step: waits for nothing."""
-        return self._so_far() >= self.budget
+        return self._now() >= self.budget
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -41,7 +41,6 @@ class Clock:
         try:
             yield
         finally:
-            wait_for_gpu()
             self._since = time.monotonic()
 
     def state_dict(self) -> dict[str, float]:
@@ -49,9 +48,3 @@ class Clock:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self._used, self._since = float(state["seconds"]), time.monotonic()
-
-
-def wait_for_gpu() -> None:
-    """Wait until the GPU, if one is in use, has done all that it has been given to do."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,7 +99,10 @@ def spread_evenly(n: int) -> Tensor:
 
 
 class Traces:
-    """Metrics by step, and up to 13 entries of each learned parameter. Thinned out evenly above 1,000 records."""
+    """Metrics by step, and up to 13 entries of each learned parameter. Thinned out evenly above 1,000 records.
+
+    Records of a model on a GPU stay there until `fetch`, so that the host does not wait for them.
+    """
 
     def __init__(self, model: nn.Module):
         self.every = 1
@@ -107,18 +111,37 @@ class Traces:
         self.weights: list[Tensor] = []  # (number of traced entries)
         parameters = {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
         self.parameters = list(parameters.values())
-        self.picked = [spread_evenly(p.numel()) for p in self.parameters]
+        self.picked = [spread_evenly(p.numel()).to(p.device) for p in self.parameters]
         self.names = list(parameters)
+        self._on_device: list[tuple[int, tuple[str, ...], Tensor]] = []  # step, names of metrics, their values and weights
 
-    def record(self, step: int, numbers: Mapping[str, float]) -> None:
+    def record(self, step: int, numbers: Mapping[str, Tensor | float]) -> None:
         """Record a step's metrics (the same names each time) and the weights. Skips steps that are no multiple of `every`."""
         if step % self.every:
             return
-        entries = [p.detach().flatten()[pick.to(p.device)] for p, pick in zip(self.parameters, self.picked, strict=True)]
+        values = [torch.as_tensor(value, dtype=torch.float64).detach().reshape(1) for value in numbers.values()]
+        entries = [p.detach().flatten()[pick] for p, pick in zip(self.parameters, self.picked, strict=True)]
+        self._on_device.append((step, tuple(numbers), torch.cat([*values, *entries])))
+        if not entries[0].is_cuda or len(self._on_device) == N_RECORDS:
+            self.fetch()
+
+    def fetch(self) -> None:
+        """Bring the records that are on the device to the host, in one transfer. Left out are metrics that are not finite."""
+        if not self._on_device:
+            return
+        rows = torch.stack([row for _, _, row in self._on_device]).cpu()
+        for (step, names, _), row in zip(self._on_device, rows, strict=True):
+            values = row[: len(names)].tolist()
+            if step % self.every == 0 and all(map(math.isfinite, values)):
+                self._keep(step, dict(zip(names, values, strict=True)), row[len(names) :].float())
+        self._on_device.clear()
+
+    def _keep(self, step: int, numbers: Mapping[str, float], weights: Tensor) -> None:
+        """Add a record, and leave out every other one if there are too many."""
         self.steps.append(step)
         for name, value in numbers.items():
             self.numbers.setdefault(name, []).append(value)
-        self.weights.append(torch.cat(entries).float().cpu())
+        self.weights.append(weights)
         if len(self.steps) > N_RECORDS:
             self.every *= 2
             kept = [i for i, s in enumerate(self.steps) if s % self.every == 0]
@@ -128,12 +151,14 @@ class Traces:
 
     def by_parameter(self) -> dict[str, NDArray[np.floating]]:
         """The traced entries of each parameter: (number of records, up to 13)."""
+        self.fetch()
         if not self.weights:
             return {}
         parts = torch.stack(self.weights).split([len(pick) for pick in self.picked], dim=1)
         return {name: part.numpy() for name, part in zip(self.names, parts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
+        self.fetch()
         return {
             "every": self.every,
             "steps": list(self.steps),

@@ -10,8 +10,13 @@ if run.status == "unfinished":
 run.open()
 while state.epoch < epochs:
     for batch in batches_of(state.epoch)[state.batch :]:
+        loss = ...
+        if not state.is_finite(loss):  # on a GPU it is looked at every 20 steps
+            break
         ...
         state.after_step()
+    if not state.fetch_losses():
+        raise Failed("the loss is not finite")
     state.end_epoch()
 """
 
@@ -25,7 +30,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import checkpoint, parallel
 from common.checkpoint import CheckpointError
@@ -34,6 +39,7 @@ from common.run.command import Command
 from common.run.options import check_same_options
 
 SAVE_SECONDS = 60.0  # between two saves, apart from those that a signal or a script asks for
+FETCH_STEPS = 20  # steps of the run between two looks at losses that are on a GPU
 
 
 class Part(Protocol):
@@ -57,11 +63,33 @@ class State:
         self.epoch = self.batch = self.step = 0
         self.extra: dict[str, Any] = {}  # plain values and tensors
         self.saved_at = time.monotonic()
+        self.fetch_every = 1 if next(model.parameters()).device.type == "cpu" else FETCH_STEPS
+        self.losses: list[float] = []  # the last that were fetched
+        self.losses_finite = True  # all that were fetched
+        self._on_device: list[Tensor] = []  # losses (L) of the steps since then
+
+    def is_finite(self, *losses: Tensor) -> bool:
+        """Look at the losses of a step, before the optimiser takes it; False if they, or earlier ones, are not finite.
+
+        On a GPU they stay there, and the host does not wait for them, until the number of the step is a multiple of 20. So
+        the answer may be up to 19 steps late, always at the same step of a run, whenever it was saved or resumed in between.
+        """
+        self._on_device.append(torch.stack([loss.detach().double() for loss in losses]))
+        return (self.step + 1) % self.fetch_every != 0 or self.fetch_losses()
+
+    def fetch_losses(self) -> bool:
+        """Fetch the losses that are still on the device, in one transfer. False if one that was ever fetched is not finite."""
+        if self._on_device:
+            losses = torch.stack(self._on_device).cpu()
+            self._on_device.clear()
+            self.losses = losses[-1].tolist()
+            self.losses_finite &= bool(losses.isfinite().all())
+        return self.losses_finite
 
     def save(self) -> None:
-        """Write last.pkl. Skipped if a weight is not finite: the file then keeps the last finite ones."""
+        """Write last.pkl. Skipped if a loss or a weight is not finite: the file then keeps the last finite ones."""
         self.saved_at = time.monotonic()
-        if not parallel.is_main() or not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        if not self.fetch_losses() or not parallel.is_main() or not checkpoint.has_finite_weights(self.model):
             return
         state = {
             "options": self.options,

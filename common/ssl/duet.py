@@ -169,7 +169,9 @@ class DUET(nn.Module):
         pixels, n = steps.own_pixels(images, indices), len(indices)
         view1, draw1 = steps.make_view(self.stack, pixels, n, generator, clean=not training)
         view2, draw2 = steps.make_view(self.stack, pixels, n, generator)
-        parameter1, parameter2 = (self.stack.parameter(self.structure, draw).to(images.device) for draw in (draw1, draw2))
+        parameter1, parameter2 = (
+            self.stack.parameter(self.structure, draw).to(images.device, non_blocking=True) for draw in (draw1, draw2)
+        )
         return DUETBatch((view1, view2), labels[indices], parameter1, parameter2)
 
     def forward(self, views: Sequence[Tensor], *, jointly: bool = False) -> dict[str, Tensor]:

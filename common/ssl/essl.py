@@ -61,7 +61,7 @@ def make_task(code: str, images: Tensor, values: Tensor) -> tuple[Tensor, Tensor
             return tf.rotate(images, values), values[:, None] / 180
         case "bri" | "con" | "sat" | "hue":
             colour = COLOURS.index(code)
-            factors = UNCHANGED.to(images.device).repeat(len(images), 1)
+            factors = UNCHANGED.to(images.device, non_blocking=True).repeat(len(images), 1)
             factors[:, colour] = values
             return tf.jitter(images, factors, [colour]), values[:, None]
         case "ron":
@@ -150,7 +150,7 @@ class ESSL(nn.Module):
         view1, _ = steps.make_view(self.stack, pixels, n, generator, clean=not training)
         view2, _ = steps.make_view(self.stack, pixels, n, generator)
         third, _ = steps.make_view(self.half_stack, pixels, n, generator, clean=not training)
-        values = draw_values(self.predicted, n, generator)[parallel.shard(n)].to(images.device)
+        values = draw_values(self.predicted, n, generator)[parallel.shard(n)].to(images.device, non_blocking=True)
         # back to [0, 1], as published: dark pixels keep the rounding of views, without which the last bits would be others
         task, task_labels = make_task(self.predicted, third + 0.5, values)
         return ESSLBatch((view1, view2, task - 0.5), labels[indices], task_labels)

@@ -140,6 +140,6 @@ def encoder_of(state: dict[str, Any], path: str | Path) -> CifarResNet:
             there, here = (known.get(name, "missing") for known in (saved_shapes, shapes))
             raise InputError(f"{path} is of another version: {prefix}{name} is {there} there and {here} here")
     checkpoint.load_model(encoder, weights, Path(path))
-    if not all(parameter.isfinite().all() for parameter in encoder.parameters()):
+    if not checkpoint.has_finite_weights(encoder):
         raise InputError(f"{path} has weights that are not finite")
     return encoder.eval()

@@ -123,6 +123,6 @@ def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     )
     sixths = hue + 6 * turn
     # each colour is `value` within a sixth of its own hue, `low` beyond two sixths, and in between on a line
-    offsets = torch.tensor([5, 3, 1], device=images.device)[:, None, None]  # red, green, blue
+    offsets = torch.arange(5, 0, -2, device=images.device)[:, None, None]  # of red, green, blue; made where the images are
     k = (offsets + sixths) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)

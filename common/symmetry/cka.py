@@ -6,13 +6,17 @@ A kernel (N, N) is never held: HSIC needs sums of products and of rows, to which
 from __future__ import annotations
 
 import math
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from common.symmetry.measures import Similarities, as_maps, check_finite, check_names, layer_name, maps_of
+from common.processor import cache_size, product
+from common.symmetry.measures import GPU_BYTES, Similarities, as_maps, check_finite, check_names, image_norms, maps_of
 
 NOTHING = 1e-12  # variance of a constant, after rounding, relative to its square
+ROWS, COLUMNS = 2048, 128  # of a tile on a CPU: large enough for products at full speed, 1 MiB, and little above the diagonal
 
 
 def _check_n_images(n_images: int) -> None:
@@ -21,22 +25,38 @@ def _check_n_images(n_images: int) -> None:
 
 
 class Moments:
-    """A layer's channel means over images and positions, and sums of squared deviations, (C) each, over batches."""
+    """A layer's channel means over images and positions, and sums of squared deviations, (C) each, over batches.
 
-    def __init__(self, channels: int, device: torch.device | None = None):
+    Sums are of differences from the mean of the first images: exact also for large means.
+    """
+
+    def __init__(self, maps: Tensor):
+        """Features of the layer (B, C, H, W) for the first images; they are not added yet."""
+        self.shift = maps[:16].mean((0, 2, 3))
         self.count = 0
-        self.mean, self.deviations = torch.zeros(2, channels, dtype=torch.float64, device=device)
+        self.sum, self.sum_of_squares = torch.zeros(2, maps.shape[1], dtype=torch.float64, device=maps.device)
 
-    def add(self, maps: Tensor, layer: str = "features") -> None:
-        """Add maps (B, C, H, W). Batches are merged as by Chan, Golub and LeVeque (1979): exact also for large means."""
-        count = maps.shape[0] * maps.shape[2] * maps.shape[3]
-        mean = maps.mean((0, 2, 3))
-        deviations = torch.linalg.vector_norm(maps - mean[:, None, None], dim=(2, 3)).double().square().sum(0)
-        check_finite(deviations, maps, layer)
-        step, total = mean.double() - self.mean, self.count + count
-        self.mean = self.mean + step * (count / total)
-        self.deviations = self.deviations + deviations + step.square() * (self.count * count / total)
-        self.count = total
+    def add(self, maps: Tensor) -> None:
+        """Add a batch of maps (B, C, H, W)."""
+        at_a_time = len(maps)
+        if maps.device.type == "cpu":  # differences stay in the cache
+            at_a_time = max(1, cache_size() // (maps[:1].numel() * maps.element_size()))
+        sums, norms = [], []  # (B, C) of all parts
+        for part in maps.split(at_a_time):
+            difference = part - self.shift.to(maps.dtype)[:, None, None]
+            sums.append(difference.sum((2, 3)))
+            norms.append(image_norms(difference))
+        self.count += maps.shape[0] * maps.shape[2] * maps.shape[3]
+        self.sum += torch.cat(sums).double().sum(0)
+        self.sum_of_squares += torch.cat(norms).square().sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.shift + self.sum / self.count
+
+    @property
+    def deviations(self) -> Tensor:
+        return (self.sum_of_squares - self.sum.square() / self.count).clamp(min=0)
 
     def squares(self, centered: bool) -> Tensor:
         """Squared norm of each channel (C), 0 for a constant one where they are centred."""
@@ -53,16 +73,14 @@ class KernelSums:
         self.rows = torch.zeros(n_layers, n_images, dtype=torch.float64, device=device)
 
     def add(self, rows: slice, columns: slice, tiles: Tensor) -> None:
-        """Add tiles (L, A, B) of the lower triangle; one off the diagonal counts twice, for its mirror image."""
+        """Add tiles (L, A, B). Entries below the diagonal count twice, for their mirror images; others are left out."""
         tiles = tiles.double()
-        on_diagonal = rows == columns
-        if on_diagonal:
-            tiles.diagonal(dim1=1, dim2=2).zero_()
+        if columns.stop > rows.start:
+            tiles.tril_(rows.start - columns.start - 1)
         flat = tiles.flatten(1)
-        self.products += flat @ flat.T * (1 if on_diagonal else 2)
+        self.products += 2 * (flat @ flat.T)
         self.rows[:, rows] += tiles.sum(2)
-        if not on_diagonal:
-            self.rows[:, columns] += tiles.sum(1)
+        self.rows[:, columns] += tiles.sum(1)
 
     def cka(self) -> Tensor:
         """(L, L), NaN for layers with a constant kernel."""
@@ -80,7 +98,7 @@ def _unbiased_hsic(products: Tensor, rows: Tensor) -> Tensor:
 
 
 def unbiased_hsic(K: Tensor, L: Tensor) -> float:
-    """Unbiased estimate of the Hilbert-Schmidt independence criterion of two kernels (N, N); diagonals do not matter.
+    """Unbiased estimate of the Hilbert-Schmidt independence criterion of two symmetric kernels (N, N) without diagonals.
 
     Song et al. 2012, Feature selection via dependence maximization. Raises ValueError for fewer than 4 images, and for
     kernels of different shapes.
@@ -98,12 +116,21 @@ def unbiased_hsic(K: Tensor, L: Tensor) -> float:
     return _unbiased_hsic(sums.products, sums.rows)[0, 1].item()
 
 
+class Scaling(NamedTuple):
+    """How the channels of a layer are compared: (x - mean) * scale of C' channels, dead ones left out if they are taken out."""
+
+    mean: Tensor  # (C', 1, 1), 0 where features are not centred
+    scale: Tensor  # (C', 1, 1)
+    live: Tensor | None  # (C'), indices of the channels; None: all
+    n_dead: int
+
+
 class Kernels:
     """CKA between all layers of two networks, in two passes over N images.
 
     The first pass (add_moments, batch by batch) finds each channel's mean and norm. The second (add_tile) compares pairs of
     blocks of images, whose channels are centred and scaled to unit norm (linear_cka: all channels together). It goes through
-    the lower triangle of tiles, including those on the diagonal.
+    the lower triangle of pairs, including those on the diagonal.
 
     >>> kernels, x, everything = Kernels("ortho_cka", 6), [torch.rand(6, 4, 8, 8)], slice(0, 6)
     >>> kernels.add_moments(x, x)
@@ -115,8 +142,7 @@ class Kernels:
     def __init__(self, measure: str, n_images: int, *, estimator: str = "max", centered: bool = True):
         check_names(measure, estimator)
         _check_n_images(n_images)
-        self.over = estimator if measure == "wreath_cka" else "sum"
-        self.one_by_one = measure != "linear_cka"
+        self.measure, self.estimator = measure, estimator
         self.n_images, self.centered = n_images, centered
         self.moments: tuple[list[Moments], list[Moments]] = ([], [])
         self.published: KernelSums  # both are made with the first batch, which says how many layers there are
@@ -130,72 +156,112 @@ class Kernels:
             n_layers, device = len(features1) + len(features2), networks[0][0].device
             self.published, self.live = (KernelSums(n_layers, self.n_images, device) for _ in range(2))
             for moments, maps in zip(self.moments, networks, strict=True):
-                moments += [Moments(x.shape[1], x.device) for x in maps]
-        for k in range(2):
-            for i, (moment, x) in enumerate(zip(self.moments[k], networks[k], strict=True)):
-                moment.add(x, layer_name(k + 1, i))
+                moments += [Moments(x) for x in maps]
+        for moments, maps in zip(self.moments, networks, strict=True):
+            for moment, x in zip(moments, maps, strict=True):
+                moment.add(x)
+        check_finite([[moment.sum_of_squares for moment in moments] for moments in self.moments], networks)
+
+    @cached_property
+    def scalings(self) -> list[Scaling]:
+        """Of all layers of both networks, after the first pass."""
+        return [self._scaling(moments) for moments in self.moments[0] + self.moments[1]]
+
+    @property
+    def with_dead(self) -> bool:
+        """Whether published kernels differ from those of live channels: most often they are the same, and added once."""
+        return any(scaling.n_dead for scaling in self.scalings)
+
+    def _scaling(self, moments: Moments) -> Scaling:
+        squares = moments.squares(self.centered)
+        mean = moments.mean if self.centered else torch.zeros_like(moments.mean)
+        scale = torch.where(squares > 0, (squares.sum() if self.measure == "linear_cka" else squares).rsqrt(), 0)
+        live = squares.nonzero().flatten()
+        if self.measure != "wreath_cka" or len(live) == len(squares):  # dead channels add nothing to a sum
+            return Scaling(mean[:, None, None], scale[:, None, None], None, 0)
+        return Scaling(mean[live, None, None], scale[live, None, None], live, len(squares) - len(live))
 
     @torch.no_grad()
     def normalised(self, features1: list[Tensor], features2: list[Tensor]) -> list[Tensor]:
-        """The features of a block of images for add_tile: copies (B, C, P), of all layers of both networks in one list."""
-        layers = zip(self.moments[0] + self.moments[1], features1 + features2, strict=True)
-        return [self._normalised(moments, x) for moments, x in layers]
+        """The features of a block of images for add_tile, of all layers of both networks in one list: copies (C', B, P).
 
-    def _normalised(self, moments: Moments, features: Tensor) -> Tensor:
-        squares = moments.squares(self.centered)
-        scale = torch.where(squares > 0, (squares if self.one_by_one else squares.sum()).rsqrt(), 0)
-        x = as_maps(features, "features").flatten(2).contiguous()  # a product per channel needs its rows
-        if self.centered:
-            return (x - moments.mean.to(x.dtype)[:, None]).mul_(scale.to(x.dtype)[:, None])
-        return x * scale.to(x.dtype)[:, None]
+        wreath_cka compares the C' live channels one by one. For other measures, all channels are as one: (1, B, C P).
+        """
+        return [self._normalised(*pair) for pair in zip(self.scalings, features1 + features2, strict=True)]
+
+    def _normalised(self, scaling: Scaling, features: Tensor) -> Tensor:
+        x = as_maps(features, "features").flatten(2).transpose(0, 1)  # (C, B, P)
+        if scaling.live is not None:
+            x = x[scaling.live]
+        C, B, P = x.shape
+        one_by_one = self.measure == "wreath_cka"
+        out = x.new_empty((C, B, P) if one_by_one else (B, C, P))  # dense, as fast products need it
+        channels = out if one_by_one else out.transpose(0, 1)
+        torch.sub(x, scaling.mean.to(x.dtype), out=channels)
+        channels.mul_(scaling.scale.to(x.dtype))
+        return out if one_by_one else out.view(1, B, C * P)
 
     @torch.no_grad()
     def add_tile(self, rows: slice, columns: slice, row_features: list[Tensor], column_features: list[Tensor]) -> None:
-        """Second pass: kernels between two blocks of images, from their normalised features."""
-        published, live = [], []
-        for moments, x, y in zip(self.moments[0] + self.moments[1], row_features, column_features, strict=True):
-            both = tile(x, y, moments.squares(self.centered) > 0, self.over)
-            published.append(both[0])
-            live.append(both[1])
-        self.published.add(rows, columns, torch.stack(published))
+        """Second pass: kernels between two blocks of images, from their normalised features.
+
+        `rows` are `columns`, or come after them. On a CPU, tiles are cut to what is fast there, and those above the diagonal
+        are left out.
+        """
+        n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
+        height, width = (ROWS, COLUMNS) if row_features[0].device.type == "cpu" else (n_rows, n_columns)
+        for left in range(0, n_columns, width):
+            part = slice(columns.start + left, min(columns.start + left + width, columns.stop))
+            y = [z[:, left : left + width] for z in column_features]
+            for top in range(left if rows == columns else 0, n_rows, height):
+                x = [z[:, top : top + height] for z in row_features]
+                self._add_tile(slice(rows.start + top, min(rows.start + top + height, rows.stop)), part, x, y)
+
+    def _add_tile(self, rows: slice, columns: slice, row_features: list[Tensor], column_features: list[Tensor]) -> None:
+        layers = zip(row_features, column_features, self.scalings, strict=True)
+        published, live = zip(*[kernels(x, y, self.estimator, scaling.n_dead) for x, y, scaling in layers], strict=True)
         self.live.add(rows, columns, torch.stack(live))
+        if self.with_dead:
+            self.published.add(rows, columns, torch.stack(published))
 
     def similarities(self) -> Similarities:
         """Of all pairs of layers; NaN for a layer whose kernel is constant."""
         n1 = len(self.moments[0])
-        published, live = (sums.cka()[:n1, n1:].cpu() for sums in (self.published, self.live))
+        published, live = (sums.cka()[:n1, n1:].cpu() for sums in (self.published if self.with_dead else self.live, self.live))
         dead1, dead2 = (
             torch.tensor([int((moment.squares(self.centered) == 0).sum()) for moment in moments]) for moments in self.moments
         )
         return Similarities(published, live, dead1, dead2)
 
 
-def tile(x: Tensor, y: Tensor, live: Tensor, over: str) -> tuple[Tensor, Tensor]:
-    """A tile (A, B) of a kernel as published, and of `live` (C) channels alone: (A, C, P), (B, C, P), 0 where not live."""
-    if live.all():
-        K = channel_kernel(x, y, over)
-        return K, K
-    K = channel_kernel(x[:, live], y[:, live], over)
-    if over == "median":
-        return channel_kernel(x, y, over), K
-    # dead channels add a zero to the candidates of a maximum, and nothing to a sum
-    return (K.clamp(min=0) if over == "max" else K), K
+def kernels(x: Tensor, y: Tensor, over: str, n_dead: int = 0) -> tuple[Tensor, Tensor]:
+    """The max or median over channels of inner products over positions: (C, A, P), (C, B, P) -> (A, B), twice.
 
-
-def channel_kernel(x: Tensor, y: Tensor, over: str) -> Tensor:
-    """Inner products over positions, reduced over channels by max, median or sum: (A, C, P), (B, C, P) -> (A, B).
-
-    The running maximum needs one matrix product per channel. The median of an even number is the lower one, as published.
+    As published, where the products of `n_dead` channels more are 0, and of these C alone. The median of an even number is the
+    lower one, as published.
     """
-    if x.shape[1] == 0:
-        return x.new_zeros(len(x), len(y))
-    if over == "sum":
-        return x.flatten(1) @ y.flatten(1).T
-    if over == "median":
-        return torch.cat([torch.bmm(rows.transpose(0, 1), y.permute(1, 2, 0)).median(0).values for rows in x.split(32)])
-    K = x[:, 0] @ y[:, 0].T
-    product = torch.empty_like(K)
-    for c in range(1, x.shape[1]):
-        torch.mm(x[:, c], y[:, c].T, out=product)
-        torch.maximum(K, product, out=K)
-    return K
+    (C, A, _), B = x.shape, y.shape[1]
+    if C == 0:
+        K = x.new_zeros(A, B)
+    elif over == "median":
+        return _medians(x, y, n_dead)
+    elif x.device.type == "cpu":
+        K = product(x[0], y[0].T)
+        for a, b in zip(x[1:].unbind(), y[1:].mT.unbind(), strict=True):
+            torch.maximum(K, product(a, b), out=K)
+    else:
+        at_a_time = max(1, GPU_BYTES // (4 * A * B))
+        parts = zip(x.split(at_a_time), y.split(at_a_time), strict=True)
+        K = torch.stack([torch.bmm(a, b.mT).amax(0) for a, b in parts]).amax(0)
+    return K.clamp(min=0) if n_dead else K, K
+
+
+def _medians(x: Tensor, y: Tensor, n_dead: int) -> tuple[Tensor, Tensor]:
+    height = 32 if x.device.type == "cpu" else max(1, GPU_BYTES // (4 * (len(x) + n_dead) * y.shape[1]))
+    published, live = [], []
+    for rows in x.split(height, 1):
+        products = torch.bmm(rows, y.mT)  # (C, height, B)
+        live.append(products.median(0).values)
+        if n_dead:
+            published.append(torch.cat([products, products.new_zeros(n_dead, *products.shape[1:])]).median(0).values)
+    return torch.cat(published if n_dead else live), torch.cat(live)

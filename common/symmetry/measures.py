@@ -5,11 +5,13 @@ Features are (N, C, H, W), (N, C, P) or (N, C): N images, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+GPU_BYTES = 2**28  # of products at a time on a GPU: few large steps
 MEASURES = ("wreath_procrustes", "wreath_cka", "ortho_procrustes", "ortho_cka", "linear_cka")
 ESTIMATORS = ("max", "median")
 
@@ -80,11 +82,24 @@ def maps_of(features1: list[Tensor], features2: list[Tensor]) -> tuple[list[Tens
     return maps1, maps2
 
 
-def check_finite(sums: Tensor, features: Tensor, layer: str) -> None:
-    """Raises ValueError unless the sums over features are finite; a feature that is not finite shows in them."""
-    if not sums.isfinite().all():
-        wrong = features[~features.isfinite()]
-        values = ", ".join(sorted({f"{value:g}" for value in wrong.tolist()}))
-        if values:
-            raise ValueError(f"{layer}: {len(wrong)} of {features.numel()} features are {values}")
-        raise ValueError(f"{layer}: features are too large to be squared")
+def image_norms(maps: Tensor) -> Tensor:
+    """The norm over positions of each image and channel: (B, C, H, W) -> (B, C), float64."""
+    return torch.linalg.vector_norm(maps, dim=(2, 3)).double()
+
+
+def check_finite(sums: Sequence[list[Tensor]], networks: Sequence[list[Tensor]]) -> None:
+    """Raises ValueError unless sums (C) over the features of all layers are finite: a feature that is not shows in them.
+
+    Both are of network 1, then of network 2.
+    """
+    if torch.cat([sum for layers in sums for sum in layers]).isfinite().all():  # a single look: a GPU's host waits for it
+        return
+    for network, (layers, features) in enumerate(zip(sums, networks, strict=True), start=1):
+        for i, (sum, x) in enumerate(zip(layers, features, strict=True)):
+            if not sum.isfinite().all():
+                wrong = x[~x.isfinite()]
+                values = ", ".join(sorted({f"{value:g}" for value in wrong.tolist()}))
+                what = (
+                    f"{len(wrong)} of {x.numel()} features are {values}" if values else "features are too large to be squared"
+                )
+                raise ValueError(f"{layer_name(network, i)}: {what}")

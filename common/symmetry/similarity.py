@@ -21,11 +21,12 @@ from collections.abc import Callable
 from torch import Tensor
 from tqdm import tqdm
 
+from common.precision import strict_fp32
 from common.symmetry.cka import Kernels
-from common.symmetry.measures import Similarities, check_names
+from common.symmetry.measures import GPU_BYTES, Similarities, check_names
 from common.symmetry.procrustes import ChannelProducts
 
-TILE = 256  # images at a time, of one pair of layers: tiles of kernels stay in a CPU's cache
+IMAGES, MAX_BYTES = 512, 2**23  # of a layer at a time on a CPU: so many images, or more of small ones, for large products
 
 # of a network: the features of each of its layers, (B, C, H, W), for the images of a slice
 Features = Callable[[slice], list[Tensor]]
@@ -34,6 +35,7 @@ Features = Callable[[slice], list[Tensor]]
 # ---- all pairs of layers of two networks ---------------------------------------------------------------------------------
 
 
+@strict_fp32()
 def layer_similarities(
     measure: str,
     features1: Features,
@@ -43,13 +45,15 @@ def layer_similarities(
     estimator: str = "max",
     centered: bool = True,
     block: int = 400,
+    column_block: int | None = None,
     progress: bool | None = False,
 ) -> Similarities:
     """Compare all layers of a network with all of another.
 
     `estimator` is for wreath_cka, `centered` for all CKAs. `progress` shows bars, None only on a terminal.
     `features1` and `features2` are called with slices of images: by Procrustes once for each of n blocks, by CKA about n / 2
-    times. At most three blocks of features of all layers are in memory (Procrustes: one, and its shrunk copies), with sums:
+    times, which compares each block with all earlier images, `column_block` (as `block`) at a time. At most three blocks of
+    features of all layers are in memory (Procrustes: one, and its shrunk copies), with sums:
     (C1, C2) for each pair of layers in Procrustes, (N) for each layer in CKA. No kernel (N, N) is held.
     Raises ValueError for an unknown measure or estimator, features that are not finite, numbers of images that differ,
     maps that no whole factor enlarges to each other (Procrustes), and fewer than 4 images (CKA).
@@ -77,14 +81,16 @@ def layer_similarities(
     kernels = Kernels(measure, n_images, estimator=estimator, centered=centered)
     for part in tqdm(blocks, f"{measure}, means", disable=disable, leave=False):
         kernels.add_moments(features1(part), features2(part))
-    n_tiles = len(blocks) * (len(blocks) + 1) // 2
+    step = column_block or block
+    n_tiles = sum(1 + math.ceil(rows.start / step) for rows in blocks)
     with tqdm(None, measure, n_tiles, disable=disable, leave=False) as bar:
-        for i, rows in enumerate(blocks):
+        for rows in blocks:
             row_features = kernels.normalised(features1(rows), features2(rows))
-            for columns in blocks[: i + 1]:
-                same = columns == rows
-                column_features = row_features if same else kernels.normalised(features1(columns), features2(columns))
-                kernels.add_tile(rows, columns, row_features, column_features)
+            kernels.add_tile(rows, rows, row_features, row_features)
+            bar.update()
+            for start in range(0, rows.start, step):
+                columns = slice(start, min(start + step, rows.start))
+                kernels.add_tile(rows, columns, row_features, kernels.normalised(features1(columns), features2(columns)))
                 bar.update()
     return kernels.similarities()
 
@@ -92,6 +98,7 @@ def layer_similarities(
 # ---- one pair of layers --------------------------------------------------------------------------------------------------
 
 
+@strict_fp32()
 def similarity(
     measure: str,
     features1: Tensor,
@@ -120,8 +127,17 @@ def similarity(
                 f"channel_axis is {channel_axis}: features of shape {tuple(features.shape)} have no channels there"
             )
     x, y = features1.movedim(channel_axis, 1), features2.movedim(channel_axis, 1)
+    n_bytes = MAX_BYTES if x.device.type == "cpu" else GPU_BYTES
+    block = max(IMAGES, n_bytes // max(1, 4 * x[:1].numel(), 4 * y[:1].numel()))
     similarities = layer_similarities(
-        measure, lambda part: [x[part]], lambda part: [y[part]], len(x), estimator=estimator, centered=centered, block=TILE
+        measure,
+        lambda part: [x[part]],
+        lambda part: [y[part]],
+        len(x),
+        estimator=estimator,
+        centered=centered,
+        block=block,
+        column_block=IMAGES // 2 if x.device.type == "cpu" else None,
     )
     value = (similarities.live if live_only else similarities.published).item()
     if math.isnan(value):
