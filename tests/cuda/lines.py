@@ -98,7 +98,7 @@ LINES = {
     "zoo mCNN": zoo("--arch mCNN --width 2", stop=5),
     "zoo mCNN_k_sigmoid": zoo("--arch mCNN_k_sigmoid --width 2 --recipe fast --batch-size 16 --epochs 2"),
     "zoo cwCNN": zoo("--arch cwCNN --width 8"),
-    "zoo ResNet": zoo("--arch resnet20 --width 2"),
+    "zoo ResNet": zoo("--arch resnet20 --width 4"),
     "zoo CCT": zoo("--arch cct_2_3x2_32", relative=3e-4, stop=5),
     "stitching, any matrix": stitching("--recipe standard"),
     "stitching, permutation": stitching("--recipe Grelu --bn_batches 2", stop=5),
