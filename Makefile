@@ -4,7 +4,7 @@ BIN = .venv/bin
 # a model that learns to tell clusters apart within three minutes on two CPU cores
 DEMO = -type Swarm -n_hidden 32 -n_iter 10 -tasks 6000 -bs 20 -lr 0.01 -wc 3
 
-.PHONY: demo data test check lint bench clean
+.PHONY: demo data test check lint bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/python -u amortised_clustering.py $(DEMO) -overwrite
@@ -36,6 +36,10 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.swarm_transformer
 	$(BIN)/python -m benchmarks.train_ssl
 	$(BIN)/python -m benchmarks.zoo
+
+# on a machine with a GPU, into results/gpu/CARD.json and the table of cards there: 5 minutes (docs/gpu.md)
+gpu: .venv/installed
+	$(BIN)/python -m benchmarks.gpu
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -147,10 +147,14 @@ def run_sections(sections: list[str], smoke: bool) -> Iterator[tuple[str, dict[s
     end = time.monotonic() + ALL
 
     def run(section: str) -> dict[str, Any]:
-        limit = SMOKE_LIMIT if smoke else SECTIONS[section][2]
-        if section != "long" and not smoke:
-            limit = min(limit, end - time.monotonic())
-        return run_section(section, limit, smoke) if limit > 5 else {"state": "not begun: no time was left", "values": {}}
+        limit, left = SECTIONS[section][2], end - time.monotonic()
+        if smoke or section == "long":
+            return run_section(section, SMOKE_LIMIT if smoke else limit, smoke)
+        return (
+            run_section(section, min(limit, left), smoke)
+            if left > 5
+            else {"state": "not begun: no time was left", "values": {}}
+        )
 
     with ThreadPoolExecutor(2 if smoke else 1) as pool:
         yield from zip(sections, pool.map(run, sections), strict=True)

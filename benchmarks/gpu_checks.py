@@ -212,8 +212,8 @@ def write_data(folder: Path) -> Path:
 
 
 COUNTED = (
-    "clustering Swarm", "clustering SetTransformer", "clustering LSTM", "images", "DUET, von Mises", "ESSL of classes", "SimCLR",
-    "zoo mCNN", "stitching, permutation", "rotations", "routing WPL",
+    "clustering Swarm", "clustering SetTransformer", "clustering LSTM", "images", "DUET, von Mises", "ESSL of classes",
+    "SimCLR", "zoo mCNN", "stitching, permutation", "rotations", "routing WPL",
 )  # fmt: skip
 RESUMED = ("clustering Swarm", "images", "DUET, von Mises", "zoo mCNN", "routing WPL")
 SMOKE = ("clustering Swarm", "zoo mCNN", "stitching, permutation", "rotations", "routing WPL")  # the quick ones

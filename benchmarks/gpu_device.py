@@ -88,7 +88,7 @@ def count_waits(run: Step) -> dict[str, Any]:
     if not_simulated(WAITS):
         from tests.cuda.simulation import Device, waits
 
-        Device.active.steps.clear()
+        Device.active.forget()
         run()
         steps = [collections.Counter({"": waits(events)}) for events in Device.active.steps]
         places = Device.active.summary()["events"]
