@@ -19,6 +19,7 @@ from benchmarks.records import ROOT
 BENCHMARKS = (
     "peak",
     "swarm_layer",
+    "set_models",
     "swarm_transformer",
     "similarity",
     "train_ssl",
