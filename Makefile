@@ -4,7 +4,7 @@ BIN = .venv/bin
 # a model that learns to tell clusters apart within three minutes on two CPU cores
 DEMO = -type Swarm -n_hidden 32 -n_iter 10 -tasks 6000 -bs 20 -lr 0.01 -wc 3
 
-.PHONY: demo data test check lint bench gpu clean
+.PHONY: demo data test test-cuda check lint bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/python -u amortised_clustering.py $(DEMO) -overwrite
@@ -17,6 +17,10 @@ data: .venv/installed
 # by files in three processes of one thread each, as those of SLURM mostly wait
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+
+# all scripts on a simulated GPU; the lines of a script share a process
+test-cuda: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cuda -n 2 --dist loadgroup
 
 # the fast half, for whoever changes a line
 check: lint

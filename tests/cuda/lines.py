@@ -16,6 +16,7 @@ class Line:
     waits: int | None  # at most, in a usual step; None: there are no steps
     relative: float | None = 1e-4  # difference from the CPU's metrics, at most
     why: str = ""  # there is no such bound
+    draw: bool = False  # pictures, on the device
     stop: int | None = None  # run again, with SIGTERM at this look for a signal, and resumed
 
     def argv(self, data: Path, results: Path) -> list[str]:
@@ -51,13 +52,13 @@ def zoo(options: str, **more: Any) -> Line:
 
 
 def stitching(options: str, **more: Any) -> Line:
-    common = "--arch mCNN --dataset mnist --zoo DATA/zoo --pairs 0-1 --layers 5 --stitch_epochs 2 --batch-size 16 --subset 60"
+    common = "--arch mCNN --dataset mnist --zoo DATA/zoo --pairs 0-1 --layers 6 --stitch_epochs 2 --batch-size 16 --subset 60"
     return Line("cifar10_stitching", f"{common} {options} --data-dir DATA --results-dir RESULTS", 0, **more)
 
 
-def alignment(options: str) -> Line:
-    common = "--arch mCNN --dataset mnist --zoo DATA/zoo --pairs 0-1 --layers 5 11 --block 15 --images 30"
-    return Line("cifar10_alignment", f"{common} {options} --data-dir DATA --results-dir RESULTS", None)
+def alignment(options: str, **more: Any) -> Line:
+    common = "--arch mCNN --dataset mnist --zoo DATA/zoo --pairs 0-1 --layers 6 14 --block 15 --images 30"
+    return Line("cifar10_alignment", f"{common} {options} --data-dir DATA --results-dir RESULTS", None, **more)
 
 
 def rotations(options: str, **more: Any) -> Line:
@@ -74,7 +75,7 @@ ROUNDED = {"relative": None, "why": "autocast rounds other operators than on a C
 DRAWN = {"relative": None, "why": "dropout draws from the device's generator"}
 
 LINES = {
-    "clustering Swarm": clustering("-type Swarm", stop=4),
+    "clustering Swarm": clustering("-type Swarm", stop=4, draw=True),
     "clustering Swarm POMA": clustering("-type Swarm -pooling POMA -n_hidden 16 -n_layers 2 -dropout 0.2", stop=4, **DRAWN),
     "clustering Swarm greedy": clustering("-type Swarm -loss greedy"),
     "clustering Swarm bf16": clustering("-type Swarm -precision bf16", **ROUNDED),
@@ -83,39 +84,43 @@ LINES = {
     "clustering SetTransformer": clustering("-type SetTransformer", relative=3e-4, stop=4),
     "clustering LSTM": clustering("-type LSTM -max_epochs 1", waits=3),
     "clustering LSTMS": clustering("-type LSTMS -max_epochs 1", waits=3),
-    "images": images("", stop=5),
-    "images of a class": images("-cond -learn_loc true -n_layers 2"),
+    "images": images("", stop=5, draw=True),
+    "images of a class": images("-cond -learn_loc true -n_layers 2", draw=True),
     "images bf16": images("-precision bf16", **ROUNDED),
-    "DUET, von Mises": ssl("--tx sca rot --equi-tx rot --duet-target vm", stop=5),
-    "DUET, Gaussian": ssl("--tx sca jit gra blu fli flv --equi-tx fli --duet-target ga --center-crop"),
+    "DUET, von Mises": ssl("--tx sca rot --equi-tx rot --duet-target vm", stop=5, draw=True),
+    "DUET, Gaussian": ssl(
+        "--dataset cifar10 --subset 20 --batch-size 8 --tx sca jit gra blu fli flv --equi-tx fli --center-crop"
+    ),
     "DUET, joint pass": ssl("--tx sca rot --equi-tx sca --joint-pass"),
     "DUET without bins": ssl("--tx sca --duet-bins 0"),
     "DUET bf16": ssl("--tx sca rot --equi-tx rot --precision bf16", **ROUNDED),
-    "SimCLR": ssl("--model simclr --tx res fli bri con sat hue", stop=5),
-    "ESSL of classes": ssl("--model essl --tx sca ron --equi-tx ron", stop=5),
-    "ESSL of a value": ssl("--model essl --tx ccr --equi-tx rot"),
+    "SimCLR": ssl(
+        "--dataset cifar10 --subset 20 --batch-size 8 --model simclr --tx res fli bri con sat hue", stop=5, draw=True
+    ),
+    "ESSL of classes": ssl("--model essl --tx sca ron --equi-tx ron", stop=5, draw=True),
+    "ESSL of a value": ssl("--model essl --tx ccr --equi-tx rot", draw=True),
     "lifted encoder": ssl("--tx sca rot --equi-tx rot --encoder lifted_cifar10_resnet20"),
-    "zoo mCNN": zoo("--arch mCNN --width 2", stop=5),
+    "zoo mCNN": zoo("--arch mCNN --width 2", stop=5, draw=True),
     "zoo mCNN_k_sigmoid": zoo("--arch mCNN_k_sigmoid --width 2 --recipe fast --batch-size 16 --epochs 2"),
     "zoo cwCNN": zoo("--arch cwCNN --width 8"),
-    "zoo ResNet": zoo("--arch resnet20 --width 4"),
+    "zoo ResNet": zoo("--arch resnet20"),
     "zoo CCT": zoo("--arch cct_2_3x2_32", relative=3e-4, stop=5),
     "stitching, any matrix": stitching("--recipe standard"),
-    "stitching, permutation": stitching("--recipe Grelu --bn_batches 2", stop=5),
+    "stitching, permutation": stitching("--recipe Grelu --bn_batches 2", stop=5, draw=True),
     "stitching, cross-validated": stitching("--recipe crossval --stitch_repeats 2"),
     "stitching, softly sorted": stitching("--wreath --noschedule"),
     "stitching, low rank": stitching("--recipe lowrank --rank 2"),
     "stitching, lasso": stitching("--recipe lasso --multiplier 0.01 --threshold 0.5"),
     "stitching, alternating": stitching("--birkhoff --alternating --pgd_hook --bn_epoch --bn-batches 0"),
     "alignment procrustes": alignment("--similarity procrustes"),
-    "alignment cka": alignment("--similarity cka"),
+    "alignment cka": alignment("--similarity cka", draw=True),
     "alignment cka, median": alignment("--similarity cka --estimator median"),
     "alignment ortho_procrustes": alignment("--similarity ortho_procrustes"),
     "alignment ortho_cka": alignment("--similarity ortho_cka"),
     "alignment linear_cka": alignment("--similarity linear_cka"),
-    "rotations": rotations("--groups orthogonal identity --activations relu", stop=5),
+    "rotations": rotations("--groups orthogonal identity --activations relu", stop=5, draw=True),
     "rotations, sigmoid": rotations("--groups Grelu --activations sigmoid"),
-    "routing WPL": routing("--decision WPL", stop=4),
+    "routing WPL": routing("--decision WPL", stop=4, draw=True),
     "routing REINFORCE": routing("--decision REINFORCE"),
     "routing REINFORCEBl1": routing("--decision REINFORCEBl1"),
     "routing REINFORCEBl2": routing("--decision REINFORCEBl2"),
@@ -132,8 +137,8 @@ LINES = {
     "routing RELAX": routing("--decision RELAX --exploration-end 0", stop=4),
     "routing dispatched": routing("--model dispatched --agents 2 --reward correct"),
     "routing single-agent": routing("--model single-agent --loss cross-entropy"),
-    "routing soft-mixture": routing("--model soft-mixture"),
-    "routing per-task-all-fc": routing("--model per-task-all-fc"),
-    "routing per-task-1-fc": routing("--model per-task-1-fc"),
-    "DeepSets": Line("deepsets_exercise", "--steps 30 --batch-size 16 --seeds 2 --results-dir RESULTS", 0),
+    "routing soft-mixture": routing("--model soft-mixture", draw=True),
+    "routing per-task-all-fc": routing("--model per-task-all-fc --modules 20"),
+    "routing per-task-1-fc": routing("--model per-task-1-fc --modules 20"),
+    "DeepSets": Line("deepsets_exercise", "--device cuda --steps 30 --batch-size 16 --seeds 2 --results-dir RESULTS", 1),
 }

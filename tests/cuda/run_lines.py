@@ -11,34 +11,50 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from common.run.state import State
-from tests.command_lines import Main, exit_status
+from common.ssl import models as ssl_models
+from tests.command_lines import exit_status
 from tests.cuda.lines import LINES, Line
-from tests.cuda.simulation import Device
+from tests.interruptions.cases import draw_nothing
 from tests.stopping import signal_at
 
 
-def run(line: Line, main: Main, data: Path, results: Path) -> dict[str, Any]:
-    """Run a line, on the device; its report."""
+def run(line: Line, data: Path, results: Path, *, draw: bool = False, resume: bool = False, stop: int | None = None) -> int:
+    """Run a line in this process, with a signal at look `stop` for one; its exit status."""
+    argv = line.argv(data, results) + (line.resume if resume else [])
+    if not torch.cuda.is_available():
+        argv = ["cpu" if word == "cuda" else word for word in argv]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl_models, "HIDDEN", 8)
+        if stop is not None:
+            patch.setattr(State, "check_signal", signal_at(stop))
+        if not draw:
+            draw_nothing(patch)
+        return exit_status(importlib.import_module(line.script).main, argv)
+
+
+def report_of(line: Line, data: Path, results: Path, name: str) -> dict[str, Any]:
+    """Run a line on the device; exit statuses and usual step."""
+    from tests.cuda.simulation import Device  # which is in no other process
+
     Device.active.forget()
-    statuses = [exit_status(main, line.argv(data, results))]
+    statuses = [run(line, data, results / name, draw=line.draw)]
     report = Device.active.summary()
     if line.stop is not None:
-        argv, check_signal = line.argv(data, results.with_suffix(".stopped")), State.check_signal
-        State.check_signal = signal_at(line.stop)  # type: ignore[method-assign]
-        statuses.append(exit_status(main, argv))
-        State.check_signal = check_signal  # type: ignore[method-assign]
-        statuses.append(exit_status(main, [*argv, *line.resume]))
+        stopped = results / f"{name}.stopped"
+        statuses += [run(line, data, stopped, stop=line.stop), run(line, data, stopped, resume=True)]
     return report | {"statuses": statuses, "error": ""}
 
 
 if __name__ == "__main__":
     script, data, results = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    main = importlib.import_module(script).main
     for name, line in LINES.items():
         if line.script == script:
             try:
-                report = run(line, main, data, results / name)
+                report = report_of(line, data, results, name)
             except Exception:
                 report = {"statuses": [1], "error": traceback.format_exc()}
             (results / f"{name}.json").write_text(json.dumps(report))

@@ -178,7 +178,7 @@ class Device(TorchDispatchMode):
         target = target_of(tensors, kwargs)
         if generator is not None and (generator._cdata in Generator.on_device) != (target == "cuda"):
             raise RuntimeError(f"Expected a '{target}' device type for generator, but found another: {operator}")
-        if target == "cpu" and not any(isinstance(tensor, DeviceTensor) for tensor in tensors):
+        if target != "cuda" and not any(isinstance(tensor, DeviceTensor) for tensor in tensors):
             return operator(*args, **kwargs)
         check_devices(operator, tensors)
         self.count(operator, tensors, args, kwargs)
@@ -218,7 +218,7 @@ class Device(TorchDispatchMode):
             raise NotImplementedError(f"{operator} changes a tensor's shape in place, which is not simulated")
         if name_of(operator) in PACKING and isinstance(results, tuple):
             return DeviceTensor(results[0]), results[1]  # lengths stay on the CPU
-        if target == "cpu":
+        if target != "cuda":
             return results
 
         def to_device(result: Any) -> Any:

@@ -1,7 +1,6 @@
-"""Every script on the simulated GPU ends with the CPU's metrics, resumes exactly, and waits for the device as rarely as said."""
+"""Every script on the simulated GPU ends with the CPU's metrics, resumes exactly, and seldom waits for the device."""
 
 import functools
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 
 from common.models import zoo
 from common.run.records import read_json
-from tests.command_lines import exit_status
 from tests.cuda.lines import LINES
 from tests.cuda.processes import simulated
+from tests.cuda.run_lines import run
 from tests.interruptions.cases import assert_equal, outcome
 from tests.small_images import smooth, write_mnist
 from tests.test_images import write_cifar
@@ -62,7 +61,7 @@ class TestLine:
         line, results = LINES[name], runs_of(LINES[name].script)
         if line.relative is None:
             pytest.skip(line.why)
-        assert exit_status(importlib.import_module(line.script).main, line.argv(data, tmp_path)) == 0
+        assert run(line, data, tmp_path) == 0
         assert_close(metrics(results / name), metrics(tmp_path), line.relative)
 
     def test_waits_in_a_usual_step(self, name: str, runs_of: Callable[[str], Path]) -> None:

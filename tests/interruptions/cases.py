@@ -113,11 +113,8 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         assert a == b or (a != a and b != b), f"{where}: {a}, {b}"
 
 
-def save_often_draw_nothing(patch: pytest.MonkeyPatch) -> None:
-    """Save after every step, return to the best model soon; pictures are files, but empty ones."""
-    patch.setattr(backtracking, "PATIENCE", 0)
-    torch.set_num_threads(1)
-    patch.setattr(state, "SAVE_SECONDS", -1.0)
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Pictures are files, but empty ones."""
     pictures = (plotting, amortised_clustering, routing_pictures, ssl_pictures, symmetry_pictures)
     for module in pictures:
         for name in vars(module):
@@ -125,6 +122,14 @@ def save_often_draw_nothing(patch: pytest.MonkeyPatch) -> None:
                 patch.setattr(module, name, lambda path, *_, **__: atomic_write(path, lambda file: file.write(b"a picture")))
     for script in (amortised_clustering, swarm_transformer):
         patch.setattr(script, "samples", lambda *_: [])
+
+
+def save_often_draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Save after every step, return to the best model soon."""
+    patch.setattr(backtracking, "PATIENCE", 0)
+    torch.set_num_threads(1)
+    patch.setattr(state, "SAVE_SECONDS", -1.0)
+    draw_nothing(patch)
     patch.setattr(ssl_models, "HIDDEN", 4)
     for probe in ("linear_probe", "nearest_neighbours"):
         patch.setattr(evaluation, probe, lambda *_: {"top_1": 10.0})
