@@ -4,7 +4,7 @@ BIN = .venv/bin
 # a model that learns to tell clusters apart within three minutes on two CPU cores
 DEMO = -type Swarm -n_hidden 32 -n_iter 10 -tasks 6000 -bs 20 -lr 0.01 -wc 3
 
-.PHONY: demo data test test-cuda check lint bench clean
+.PHONY: demo data test test-cuda check lint bench bench-quick bench-precision gpu clean
 
 demo: .venv/installed
 	$(BIN)/python -u amortised_clustering.py $(DEMO) -overwrite
@@ -31,15 +31,21 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# all benchmarks into results/benchmarks/PROCESSOR.json, and the table of machines there: 20 minutes on two cores
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.clustering_data
-	$(BIN)/python -m benchmarks.routing
-	$(BIN)/python -m benchmarks.similarity
-	$(BIN)/python -m benchmarks.stitching
-	$(BIN)/python -m benchmarks.swarm_layer
-	$(BIN)/python -m benchmarks.swarm_transformer
-	$(BIN)/python -m benchmarks.train_ssl
-	$(BIN)/python -m benchmarks.zoo
+	$(BIN)/python -m benchmarks
+
+# less of each: 5 minutes
+bench-quick: .venv/installed
+	$(BIN)/python -m benchmarks --quick
+
+# accuracy in fp32 and bf16 after the same epochs, into the same file: 10 minutes
+bench-precision: .venv/installed
+	$(BIN)/python -m benchmarks.precision --save
+
+# on a machine with a GPU, into results/gpu/CARD.json and the table of cards there: 5 minutes (docs/gpu.md)
+gpu: .venv/installed
+	$(BIN)/python -m benchmarks.gpu
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

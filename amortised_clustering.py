@@ -32,10 +32,10 @@ from common.datasets.clustering import N_LABELS, ClusteringTasks
 from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
 from common.precision import autocast, set_backend_flags
 from common.run import dotted, options
-from common.run.budget import BudgetedTraining, make_adam
+from common.run.budget import BudgetedTraining, add_budget_options, make_adam
 from common.run.command import echo
 from common.run.memory import tune_malloc
-from common.run.options import at_least, real, run_id
+from common.run.options import at_least, real
 from common.run.progress import bar
 from common.run.run import Run
 from common.seeds import epoch_order, seed_everything
@@ -67,27 +67,7 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("-dropout", type=real(0, 1, below=True), default=0.0, help="dropout rate [%(default)s]")
     paper.add_argument("-tasks", type=at_least(10), default=10000, help="tasks, training and validation together [%(default)s]")
     paper.add_argument("-bs", type=at_least(1), default=100, help="batch size, in tasks [%(default)s]")
-    paper.add_argument(
-        "-wc", type=real(0, 1e6, above=True), default=60.0, help="wall clock time for training, in minutes [%(default)s]"
-    )
-    paper.add_argument(
-        "-update_interval", type=real(0, 1e6), default=10.0, help="minutes between two updates of the plots [%(default)s]"
-    )
-    paper.add_argument("-max_epochs", type=at_least(1), default=1000, help="largest number of epochs [%(default)s]")
-    paper.add_argument(
-        "-bt_horizon", type=real(0, 1), default=0.2, help="backtracking horizon, a fraction of the epochs [%(default)s]"
-    )
-    paper.add_argument(
-        "-bt_alpha", type=real(0, 1, above=True), default=0.9, help="learning rate factor of backtracking [%(default)s]"
-    )
-    paper.add_argument("-lr", type=real(0, 1, above=True), default=0.01, help="learning rate of Adam [%(default)s]")
-    paper.add_argument("-no_cuda", action="store_true", help="the same as -device cpu")
-    paper.add_argument("-dry_run", action="store_true", help="just print the model name and exit")
-    paper.add_argument("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
-    paper.add_argument("-run", type=run_id, help="run id to append to the model name; has no function otherwise")
-    paper.add_argument(
-        "-resume", metavar="FILE|auto", help="start from a best.pkl; auto: go on with this run where it was interrupted"
-    )
+    add_budget_options(paper, wc=60.0, update_interval=10.0, max_epochs=1000, bt_horizon=0.2, bt_alpha=0.9)
     own = parser.add_argument_group("options of this suite")
     own.add_argument("-seed", type=at_least(0), default=0, help="seed of data, weights and order of batches [%(default)s]")
     own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")

@@ -1,9 +1,9 @@
 """Speed and memory of a routed network, against the same sample by sample and against its convolutions alone.
 
-    python -m benchmarks.routing             # about 2 minutes on one core
+    python -m benchmarks.routing             # about a minute
 
 RoutedAllFC of the paper: WPL with tables, 20 tasks, 20 modules of 128 -> 48 -> 48 -> 5, 3 decisions, collaboration rewards, in
-training mode. One thread; times are the process's CPU time, so that other processes disturb little; medians, and kinds in turn.
+training mode.
 
 (a) Everything outside the convolutions (decisions, selections, loss, backward), on given features (B, 128): "plain" loops over
     samples (benchmarks/plain_routing.py), "layers" is common.routing.
@@ -13,20 +13,17 @@ training mode. One thread; times are the process's CPU time, so that other proce
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import Bench, Kind, Step, run_benchmark
 from benchmarks.plain_routing import plain_forward, plain_loss
 from common.models import routed
 from common.models.routed import RoutedNet
 from common.routing import WPL, CollaborationReward, Loss, NegLossReward
-from common.run.memory import tune_malloc
 
 N_TASKS = N_MODULES = 20
 
@@ -44,14 +41,6 @@ def make_net(depth: int = 3) -> RoutedNet:
     return net
 
 
-def seconds(step: Callable[[], object], repeats: int = 1) -> float:
-    """CPU seconds of a call."""
-    began = time.process_time()
-    for _ in range(repeats):
-        step()
-    return (time.process_time() - began) / repeats
-
-
 def make_batch(batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Features (B, 128), tasks and labels (B)."""
     gen = torch.Generator().manual_seed(1)
@@ -59,8 +48,9 @@ def make_batch(batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return features, torch.randint(0, N_TASKS, (batch,), generator=gen), torch.randint(0, 5, (batch,), generator=gen)
 
 
-def layers_step(net: RoutedNet, batch: int) -> Callable[[], None]:
+def layers_step(batch: int) -> Step:
     """Everything outside the convolutions, by common.routing."""
+    net = make_net()
     net.trunk = nn.Identity()  # type: ignore[assignment]
     features, tasks, labels = make_batch(batch)
     loss_func = Loss(nn.CrossEntropyLoss(), NegLossReward())
@@ -73,8 +63,9 @@ def layers_step(net: RoutedNet, batch: int) -> Callable[[], None]:
     return step
 
 
-def plain_step(net: RoutedNet, batch: int) -> Callable[[], None]:
+def plain_step(batch: int) -> Step:
     """The same, sample by sample."""
+    net = make_net()
     features, tasks, labels = make_batch(batch)
     history: list[list[int]] = [[] for _ in net.routers]
 
@@ -86,36 +77,23 @@ def plain_step(net: RoutedNet, batch: int) -> Callable[[], None]:
     return step
 
 
-def compare_with_plain(batches: list[int], rounds: int) -> None:
-    print("\n(a) outside the convolutions, CPU ms per step")
-    print(f"{'batch':>6}{'plain':>10}{'layers':>10}    times as fast")
-    times: dict[int, float] = {}
-    for batch in batches:
-        steps = {"plain": plain_step(make_net(), batch), "layers": layers_step(make_net(), batch)}
-        for step in steps.values():
-            step()
-        measured: dict[str, list[float]] = {kind: [] for kind in steps}
-        for _ in range(rounds):
-            measured["plain"].append(seconds(steps["plain"]))
-            measured["layers"].append(seconds(steps["layers"], 10))
-        plain, times[batch] = (statistics.median(measured[kind]) for kind in steps)
-        print(f"{batch:>6}{1000 * plain:>10.1f}{1000 * times[batch]:>10.2f}    {plain / times[batch]:.1f}x", flush=True)
-    first, last = batches[0], batches[-1]
-    print(f"from a batch of {first} to {last}: {times[last] / times[first]:.2f} times the time")
+def trunk_step(batch: int) -> Step:
+    """Forward and backward pass of the convolutions."""
+    trunk = make_net().to(memory_format=torch.channels_last).trunk
+    x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    parameters = list(trunk.parameters())
+    return lambda: torch.autograd.grad(trunk(x).sum(), parameters)
 
 
-def compare_with_trunk(batch: int, rounds: int) -> None:
+def whole_step(batch: int) -> Step:
+    """A training step with everything."""
     net = make_net().to(memory_format=torch.channels_last)
     _, tasks, labels = make_batch(batch)
     x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     loss_func = Loss(nn.CrossEntropyLoss(), NegLossReward())
     optimizer = torch.optim.SGD(net.parameters(), 0.003, fused=True)
-    trunk_parameters = list(net.trunk.parameters())
 
-    def trunk() -> None:
-        torch.autograd.grad(net.trunk(x).sum(), trunk_parameters)
-
-    def whole() -> None:
+    def step() -> None:
         estimates, records = net(x, tasks)
         module_loss, routing_loss = loss_func(estimates, labels, records)
         optimizer.zero_grad()
@@ -123,14 +101,7 @@ def compare_with_trunk(batch: int, rounds: int) -> None:
         nn.utils.clip_grad_norm_(net.parameters(), 40.0)
         optimizer.step()
 
-    times: dict[str, list[float]] = {"trunk": [], "whole": []}
-    for kind, step in (("trunk", trunk), ("whole", whole)) * (rounds + 2):
-        times[kind].append(seconds(step, 3))
-    medians = {kind: 1000 * statistics.median(values[2:]) for kind, values in times.items()}
-    ratio = statistics.median(w / t for w, t in zip(times["whole"][2:], times["trunk"][2:], strict=True))
-    print(
-        f"\n(b) batch of {batch}, CPU ms: trunk alone {medians['trunk']:.1f}, whole step {medians['whole']:.1f}: {ratio:.2f}x"
-    )
+    return step
 
 
 def kept_bytes(batch: int, depth: int) -> int:
@@ -153,26 +124,18 @@ def kept_bytes(batch: int, depth: int) -> int:
     return sum(kept.values())
 
 
-def show_memory() -> None:
-    print("\n(c) KiB kept for the backward pass")
-    print(f"{'batch':>6}" + "".join(f"  depth {depth:>2}" for depth in (1, 2, 4, 8)))
-    for batch in (64, 128, 256, 512):
-        print(f"{batch:>6}" + "".join(f"{kept_bytes(batch, depth) / 1024:>10.0f}" for depth in (1, 2, 4, 8)))
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="[%(default)s]")
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 512], help="of part (a) [%(default)s]")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    tune_malloc()
-    print(f"torch {torch.__version__}, CPU, 1 thread, medians of {args.rounds} rounds")
-    compare_with_plain(args.batches, args.rounds)
-    compare_with_trunk(64, args.rounds)
-    show_memory()
-    return 0
+def run(bench: Bench, batches: tuple[int, ...] = (64, 512)) -> None:
+    rounds = 2 if bench.quick else 5
+    for batch in batches:
+        kinds = {"plain": Kind(partial(plain_step, batch), tuned=False), "layers": Kind(partial(layers_step, batch))}
+        bench.compare(f"routing outside the convolutions, batch of {batch}", kinds, rounds)
+    kinds = {"trunk": Kind(partial(trunk_step, batches[0])), "whole": Kind(partial(whole_step, batches[0]))}
+    bench.compare(f"routing step, batch of {batches[0]}", kinds, rounds, floors=("trunk",), operations="trunk")
+    for batch in batches:
+        for depth in (1, 2, 4, 8):
+            kib = kept_bytes(batch, depth) / 1024
+            bench.add(f"kept for the backward pass, batch of {batch}", f"depth {depth}", value=kib, unit="KiB")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark("routing", run, __doc__))

@@ -1,39 +1,31 @@
 """How long a step of DUET takes, what takes it, and how that compares with a plain loop.
 
-    python -m benchmarks.train_ssl            # cifar10_resnet20, batch 64 on a CPU, 1024 on a GPU
+    python -m benchmarks.train_ssl            # cifar10_resnet20, batch 64, about 2 minutes
 
 "plain" is the step as one writes it first: fp32, contiguous memory, kornia's augmentations as they come (where kornia is
-installed), metrics fetched in each step. All kinds are timed in turn, several times; medians.
+installed), metrics fetched in each step.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from benchmarks.measure import Bench, Kind, run_benchmark
 from common.models.resnet import CifarResNet
 from common.precision import autocast
-from common.run.memory import tune_malloc
 from common.ssl.duet import DUET, DUETBatch
 from common.ssl.steps import encode_views
 
 PARTS = ("views", "encoder, forward", "heads and losses, forward", "heads and losses, backward", "encoder, backward", "AdamW")
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, help="[64 on a CPU, 1024 on a GPU]")
-    parser.add_argument("--encoder-width", type=int, default=64, help="[%(default)s]")
-    parser.add_argument("--repeats", type=int, help="[3 on a CPU, 20 on a GPU]")
-    return parser
 
 
 def synchronise() -> None:
@@ -44,7 +36,7 @@ def synchronise() -> None:
 class Step:
     """A training step of one kind on random images of 36x36 pixels, as --center-crop makes them for views of 32x32."""
 
-    def __init__(self, kind: str, batch_size: int, width: int, device: str):
+    def __init__(self, kind: str, batch_size: int, width: int, device: str = "cpu"):
         torch.manual_seed(0)
         self.kind, self.device = kind, torch.device(device)
         self.precision = "bf16" if "bf16" in kind else "fp32"
@@ -86,7 +78,7 @@ class Step:
         batch = self.batch()
         mark()
         with autocast(batch.views[0], self.precision):
-            z = encode_views(model.base_network, batch.views, jointly="joint" in self.kind)
+            z = encode_views(model.base_network, batch.views)
         mark()
         cut = [rows.detach().requires_grad_() for rows in z]
         with autocast(batch.views[0], self.precision):
@@ -119,51 +111,14 @@ def kornia_views(device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tenso
     return augment
 
 
-def kinds_for(device: str) -> list[str]:
-    kinds = ["plain", "suite", "suite, joint pass", "suite, bf16"]
-    if device == "cuda":
-        kinds += ["suite, bf16, compile"]
-    try:
-        kornia_views(torch.device("cpu"))
-    except ImportError:
+def run(bench: Bench, batch_size: int = 64, width: int = 64) -> None:
+    names = ["plain", "suite", "suite, bf16"]
+    if importlib.util.find_spec("kornia") is None:
         print("kornia is not installed: no plain loop to compare with")
-        kinds.remove("plain")
-    return kinds
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = get_parser().parse_args(argv)
-    tune_malloc()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch_size = args.batch_size or (1024 if device == "cuda" else 64)
-    repeats = args.repeats or (20 if device == "cuda" else 3)
-    steps = {kind: Step(kind, batch_size, args.encoder_width, device) for kind in kinds_for(device)}
-    for step in steps.values():
-        step()  # warm-up
-    measured: dict[str, list[dict[str, float]]] = {kind: [] for kind in steps}
-    for _ in range(repeats):
-        for kind, step in steps.items():
-            measured[kind].append(step())
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"cifar10_resnet20, width {args.encoder_width}, batch {batch_size}, {where}, torch {torch.__version__}, n = {repeats}"
-    )
-    report(measured, batch_size)
-    return 0
-
-
-def report(measured: dict[str, list[dict[str, float]]], batch_size: int) -> None:
-    """Seconds and shares of each part, images a second, and the ratio to the plain loop."""
-    medians = {kind: {part: statistics.median(t[part] for t in times) for part in PARTS} for kind, times in measured.items()}
-    totals = {kind: statistics.median(sum(t.values()) for t in times) for kind, times in measured.items()}
-    print(f"{'':>28}" + "".join(f"{kind:>24}" for kind in medians))
-    for part in PARTS:
-        print(f"{part:>28}" + "".join(f"{m[part]:>15.4f} {100 * m[part] / totals[k]:6.2f} %" for k, m in medians.items()))
-    print(f"{'step (s)':>28}" + "".join(f"{totals[kind]:>24.4f}" for kind in medians))
-    print(f"{'images per second':>28}" + "".join(f"{batch_size / totals[kind]:>24.1f}" for kind in medians))
-    if "plain" in totals:
-        print(f"{'times as fast as plain':>28}" + "".join(f"{totals['plain'] / totals[kind]:>24.2f}" for kind in medians))
+        names.remove("plain")
+    kinds = {name: Kind(partial(Step, name, batch_size, width), tuned=name != "plain") for name in names}
+    bench.compare("DUET step", kinds, 1 if bench.quick else 2, ("plain", "suite"), operations="suite, bf16")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_benchmark("train_ssl", run, __doc__))

@@ -48,6 +48,13 @@ def swarm_images() -> Iterator[str]:
             yield f"swarm_transformer.py -data {data} -n_layers 1 -n_hidden 256 -n_iter 10 -wc 480 -lr 0.001 -bs 50{condition}"
 
 
+def amortised_mog() -> Iterator[str]:
+    """Either pooling, three seeds, twenty minutes each, in which the learning rate falls to a hundredth."""
+    for pooling in ("MEAN", "POMA"):
+        for seed in SSL_SEEDS:
+            yield f"amortised_mog.py -p {pooling} -gamma 0.8 -wc 20 -seed {seed}"
+
+
 def duet(dataset: str) -> Iterator[str]:
     """Each transformation, beside a crop: structured (DUET), forgotten (SimCLR), predicted (ESSL). Options as in the published
     line, whose lambda of 1000 is the only one that is known."""
@@ -121,6 +128,9 @@ def sweeps() -> dict[str, str]:
             "Amortised clustering: five models, five seeds, an hour each", amortised_clustering()
         ),
         "swarm_images.txt": sweep("SWARM image transformer: 5 days for CIFAR-10, 8 hours for the others", swarm_images()),
+        "amortised_mog.txt": sweep(
+            "Amortised mixtures of Gaussians: two poolings, three seeds, 20 minutes each", amortised_mog()
+        ),
         "duet_cifar10.txt": sweep(f"{of_ssl}: CIFAR-10, three seeds", duet("cifar10")),
         "duet_cifar100.txt": sweep(f"{of_ssl}: CIFAR-100, three seeds", duet("cifar100")),
         "zoo.txt": sweep("Zoos of 100 networks of an architecture, in four chunks each", zoo()),

@@ -14,6 +14,7 @@ submit() { # submit SWEEP [OPTIONS OF SBATCH]; prints ids of jobs
 
 submit amortised_clustering
 submit swarm_images
+submit amortised_mog
 submit duet_cifar10
 submit duet_cifar100
 

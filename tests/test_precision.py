@@ -69,7 +69,9 @@ def flags() -> tuple[str, ...]:
 class Seen(TorchDispatchMode):
     """Notes of all products and convolutions the dtype and the flags under which they ran; `refused` operators raise."""
 
-    PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "affine_grid_generator")
+    PRODUCTS = (
+        "mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "convolution", "convolution_backward", "affine_grid_generator",
+    )  # fmt: skip
 
     def __init__(self, refused: tuple[str, ...] = ()):
         super().__init__()

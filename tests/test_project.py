@@ -1,4 +1,4 @@
-"""What holds for the project as a whole: who imports whom, the README's code, the benchmarks' pieces."""
+"""What holds for the project as a whole: who imports whom, the README's code."""
 
 import ast
 import re
@@ -7,11 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from benchmarks import similarity as similarity_benchmark
-from benchmarks import stitching, swarm_layer, swarm_transformer, train_ssl
-from benchmarks import zoo as zoo_benchmark
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -54,47 +49,3 @@ def test_code_in_the_readme_runs() -> None:
     assert blocks
     for block in blocks:
         exec(block, {})
-
-
-def test_benchmark_steps_run() -> None:
-    batch = swarm_layer.one_set(30)
-    before = torch.get_rng_state()
-    for kind in ("plain", "layer", "bf16", "products"):
-        assert swarm_layer.seconds(swarm_layer.make_step(kind, batch, "cpu")) > 0
-        if kind != "bf16":
-            assert swarm_layer.seconds(swarm_transformer.make_step(kind, 1, 5, "cpu")) > 0
-    torch.set_rng_state(before)
-    assert swarm_layer.a_batch(300)[0].shape[0] == swarm_layer.BATCH
-
-
-def test_benchmark_of_the_ssl_step_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_ssl.main(["--batch-size", "4", "--encoder-width", "1", "--repeats", "1"]) == 0
-    out = capsys.readouterr().out
-    for part in (*train_ssl.PARTS, "images per second", "times as fast as plain"):
-        assert part in out
-
-
-@pytest.mark.slow
-def test_benchmark_of_stitching_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    stitching.compare_steps([14], width=1, rounds=1, device="cpu")
-    assert "times as fast" in capsys.readouterr().out
-    assert stitching.peak_memory("stitched", 14, width=1, threads=1) > 0
-
-
-@pytest.mark.slow
-def test_benchmark_of_a_zoo_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert zoo_benchmark.main(["--width", "1", "--steps", "1", "--repeats", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 16 and "models/hour" in lines[1] and all(line.endswith("x") for line in lines[2:])
-
-
-@pytest.mark.slow
-def test_benchmark_of_similarity_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    similarity_benchmark.compare_cka([(12, 2, 4, 4)], rounds=1)
-    similarity_benchmark.compare_procrustes([(12, 2, 4, 4)], rounds=1)
-    similarity_benchmark.growth([8], [2], rounds=1)
-    lines = capsys.readouterr().out.splitlines()
-    assert sum("as fast as plain" in line for line in lines) == 2
-    assert all(float(line.split("off by")[1]) < 1e-5 for line in lines if "off by" in line)
-    peak, time = similarity_benchmark.measure_in_own_process("wreath_cka", (12, 2, 4, 4))
-    assert peak > 0 and time > 0

@@ -13,6 +13,7 @@ from common.models.sets import (
     MODEL_TYPES,
     AttentionBlock,
     InducedSetAttentionBlock,
+    MultiheadAttention,
     SetLinear,
     SetStack,
     make_set_model,
@@ -207,16 +208,37 @@ def test_wrong_options() -> None:
         small("Sworm")
 
 
-@pytest.mark.parametrize(("kind", "plain"), [("SetTransformer", PlainSetTransformer), ("LSTM", PlainLSTM)])
-def test_equals_plain_formulation(kind: str, plain: type[torch.nn.Module]) -> None:
-    """In double precision; the LSTM without padding, which the plain one reads like entities."""
+@pytest.mark.parametrize(("kind", "n_hidden"), [("SetTransformer", 64), ("SetTransformer", 32), ("LSTM", 16)])
+def test_equals_plain_formulation(kind: str, n_hidden: int) -> None:
+    """In double precision, with and without projections of all entities; the LSTM in batches without padding alone."""
     torch.manual_seed(0)
-    model, formula = make_set_model(kind, 2, 5, n_hidden=32), plain(2, 5, 32)
-    formula.load_state_dict(model.state_dict())
-    model, formula, x = model.double(), formula.double(), torch.randn(4, 13, 2, dtype=torch.float64)
-    mask = torch.ones(4, 13).bool() if kind == "LSTM" else torch.rand(4, 13) < 0.7
-    for each in (model, formula):
+    model = make_set_model(kind, 2, 5, n_hidden=n_hidden)
+    plain = (PlainLSTM if kind == "LSTM" else PlainSetTransformer)(2, 5, n_hidden)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # biases, too
+    plain.load_state_dict(model.state_dict())
+    model, plain, x = model.double(), plain.double(), torch.randn(4, 70, 2, dtype=torch.float64)
+    mask = torch.rand(4, 70) < (1 if kind == "LSTM" else 0.7)
+    for each in (model, plain):
         each(x, mask)[mask].square().sum().backward()
-    torch.testing.assert_close(model(x, mask)[mask], formula(x, mask)[mask])
-    for (name, p), q in zip(model.named_parameters(), formula.parameters(), strict=True):
+    torch.testing.assert_close(model(x, mask)[mask], plain(x, mask)[mask])
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(3, 40), (40, 3), (40, 40), (3, 3)])
+def test_attention_with_few_queries_or_keys(n_queries: int, n_keys: int) -> None:
+    """It is torch's attention of the projections, also for a set without entities."""
+    torch.manual_seed(0)
+    attention, x, y = MultiheadAttention(32, 4), torch.randn(3, n_queries, 32), torch.randn(3, n_keys, 32)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    mask = torch.rand(3, n_keys) < 0.6
+    mask[2] = False
+    for valid in (mask, None):
+        q, k, v = (
+            linear(z).unflatten(2, (4, 8)).transpose(1, 2)
+            for linear, z in ((attention.project_queries, x), (attention.project_keys, y), (attention.project_values, y))
+        )
+        heads = F.scaled_dot_product_attention(q, k, v, None if valid is None else valid[:, None, None])
+        torch.testing.assert_close(attention(x, y, valid), attention.concatenation(heads.transpose(1, 2).flatten(2)))

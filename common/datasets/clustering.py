@@ -52,14 +52,15 @@ def make_tasks(n_tasks: int, seed: int) -> ClusteringTasks:
     factors = torch.linalg.cholesky(SCALE * torch.linalg.inv(normals @ normals.mT))
 
     task = torch.repeat_interleave(torch.arange(n_tasks), sizes)
-    labels = (torch.rand(len(task), generator=gen) * n_clusters[task]).long()
-    labels = torch.minimum(labels, n_clusters[task] - 1)  # the product may round up to n_clusters
-    cluster = task * N_LABELS + labels
-    noise = torch.randn(len(task), 2, generator=gen)
-    lower, mean = factors.flatten(0, 1).float()[cluster], means.flatten(0, 1).float()[cluster]
-    x0 = mean[:, 0] + lower[:, 0, 0] * noise[:, 0]
-    x1 = mean[:, 1] + lower[:, 1, 0] * noise[:, 0] + lower[:, 1, 1] * noise[:, 1]
-    return ClusteringTasks(torch.stack([x0, x1], 1), labels, sizes.cumsum(0) - sizes, sizes, n_clusters, means, factors)
+    largest = n_clusters.index_select(0, task)
+    labels = (torch.rand(len(task), generator=gen) * largest).long()
+    labels = torch.minimum(labels, largest.sub_(1))  # the product may round up to n_clusters
+    noise0, noise1 = torch.randn(len(task), 2, generator=gen).unbind(1)
+    cluster = task.mul_(N_LABELS).add_(labels)
+    mixture = torch.cat([means, factors.flatten(2)], 2).flatten(0, 1).float()  # (n_tasks 10, 6)
+    mean0, mean1, lower00, _, lower10, lower11 = mixture.index_select(0, cluster).unbind(1)
+    points = torch.stack([mean0 + lower00 * noise0, mean1 + lower10 * noise0 + lower11 * noise1], 1)
+    return ClusteringTasks(points, labels, sizes.cumsum(0) - sizes, sizes, n_clusters, means, factors)
 
 
 def split(n_tasks: int) -> tuple[Tensor, Tensor]:

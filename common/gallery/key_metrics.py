@@ -33,6 +33,11 @@ PATHS = {
         "test nats": "test.nats",
         "nats by position": "test.levels.by position",
     },
+    "amortised_mog": {
+        "log-likelihood": "log_likelihood.model",
+        "of true mixture": "log_likelihood.oracle",
+        "of single Gaussian": "log_likelihood.single Gaussian",
+    },
     "train_ssl": {
         "linear probe %": "linear_probe.top_1",
         "kNN %": "knn.top_1",

@@ -26,6 +26,7 @@ from common.plotting import PALETTE, draw_baselines, draw_curve, headline, save_
 MAIN_OPTIONS = {
     "amortised_clustering": ("type",),
     "swarm_transformer": ("data",),
+    "amortised_mog": ("p", "pma"),
     "train_ssl": ("model", "tx", "equi_tx"),
     "train_zoo": ("arch", "dataset"),
     "routing_networks": ("data", "model", "decision"),
@@ -47,6 +48,11 @@ def draw(script: str, runs: Sequence[Run], folder: Path) -> list[Path]:
             bits = {name: None if value is None else value / math.log(2) for name, value in nats.items()}
             title = "images: bits per dimension over training time"
             drawn = draw_over_time(path, title, "validation bits", "val_bits", groups, bits)
+        case "amortised_mog":
+            likelihoods = {name: baseline(groups, f"log_likelihood.{name}") for name in ("single Gaussian", "oracle")}
+            losses = {name: None if value is None else -value for name, value in likelihoods.items()}
+            title = "mixtures: validation loss over training time"
+            drawn = draw_over_time(path, title, "negative log-likelihood", "val_loss", groups, losses)
         case "train_ssl":
             drawn = draw_points(path, "linear probe by transformation", "linear probe %", "chance_top_1", groups)
         case "train_zoo" | "routing_networks":

@@ -141,8 +141,11 @@ class IncrementalImages:
 
     @torch.no_grad()
     def __init__(self, model: ImageTransformer, n: int, classes: Tensor | None = None):
-        self.cells = [IncrementalSwarm(cell, n) if isinstance(cell, SwarmLayer) else cell for cell in model.cells]
-        Wih, bias = self.cells[0].Wih, self.cells[0].bias
+        first, *others = model.cells
+        assert isinstance(first, SwarmLayer)
+        self.first = IncrementalSwarm(first, n)
+        self.others = [IncrementalSwarm(cell, n) if isinstance(cell, SwarmLayer) else cell for cell in others]
+        Wih, bias = self.first.Wih, self.first.bias
         self.values = F.linear(model.input_embedding.weight, Wih)  # (256, 4H)
         self.positions = iter(F.linear(model.positions(), Wih))  # (E, 4H)
         self.context = F.linear(model.context(n, classes), Wih, bias)  # (n, 4H)
@@ -153,8 +156,8 @@ class IncrementalImages:
         x_term = self.context + next(self.positions)
         if before is not None:
             x_term += self.values[before]
-        x = self.cells[0].step(x_term)
-        for cell in self.cells[1:]:
+        x = self.first.step(x_term)
+        for cell in self.others:
             x = cell(x)
         return x
 

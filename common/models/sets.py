@@ -98,7 +98,7 @@ class MultiheadAttention(nn.Module):
         return attention.flatten(1, 2).mT @ values.flatten(1, 2) + self.concatenation.bias
 
     def scores(self, few: Tensor, many: Tensor, linear: nn.Linear) -> Tensor:
-        """Scaled products of few (N, heads, F, D / heads) and linear(many (N, M, D)), which is not computed: (N, heads, F, M)."""
+        """Scaled products of few (N, heads, F, D / heads) and the heads of linear(many), many (N, M, D): (N, heads, F, M)."""
         few = few / few.shape[3] ** 0.5
         weight, bias = linear.weight.unflatten(0, (self.n_heads, -1)), linear.bias.unflatten(0, (self.n_heads, -1, 1))
         return ((few @ weight).flatten(1, 2) @ many.mT).unflatten(1, (self.n_heads, -1)) + few @ bias
@@ -134,7 +134,7 @@ class AttentionBlock(nn.Module):
         self.multihead = MultiheadAttention(d, n_heads)
         self.layer_norm1 = nn.LayerNorm(d)
         self.layer_norm2 = nn.LayerNorm(d)
-        self.rff = FeedForward(d)
+        self.rff: nn.Module = FeedForward(d)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend from x (N, Q, D) to the valid entities of y (N, K, D), `mask` (N, K): -> (N, Q, D)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from common import checkpoint, plotting
 from common.run.backtracking import Backtracking
 from common.run.clock import Clock
 from common.run.metrics import Meter, Metrics, Traces, read_metrics
+from common.run.options import at_least, real, run_id
 from common.run.run import Run
 from common.run.state import Part, State
 
@@ -28,6 +30,39 @@ def make_adam(model: nn.Module, lr: float) -> torch.optim.Adam:
 
     optimizer.register_load_state_dict_pre_hook(keep_fused)
     return optimizer
+
+
+def add_budget_options(
+    group: argparse._ArgumentGroup, *, wc: float, update_interval: float, max_epochs: int, bt_horizon: float, bt_alpha: float
+) -> None:
+    """The options of such a training, as the SWARM scripts publish them, with a script's own defaults."""
+    add = group.add_argument
+    add("-wc", type=real(0, 1e6, above=True), default=wc, help="wall clock time for training, in minutes [%(default)s]")
+    add(
+        "-update_interval",
+        type=real(0, 1e6),
+        default=update_interval,
+        help="minutes between two updates of the plots [%(default)s]",
+    )
+    add("-max_epochs", type=at_least(1), default=max_epochs, help="largest number of epochs [%(default)s]")
+    add(
+        "-bt_horizon",
+        type=real(0, 1),
+        default=bt_horizon,
+        help="backtracking horizon, a fraction of the epochs; 1: never [%(default)s]",
+    )
+    add(
+        "-bt_alpha",
+        type=real(0, 1, above=True),
+        default=bt_alpha,
+        help="learning rate factor of backtracking [%(default)s]",
+    )
+    add("-lr", type=real(0, 1, above=True), default=0.01, help="learning rate of Adam [%(default)s]")
+    add("-no_cuda", action="store_true", help="the same as -device cpu")
+    add("-dry_run", action="store_true", help="just print the model name and exit")
+    add("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
+    add("-run", type=run_id, help="run id to append to the model name; has no function otherwise")
+    add("-resume", metavar="FILE|auto", help="start from a best.pkl; auto: continue this run where it was interrupted")
 
 
 class BestModel:

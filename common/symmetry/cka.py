@@ -16,7 +16,7 @@ from common.processor import cache_size, product
 from common.symmetry.measures import GPU_BYTES, Similarities, as_maps, check_finite, check_names, image_norms, maps_of
 
 NOTHING = 1e-12  # variance of a constant, after rounding, relative to its square
-ROWS, COLUMNS = 2048, 128  # of a tile on a CPU: large enough for products at full speed, 1 MiB, and little above the diagonal
+ROWS, COLUMNS = 1024, 256  # of a tile on a CPU: large enough for products at full speed, and 1 MiB
 
 
 def _check_n_images(n_images: int) -> None:
@@ -209,7 +209,9 @@ class Kernels:
         are left out.
         """
         n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
-        height, width = (ROWS, COLUMNS) if row_features[0].device.type == "cpu" else (n_rows, n_columns)
+        height, width = n_rows, n_columns
+        if row_features[0].device.type == "cpu":  # of few images, narrow tiles compute less above the diagonal
+            height, width = ROWS, COLUMNS if self.n_images >= 1000 else COLUMNS // 2
         for left in range(0, n_columns, width):
             part = slice(columns.start + left, min(columns.start + left + width, columns.stop))
             y = [z[:, left : left + width] for z in column_features]

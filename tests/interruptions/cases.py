@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import amortised_clustering
+import amortised_mog
 import swarm_transformer
 from common import plotting
 from common.checkpoint import atomic_write
@@ -28,6 +29,8 @@ from tests.interruptions.disk import Disk, watch
 LINES = {
     "clustering": "amortised_clustering -type Swarm -n_hidden 4 -n_iter 2 -dropout 0.2 -tasks 10 "
     "-bs 5 -max_epochs 4 -lr 0.5 -bt_horizon 0 -resume auto -results_dir RESULTS",
+    "mixture": "amortised_mog -n_hidden 12 -n_iter 2 -dropout 0.2 -bs 2 -max_epochs 4 -lr 0.5 -gamma 0.9 -bt_horizon 0 "
+    "-resume auto -results_dir RESULTS",
     "images": "swarm_transformer -data FashionMNIST -n_hidden 4 -n_iter 2 -bs 4 -epoch_images 6 -max_epochs 5 -lr 1.0 "
     "-bt_horizon 0 -n_samples 1 -resume auto -results_dir RESULTS -data_dir DATA",
     "duet": "train_ssl --dataset fashionmnist --encoder cifar10_resnet20 --encoder-width 1 --image-size 8 --batch-size 16 "
@@ -115,12 +118,12 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
     """Pictures are files, but empty ones."""
-    pictures = (plotting, amortised_clustering, routing_pictures, ssl_pictures, symmetry_pictures)
+    pictures = (plotting, amortised_clustering, amortised_mog, routing_pictures, ssl_pictures, symmetry_pictures)
     for module in pictures:
         for name in vars(module):
             if name.startswith("plot_"):
                 patch.setattr(module, name, lambda path, *_, **__: atomic_write(path, lambda file: file.write(b"a picture")))
-    for script in (amortised_clustering, swarm_transformer):
+    for script in (amortised_clustering, amortised_mog, swarm_transformer):
         patch.setattr(script, "samples", lambda *_: [])
 
 
@@ -130,6 +133,8 @@ def save_often_draw_nothing(patch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     patch.setattr(state, "SAVE_SECONDS", -1.0)
     draw_nothing(patch)
+    for name in ("STEPS_PER_EPOCH", "VALIDATION_BATCHES", "TEST_BATCHES"):
+        patch.setattr(amortised_mog, name, 2)
     patch.setattr(ssl_models, "HIDDEN", 4)
     for probe in ("linear_probe", "nearest_neighbours"):
         patch.setattr(evaluation, probe, lambda *_: {"top_1": 10.0})

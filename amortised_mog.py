@@ -1,0 +1,316 @@
+"""A mixture of Gaussians in one forward pass (the third experiment of the SWARM program, Vollgraf 2019, arXiv 1906.09400).
+
+A population of points goes through a network once; out come the parameters of a mixture of Gaussians: means, deviations and
+weights. The loss is the negative log-likelihood of the points, without any label. The line
+
+    python -u amortised_mog.py -p MEAN -wc 60
+
+leaves its run in results/amortised_mog/: log, metrics.csv, learning curves, weight traces, samples, result.json.
+README.md says what each logged quantity means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import plotting
+from common.datasets.mixtures import DEVIATION, MixtureSets, draw_sets
+from common.models.mixture import N_HEADS, Mixture, MixtureNetwork, log_likelihood, single_gaussian_log_likelihood
+from common.models.sets import NON_LINEARITIES
+from common.precision import autocast, set_backend_flags
+from common.run import dotted, options
+from common.run.budget import BudgetedTraining, add_budget_options, make_adam
+from common.run.command import echo
+from common.run.memory import tune_malloc
+from common.run.options import at_least, real
+from common.run.progress import bar
+from common.run.run import Run
+from common.seeds import generator_of, seed_everything
+
+NOT_IN_NAME = options.RUN_OPTIONS  # options that do not make another run
+STEPS_PER_EPOCH, VALIDATION_BATCHES, TEST_BATCHES = 500, 100, 1000
+TRAINING, VALIDATION, TEST = 0, 1, 2  # in the keys of random numbers
+PUBLISHED_DECAY = (70, 0.1)  # without -gamma: after 70 epochs, the learning rate falls to a tenth
+COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "lr")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The original's options, then the suite's own."""
+    parser = options.OneLineParser(prog="amortised_mog.py", description=__doc__)
+    paper = parser.add_argument_group("options of the original")
+    paper.add_argument("-n_hidden", type=at_least(1), default=128, help="hidden units inside the model [%(default)s]")
+    paper.add_argument("-n_layers", type=at_least(1, 1000), default=1, help="SWARM layers [%(default)s]")
+    paper.add_argument("-n_iter", type=at_least(1), default=5, help="iterations in SWARM layers [%(default)s]")
+    paper.add_argument("-non_lin", choices=NON_LINEARITIES, default="relu", help="non-linearity between layers [%(default)s]")
+    paper.add_argument("-n_dim", type=at_least(1, 50), default=2, help="dimensions of the points [%(default)s]")
+    paper.add_argument("-n_clust", type=at_least(1, 1000), default=4, help="Gaussians of a mixture [%(default)s]")
+    paper.add_argument("-pma", action="store_true", help="pool the set by attention, with one learned seed a Gaussian")
+    paper.add_argument("-dropout", type=real(0, 1, below=True), default=0.0, help="dropout rate of SWARM layers [%(default)s]")
+    paper.add_argument("-bs", type=at_least(1), default=10, help="batch size, in sets [%(default)s]")
+    add_budget_options(paper, wc=300.0, update_interval=5.0, max_epochs=100, bt_horizon=1.0, bt_alpha=0.8)
+    paper.add_argument(
+        "-gamma", type=real(0, 1, above=True), help="factor of the learning rate an epoch [a tenth, once, after 70 epochs]"
+    )
+    paper.add_argument("-p", choices=("MEAN", "POMA"), default="MEAN", help="pooling in SWARM layers [%(default)s]")
+    own = parser.add_argument_group("options of this suite")
+    own.add_argument("-seed", type=at_least(0), default=0, help="seed of data and weights [%(default)s]")
+    own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")
+    options.add_device_options(own, "-")
+    own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the model")
+    own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
+    options.add_tracker_options(own, "-")
+    return parser
+
+
+def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what no model can do."""
+    if args.p == "POMA" and args.n_hidden <= 8:
+        parser.error(f"-p POMA takes 8 hidden units for itself: -n_hidden {args.n_hidden} is too small")
+    if args.pma and args.n_hidden % N_HEADS:
+        parser.error(f"-pma has {N_HEADS} attention heads: -n_hidden {args.n_hidden} is no multiple of {N_HEADS}")
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------------
+
+
+def batch_of(args: argparse.Namespace, device: torch.device, *key: int) -> MixtureSets:
+    """The batch of a key, always the same one: (TRAINING, epoch, step), (VALIDATION, index) or (TEST, index)."""
+    return draw_sets(args.bs, args.n_dim, args.n_clust, generator_of(args.seed, *key)).to(device)
+
+
+def true_mixture(sets: MixtureSets) -> Mixture:
+    return Mixture(sets.means, torch.full_like(sets.means, DEVIATION), sets.weights.log())
+
+
+def measure_baselines(batch: MixtureSets) -> dict[str, Tensor]:
+    """Log-likelihood of each set (N) under the mixture it was drawn from, and under the best single Gaussian."""
+    return {
+        "oracle": log_likelihood(batch.points, true_mixture(batch), batch.mask),
+        "single Gaussian": single_gaussian_log_likelihood(batch.points, batch.mask),
+    }
+
+
+def mean_baselines(args: argparse.Namespace, device: torch.device, part: int, n_batches: int) -> dict[str, float]:
+    """Their means over the batches of a part, in nats per point."""
+    measured = [measure_baselines(batch_of(args, device, part, index)) for index in range(n_batches)]
+    return {name: torch.cat([values[name] for values in measured]).mean().item() for name in measured[0]}
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+
+def likelihood(args: argparse.Namespace, model: MixtureNetwork, batch: MixtureSets) -> Tensor:
+    """Log-likelihood of each set under the mixture that the model makes of it, in nats per point (N)."""
+    with autocast(batch.points, args.precision):
+        mixture = model(batch.points, batch.mask)
+    return log_likelihood(batch.points, mixture, batch.mask)
+
+
+@torch.no_grad()
+def evaluate(args: argparse.Namespace, model: MixtureNetwork, part: int, n_batches: int) -> Tensor:
+    """Log-likelihood of each set of a part."""
+    model.eval()
+    device = next(model.parameters()).device
+    values = [likelihood(args, model, batch_of(args, device, part, index)) for index in range(n_batches)]
+    model.train()
+    return torch.cat(values).cpu()
+
+
+def decay_learning_rate(args: argparse.Namespace, training: BudgetedTraining) -> None:
+    """At the start of each epoch but the first."""
+    epochs, factor = PUBLISHED_DECAY
+    if args.gamma is not None:
+        factor = args.gamma
+    if training.epoch > 0 and (args.gamma is not None or training.epoch == epochs):
+        for group in training.optimizer.param_groups:
+            group["lr"] *= factor
+
+
+def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training: BudgetedTraining, progress: tqdm) -> bool:
+    """Train on the steps of an epoch that are left, until the time is up; False if the loss diverged."""
+    device = next(training.model.parameters()).device
+    if training.batch == 0:
+        decay_learning_rate(args, training)
+    while training.batch < STEPS_PER_EPOCH and not training.time_is_up():
+        batch = batch_of(args, device, TRAINING, training.epoch, training.batch)
+        loss = -likelihood(args, training.model, batch).mean()
+        if not training.is_finite(loss):
+            return False
+        training.optimizer.zero_grad()
+        loss.backward()
+        training.optimizer.step()
+
+        progress.set_description_str(
+            f"epoch {training.epoch + 1} batch {training.batch + 1}/{STEPS_PER_EPOCH}  loss {training.shown_loss}  "
+            f"best validation {training.best.loss:.3f} (oracle {-baselines['oracle']:.3f})  "
+            f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
+            refresh=False,
+        )
+        progress.update()
+        training.record_step(len(batch), loss)
+    return training.fetch_losses()
+
+
+def validate_epoch(args: argparse.Namespace, baselines: dict[str, float], training: BudgetedTraining, finite: bool) -> None:
+    """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
+    val_loss = -evaluate(args, training.model, VALIDATION, VALIDATION_BATCHES).mean().item() if finite else math.nan
+    row = {
+        "epoch": training.epoch + 1,
+        "step": training.step,
+        "seconds": training.clock.used(),
+        "train_loss": training.meter.means()["loss"] if finite else math.nan,
+        "val_loss": val_loss,
+        "lr": training.learning_rate,
+    }
+    verdict = training.conclude_epoch(row)
+    training.run.log(
+        f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
+        f"validation {val_loss:.4f} (oracle {-baselines['oracle']:.4f}, single Gaussian {-baselines['single Gaussian']:.4f}) | "
+        f"lr {row['lr']:.4g}{verdict}"
+    )
+
+
+# ---- report --------------------------------------------------------------------------------------------------------------
+
+
+def draw(args: argparse.Namespace, baselines: dict[str, float], training: BudgetedTraining) -> None:
+    """metrics.png, weights.png, samples.png."""
+    losses = {name: -value for name, value in baselines.items()}
+    training.draw(STEPS_PER_EPOCH, {"val_loss": losses}, "negative log-likelihood (nats per point)")
+    plot_mixtures(training.run.part / "samples.png", training.run.name, *samples(args, training.model))
+
+
+@torch.no_grad()
+def samples(args: argparse.Namespace, model: nn.Module) -> tuple[MixtureSets, Mixture]:
+    """Nine validation sets, always the same, and the model's mixtures of them."""
+    gen = generator_of(args.seed, VALIDATION, VALIDATION_BATCHES)
+    sets = draw_sets(9, args.n_dim, args.n_clust, gen).to(options.device_of(args))
+    model.eval()
+    with autocast(sets.points, args.precision):
+        mixture = model(sets.points, sets.mask)
+    model.train()
+    return sets, mixture
+
+
+def plot_mixtures(path: Path, title: str, sets: MixtureSets, predicted: Mixture) -> None:
+    """Pairs of panels, a pair for each of nine sets: its points with the predicted Gaussians, and with the true ones."""
+    figure = Figure(figsize=(17, 9.2), layout="constrained")
+    plotting.headline(figure, title)
+    panels = figure.subplots(3, 6, sharex=True, sharey=True).reshape(9, 2)
+    for column, (name, mixture) in enumerate((("predicted", predicted), ("true", true_mixture(sets)))):
+        values = log_likelihood(sets.points, mixture, sets.mask).tolist()
+        for index, panel in enumerate(panels[:, column]):
+            draw_mixture(panel, sets.points[index][sets.mask[index]].cpu(), Mixture(*(part[index].cpu() for part in mixture)))
+            panel.set_title(f"{name}: {values[index]:.2f} nats per point", fontsize=9)
+    plotting.save_figure(figure, path)
+
+
+def draw_mixture(panel: Axes, points: Tensor, mixture: Mixture) -> None:
+    """Points (E, D), and ellipses of one and two deviations, the heavier a Gaussian the more opaque; two dimensions of them."""
+    means, deviations, opacities = mixture.means, mixture.deviations, mixture.log_weights.exp().sqrt()
+    if points.shape[1] == 1:  # a line becomes a strip
+        points, means, deviations = F.pad(points, (0, 1)), F.pad(means, (0, 1)), F.pad(deviations, (0, 1), value=DEVIATION)
+    panel.scatter(points[:, 0], points[:, 1], c="0.55", s=4, linewidths=0)
+    for k, (mean, deviation, opacity) in enumerate(zip(means.tolist(), deviations.tolist(), opacities.tolist(), strict=True)):
+        look = {"fill": False, "edgecolor": plotting.PALETTE[k % len(plotting.PALETTE)], "linewidth": 1.5, "alpha": opacity}
+        for n in (1, 2):
+            panel.add_patch(Ellipse(mean[:2], 2 * n * deviation[0], 2 * n * deviation[1], **look))
+    panel.set(xlim=(-5.5, 5.5), ylim=(-5.5, 5.5), aspect="equal")
+
+
+def report(args: argparse.Namespace, training: BudgetedTraining) -> dict[str, Any]:
+    """The best model's log-likelihood on sets that it has not seen, beside the baselines on the same sets."""
+    training.best.load()
+    device = next(training.model.parameters()).device
+    values = evaluate(args, training.model, TEST, TEST_BATCHES)
+    baselines = mean_baselines(args, device, TEST, TEST_BATCHES)
+    return {
+        "script": "amortised_mog",
+        "name": training.run.name,
+        "seed": args.seed,
+        "protocol": "the model with the lowest validation loss of all epochs, measured once on 1,000 fresh batches",
+        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "device": str(device),
+        "epochs": training.epoch,
+        "steps": training.step,
+        "seconds": training.clock.used(),
+        "test_sets": len(values),
+        "log_likelihood": {"model": values.mean().item(), **baselines},
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The log-likelihood beside its baselines."""
+    values = result["log_likelihood"]
+    return (
+        f"{result['test_sets']:,} fresh sets, after {result['seconds'] / 60:.1f} minutes of training: log-likelihood "
+        f"{values['model']:.4f} nats per point\n(true mixture {values['oracle']:.4f}, {values['oracle'] - values['model']:.4f} "
+        f"above; best single Gaussian {values['single Gaussian']:.4f})"
+    )
+
+
+# ---- one run from start to end -------------------------------------------------------------------------------------------
+
+
+def make_model(args: argparse.Namespace) -> MixtureNetwork:
+    """The model of the options, on its device, with weights from the seed."""
+    seed_everything(args.seed)
+    names = ("n_hidden", "n_layers", "n_iter", "non_lin", "dropout")
+    shape = {name: getattr(args, name) for name in names}
+    model = MixtureNetwork(args.n_dim, args.n_clust, pooling=args.p, attention=args.pma, fuse=args.compile, **shape)
+    return model.to(options.device_of(args))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = get_parser()
+    args, name, _ = dotted.parse(parser, argv, NOT_IN_NAME)
+    name = name or "default"  # the original's name is then empty
+    check_combinations(parser, args)
+    options.check(parser, args, name)
+    if args.dry_run:
+        echo(name)
+        return 0
+    tune_malloc()
+    set_backend_flags(args.precision, deterministic=args.deterministic)
+    with Run("amortised_mog", name, args, another="-run ID", may_change=NOT_IN_NAME, quiet=True) as run:
+        model = make_model(args)
+        optimizer = make_adam(model, args.lr)
+        limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
+        training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, **limits)
+        training.start(args.resume)
+        run.log(
+            f"{model}\n{sum(p.numel() for p in model.parameters()):,} parameters on {options.device_of(args)}, seed {args.seed}"
+        )
+        baselines = mean_baselines(args, options.device_of(args), VALIDATION, VALIDATION_BATCHES)
+        drawn_at = -math.inf
+        with bar(args, bar_format="{desc}") as progress:
+            while training.has_next_epoch(args.max_epochs):
+                finite = train_epoch(args, baselines, training, progress)
+                validate_epoch(args, baselines, training, finite)
+                if training.clock.used() - drawn_at >= 60 * args.update_interval:
+                    with training.clock.paused():
+                        draw(args, baselines, training)
+                    drawn_at = training.clock.used()
+        with training.clock.paused():
+            draw(args, baselines, training)
+            result = report(args, training)
+        run.log(summary(result))
+        status = run.finish(result)
+    echo(f"{summary(result)}\n{run.where_to_look(samples='samples.png')}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Sets of points from random mixtures of Gaussians, for the amortised mixture (Vollgraf's SWARM program, arXiv 1906.09400).
+
+Per set: 100 to 499 points; means uniform in [-4, 4], deviation 0.3 in each direction, weights from a flat Dirichlet
+distribution, all independent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+N_POINTS = (100, 500)  # the upper end is excluded
+MEAN_RANGE = 4.0
+DEVIATION = 0.3
+
+
+@dataclass(frozen=True)
+class MixtureSets:
+    """N sets of up to E points in D dimensions, zero at padding, and the K clusters that they were drawn from."""
+
+    points: Tensor  # (N, E, D) float32
+    mask: Tensor  # (N, E) bool
+    means: Tensor  # (N, K, D)
+    weights: Tensor  # (N, K)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def to(self, device: torch.device) -> MixtureSets:
+        return MixtureSets(
+            *(tensor.to(device, non_blocking=True) for tensor in (self.points, self.mask, self.means, self.weights))
+        )
+
+
+def draw_sets(n: int, n_dim: int, n_clust: int, gen: torch.Generator) -> MixtureSets:
+    """Draw n sets on the CPU. Raises ValueError for sizes below 1."""
+    if min(n, n_dim, n_clust) < 1:
+        raise ValueError(f"sizes must be positive: {n} sets of {n_clust} clusters in {n_dim} dimensions")
+    sizes = torch.randint(*N_POINTS, (n,), generator=gen)
+    means = MEAN_RANGE * (2 * torch.rand(n, n_clust, n_dim, generator=gen) - 1)
+    exponentials = -torch.rand(n, n_clust, generator=gen, dtype=torch.float64).clamp(min=1e-300).log()
+    weights = exponentials / exponentials.sum(1, keepdim=True)  # flat Dirichlet
+    mask = torch.arange(int(sizes.max())) < sizes[:, None]
+    ranks = torch.rand(mask.shape, generator=gen, dtype=torch.float64)
+    clusters = torch.searchsorted(weights.cumsum(1), ranks).clamp(max=n_clust - 1)  # (N, E)
+    centres = means.gather(1, clusters.unsqueeze(2).expand(-1, -1, n_dim))
+    points = centres + DEVIATION * torch.randn(*mask.shape, n_dim, generator=gen)
+    return MixtureSets(points * mask.unsqueeze(2), mask, means, weights.float())
