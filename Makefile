@@ -18,9 +18,9 @@ data: .venv/installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
-# all scripts on a simulated GPU; the lines of a script share a process
+# all scripts on a simulated GPU
 test-cuda: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cuda -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cuda -n 2 --dist worksteal
 
 # the fast half, for whoever changes a line
 check: lint

@@ -1,7 +1,5 @@
 """Every script on the simulated GPU ends with the CPU's metrics, resumes exactly, and seldom waits for the device."""
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,41 +32,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def runs_of(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Where the lines of a script have left their runs and reports. One process runs them all, at the first call."""
-
-    @functools.cache
-    def runs_of(script: str) -> Path:
-        results = tmp_path_factory.mktemp(script)
-        simulated(results / "report.json", "-m", "tests.cuda.run_lines", script, str(data), str(results))
-        return results
-
-    return runs_of
-
-
-# all lines of a script in one worker (pytest -n 2 --dist loadgroup), as they share a process
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(LINES[n].script)) for n in LINES])
-class TestLine:
-    def test_it_ends_and_resumes_exactly(self, name: str, runs_of: Callable[[str], Path]) -> None:
-        line, results = LINES[name], runs_of(LINES[name].script)
-        report = read_json(results / f"{name}.json")
-        assert report["statuses"] == [0] if line.stop is None else [0, 75, 0], report["error"]
+@pytest.mark.parametrize("script", sorted({line.script for line in LINES.values()}))
+def test_lines(script: str, data: Path, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    """One process runs all lines of a script on the device; those for the CPU run here."""
+    on_device, on_cpu = tmp_path / "device", tmp_path / "cpu"
+    on_device.mkdir()
+    simulated(tmp_path / "report.json", "-m", "tests.cuda.run_lines", script, str(data), str(on_device))
+    for name, line in LINES.items():
+        if line.script != script:
+            continue
+        report = read_json(on_device / f"{name}.json")
+        with subtests.test(f"{name} ends"):
+            assert report["statuses"] == ([0] if line.stop is None else [0, 75, 0]), report["error"]
         if line.stop is not None:
-            assert_equal(outcome(results / f"{name}.stopped"), outcome(results / name))
-
-    def test_metrics_are_those_of_the_cpu(self, name: str, runs_of: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
-        line, results = LINES[name], runs_of(LINES[name].script)
-        if line.relative is None:
-            pytest.skip(line.why)
-        assert run(line, data, tmp_path) == 0
-        assert_close(metrics(results / name), metrics(tmp_path), line.relative)
-
-    def test_waits_in_a_usual_step(self, name: str, runs_of: Callable[[str], Path]) -> None:
-        line, results = LINES[name], runs_of(LINES[name].script)
-        report = read_json(results / f"{name}.json")
+            with subtests.test(f"{name} resumes exactly"):
+                assert_equal(outcome(on_device / f"{name}.stopped"), outcome(on_device / name))
+        if line.relative is not None:
+            with subtests.test(f"{name} has the metrics of the CPU"):
+                assert run(line, data, on_cpu / name) == 0
+                assert_close(metrics(on_device / name), metrics(on_cpu / name), line.relative)
         if line.waits is not None:
-            assert report["steps"] > 1 and report["waits"] <= line.waits, report
+            with subtests.test(f"{name} waits at most {line.waits} times in a usual step"):
+                assert report["steps"] > 1 and report["waits"] <= line.waits, report
 
 
 def metrics(folder: Path) -> dict[str, Any]:
