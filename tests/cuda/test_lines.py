@@ -79,7 +79,7 @@ def assert_close(a: Any, b: Any, relative: float, where: str = "") -> None:
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_close(x, y, relative, f"{where}/{i}")
     elif is_number(a) and is_number(b):
-        assert float(a) == pytest.approx(float(b), rel=relative, abs=1e-6, nan_ok=True), where
+        assert float(a) == pytest.approx(float(b), rel=relative, abs=relative / 10, nan_ok=True), where
     else:
         assert a == b, where
 
