@@ -26,10 +26,15 @@ class Line:
         return ["-resume", "auto"] if "-results_dir" in self.options.split() else ["--resume"]
 
 
-def clustering(options: str, waits: int = 2, **more: Any) -> Line:
-    """Two waits: the counts of a batch go to the host, which finds the best matching, and that goes back."""
+def clustering(options: str, **more: Any) -> Line:
+    """One wait: scores of a batch go to the host, which finds the best matching. That goes back without a wait."""
     common = "-n_hidden 8 -n_iter 2 -tasks 20 -bs 6 -max_epochs 2 -lr 0.01 -results_dir RESULTS"
-    return Line("amortised_clustering", f"{common} {options}", waits, **more)
+    return Line("amortised_clustering", f"{common} {options}", 1, **more)
+
+
+def mixture(options: str, **more: Any) -> Line:
+    common = "-n_hidden 12 -n_iter 2 -bs 3 -max_epochs 2 -results_dir RESULTS"
+    return Line("amortised_mog", f"{common} {options}", 0, **more)
 
 
 def images(options: str, **more: Any) -> Line:
@@ -68,7 +73,7 @@ def rotations(options: str, **more: Any) -> Line:
 def routing(options: str, **more: Any) -> Line:
     """With SGD: Adam makes whole steps of gradients that are rounding errors."""
     common = "--data CIFAR100-MTL --width 4 --modules 3 --epochs 2 --batch-size 8 --depth 2 --lr 0.03"
-    return Line("routing_networks", f"{common} {options} --data-dir DATA --results-dir RESULTS", 2, **more)
+    return Line("routing_networks", f"{common} {options} --data-dir DATA --results-dir RESULTS", 0, **more)
 
 
 ROUNDED: Any = {"relative": None}  # autocast rounds other operators than on a CPU
@@ -82,8 +87,10 @@ LINES = {
     "clustering SetLinear": clustering("-type SetLinear"),
     "clustering SetLinearMax": clustering("-type SetLinearMax"),
     "clustering SetTransformer": clustering("-type SetTransformer", relative=3e-4, stop=4),
-    "clustering LSTM": clustering("-type LSTM -max_epochs 1", waits=3),
-    "clustering LSTMS": clustering("-type LSTMS -max_epochs 1", waits=3),
+    "clustering LSTM": clustering("-type LSTM -max_epochs 1"),
+    "clustering LSTMS": clustering("-type LSTMS -max_epochs 1"),
+    "mixture": mixture("", stop=2, draw=True),
+    "mixture by attention": mixture("-p POMA -pma"),
     "images": images("", stop=5, draw=True),
     "images of a class": images("-cond -learn_loc true -n_layers 2", draw=True),
     "images bf16": images("-precision bf16", **ROUNDED),

@@ -19,7 +19,7 @@ from common.run.state import State
 from common.ssl import models as ssl_models
 from tests.command_lines import exit_status
 from tests.cuda.lines import LINES, Line
-from tests.interruptions.cases import draw_nothing
+from tests.interruptions.cases import draw_nothing, shorten_mixtures
 from tests.stopping import signal_at
 
 
@@ -37,6 +37,7 @@ def run(line: Line, data: Path, results: Path, *, draw: bool = False, resume: bo
         argv = ["cpu" if word == "cuda" else word for word in argv]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl_models, "HIDDEN", 8)
+        shorten_mixtures(patch)
         patch.setattr(torch.optim, "LBFGS", ShortLBFGS)
         if stop is not None:
             patch.setattr(State, "check_signal", signal_at(stop))

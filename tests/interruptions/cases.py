@@ -127,14 +127,19 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(script, "samples", lambda *_: [])
 
 
+def shorten_mixtures(patch: pytest.MonkeyPatch) -> None:
+    """Epochs of two steps, and as few batches to measure."""
+    for name in ("STEPS_PER_EPOCH", "VALIDATION_BATCHES", "TEST_BATCHES"):
+        patch.setattr(amortised_mog, name, 2)
+
+
 def save_often_draw_nothing(patch: pytest.MonkeyPatch) -> None:
     """Save after every step, return to the best model soon."""
     patch.setattr(backtracking, "PATIENCE", 0)
     torch.set_num_threads(1)
     patch.setattr(state, "SAVE_SECONDS", -1.0)
     draw_nothing(patch)
-    for name in ("STEPS_PER_EPOCH", "VALIDATION_BATCHES", "TEST_BATCHES"):
-        patch.setattr(amortised_mog, name, 2)
+    shorten_mixtures(patch)
     patch.setattr(ssl_models, "HIDDEN", 4)
     for probe in ("linear_probe", "nearest_neighbours"):
         patch.setattr(evaluation, probe, lambda *_: {"top_1": 10.0})
