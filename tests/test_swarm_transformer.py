@@ -129,7 +129,7 @@ def random_options(rng: random.Random) -> list[str]:
         "-epoch_images": lambda: rng.randint(1, 10**5), "-n_samples": lambda: rng.randint(1, 1000),
     }  # fmt: skip
     for option, value in choices.items():
-        if rng.random() < 0.4:
+        if rng.random() < 0.3:
             line += [option, str(value())]
     return line + [flag for flag in ("-no_cuda", "-cond", "-compile", "-deterministic") if rng.random() < 0.3]
 
