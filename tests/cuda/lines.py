@@ -32,6 +32,11 @@ def clustering(options: str, waits: int = 2, **more: Any) -> Line:
     return Line("amortised_clustering", f"{common} {options}", waits, **more)
 
 
+def mixture(options: str, **more: Any) -> Line:
+    common = "-n_hidden 8 -n_iter 2 -bs 4 -max_epochs 2 -lr 0.01 -results_dir RESULTS"
+    return Line("amortised_mog", f"{common} {options}", 0, **more)
+
+
 def images(options: str, **more: Any) -> Line:
     common = "-data SMALL -n_hidden 4 -n_iter 2 -bs 8 -epoch_images 18 -max_epochs 2 -lr 0.01 -n_samples 1"
     return Line("swarm_transformer", f"{common} {options} -data_dir DATA -results_dir RESULTS", 0, **more)
@@ -84,6 +89,8 @@ LINES = {
     "clustering SetTransformer": clustering("-type SetTransformer", relative=3e-4, stop=4),
     "clustering LSTM": clustering("-type LSTM -max_epochs 1", waits=3),
     "clustering LSTMS": clustering("-type LSTMS -max_epochs 1", waits=3),
+    "mixture": mixture("", stop=4),
+    "mixture POMA, pooled by attention": mixture("-p POMA -pma -n_hidden 16"),
     "images": images("", stop=5, draw=True),
     "images of a class": images("-cond -learn_loc true -n_layers 2", draw=True),
     "images bf16": images("-precision bf16", **ROUNDED),
