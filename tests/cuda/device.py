@@ -17,8 +17,8 @@ Simulated are
 - random numbers: the device has a generator of its own, whose state a resumed run has to put back;
 - launches: operators that are no views, as "kernels".
 Not simulated are speed, memory, rounding (TF32, atomics, another order of sums), missing CUDA kernels, cuDNN (an LSTM goes cell
-by cell), NCCL, CUDA graphs and streams, and torch.compile, which leaves functions as they are. On a GPU,
-torch.cuda.set_sync_debug_mode("warn") names the same waits.
+by cell), CUDA graphs and streams, and torch.compile, which leaves functions as they are. A process of torchrun has a GPU, and
+Gloo in NCCL's place. On a GPU, torch.cuda.set_sync_debug_mode("warn") names the same waits.
 """
 
 from __future__ import annotations

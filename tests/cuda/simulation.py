@@ -6,6 +6,7 @@ Imported by device.simulate alone, after the shim.
 from __future__ import annotations
 
 import collections
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -357,7 +358,7 @@ def returning(value: Any) -> Any:
 
 CONSTANTS = {
     "_lazy_init": None, "init": None, "is_available": True, "is_initialized": True, "is_bf16_supported": True,
-    "device_count": 1, "current_device": 0, "set_device": None, "get_device_name": "simulated", "get_device_capability": (9, 0),
+    "current_device": 0, "set_device": None, "get_device_name": "simulated", "get_device_capability": (9, 0),
     "get_device_properties": Properties, "is_current_stream_capturing": False, "empty_cache": None, "memory_allocated": 0,
     "max_memory_allocated": 0, "max_memory_reserved": 0, "reset_peak_memory_stats": None, "mem_get_info": (80 << 30, 80 << 30),
     "set_sync_debug_mode": None, "get_sync_debug_mode": 0,
@@ -385,6 +386,9 @@ def replace_torch_cuda(device: Device) -> None:
     torch.cuda.get_rng_state_all = lambda: [device.random.clone()]
     torch.cuda.synchronize = lambda *_: device.note("synchronize")
     torch.cuda.Event = Event
+    torch.cuda.device_count = returning(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # one for each process of torchrun
+    init_process_group = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda *_, **named: init_process_group("gloo", **named)
     torch.Generator = Generator
     torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)
     torch.nn.Module.compile = returning(None)
