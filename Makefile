@@ -31,7 +31,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# all benchmarks into results/benchmarks/PROCESSOR.json, and the table of machines there: 20 minutes on two cores
+# all benchmarks into results/benchmarks/PROCESSOR.json, and the table of machines there: about 22 minutes on two cores
 bench: .venv/installed
 	$(BIN)/python -m benchmarks
 

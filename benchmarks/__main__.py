@@ -1,6 +1,6 @@
 """All benchmarks, and the table of machines (results/benchmarks/README.md).
 
-    python -m benchmarks             # with one thread and with two: at most 20 minutes on two cores
+    python -m benchmarks             # with one thread and with two: about 22 minutes on two cores
     python -m benchmarks --quick     # with all cores, less of each: 5 minutes
 
 Each runs in a process of its own. One that fails is named at the end, with exit status 1; what others measured is kept.

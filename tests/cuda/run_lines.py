@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-import amortised_mog
 from common.run.state import State
 from common.ssl import models as ssl_models
 from tests.command_lines import exit_status
@@ -40,8 +39,6 @@ def run(line: Line, data: Path, results: Path, *, draw: bool = False, resume: bo
         patch.setattr(ssl_models, "HIDDEN", 8)
         shorten_mixtures(patch)
         patch.setattr(torch.optim, "LBFGS", ShortLBFGS)
-        for name in ("STEPS_PER_EPOCH", "VALIDATION_BATCHES", "TEST_BATCHES"):
-            patch.setattr(amortised_mog, name, 3)
         if stop is not None:
             patch.setattr(State, "check_signal", signal_at(stop))
         if not draw:
