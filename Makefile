@@ -39,7 +39,7 @@ bench: .venv/installed
 bench-quick: .venv/installed
 	$(BIN)/python -m benchmarks --quick
 
-# accuracy in fp32 and bf16 after the same epochs, into the same file: 10 minutes
+# accuracy in fp32 and bf16 after the same epochs, into the same file: about 25 minutes
 bench-precision: .venv/installed
 	$(BIN)/python -m benchmarks.precision --save
 
