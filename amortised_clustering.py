@@ -185,12 +185,8 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
         loss.backward()
         training.optimizer.step()
 
-        progress.set_description_str(
-            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(data.training)}  loss {training.shown_loss}  "
-            f"best validation {training.best.loss:.3f} (oracle {data.baselines['oracle']['cross_entropy']:.3f})  "
-            f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
-            refresh=False,
-        )
+        baseline = f"oracle {data.baselines['oracle']['cross_entropy']:.3f}"
+        progress.set_description_str(training.progress_text(len(data.training), baseline), refresh=False)
         progress.update()
         training.record_step(len(points), loss)
     return training.fetch_losses()

@@ -129,11 +129,13 @@ def evaluate(args: argparse.Namespace, model: MixtureNetwork, part: int, n_batch
 
 
 def decay_learning_rate(args: argparse.Namespace, training: BudgetedTraining) -> None:
-    """At the start of each epoch but the first."""
-    epochs, factor = PUBLISHED_DECAY
+    """At the start of an epoch: by -gamma after each epoch, or as published."""
     if args.gamma is not None:
-        factor = args.gamma
-    if training.epoch > 0 and (args.gamma is not None or training.epoch == epochs):
+        decays, factor = training.epoch > 0, args.gamma
+    else:
+        epochs, factor = PUBLISHED_DECAY
+        decays = training.epoch == epochs
+    if decays:
         for group in training.optimizer.param_groups:
             group["lr"] *= factor
 
@@ -152,12 +154,8 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
         loss.backward()
         training.optimizer.step()
 
-        progress.set_description_str(
-            f"epoch {training.epoch + 1} batch {training.batch + 1}/{STEPS_PER_EPOCH}  loss {training.shown_loss}  "
-            f"best validation {training.best.loss:.3f} (oracle {-baselines['oracle']:.3f})  "
-            f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
-            refresh=False,
-        )
+        baseline = f"oracle {-baselines['oracle']:.3f}"
+        progress.set_description_str(training.progress_text(STEPS_PER_EPOCH, baseline), refresh=False)
         progress.update()
         training.record_step(len(batch), loss)
     return training.fetch_losses()

@@ -253,12 +253,8 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
             return False
         training.optimizer.step()
 
-        progress.set_description_str(
-            f"epoch {training.epoch + 1} batch {training.batch + 1}/{len(batches)}  loss {training.shown_loss}  "
-            f"best validation {training.best.loss:.3f} (by position {data.baselines['validation']['by position']:.3f})  "
-            f"lr {training.learning_rate:.2g}  time left {tqdm.format_interval(int(training.clock.left()))}",
-            refresh=False,
-        )
+        baseline = f"by position {data.baselines['validation']['by position']:.3f}"
+        progress.set_description_str(training.progress_text(len(batches), baseline), refresh=False)
         progress.update()
         training.record_step(len(indices), loss, gradient_norm=norm)
     return training.fetch_losses()

@@ -1,4 +1,4 @@
-"""What a GPU makes of this suite, in five minutes: right, how often the host waits, how fast, against targets.
+"""Checks and times this suite on a GPU in five minutes: results, waits of the host, and speed, against targets.
 
     python -m benchmarks.gpu                     # on a machine with a GPU: results/gpu/<card>.json and the table README.md
     python -m benchmarks.gpu --only zoo DUET     # some sections, into the same file

@@ -187,7 +187,7 @@ def agreement(smoke: bool) -> Values:
 
 
 def write_data(folder: Path) -> Path:
-    """What lines of tests/cuda need: random images in the published formats of MNIST and CIFAR, and a zoo of two networks."""
+    """Data for the lines of tests/cuda: random images in the formats of MNIST and CIFAR, and a zoo of two networks."""
     rng, sizes = np.random.default_rng(0), {"train": 80, "test": 20}
     (folder / "zoo").mkdir(parents=True)
     for i in range(2):

@@ -65,7 +65,7 @@ class Timings:
 
 @dataclass
 class Failure:
-    """What a kind's process answers when an error has ended it."""
+    """The answer of a kind's process that an error has ended."""
 
     traceback: str
 

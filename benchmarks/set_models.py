@@ -17,9 +17,8 @@ from torch import nn
 
 from benchmarks.measure import Bench, Kind, Step, run_benchmark
 from benchmarks.plain_sets import PlainLSTM, PlainSetTransformer
-from benchmarks.swarm_layer import a_batch
+from benchmarks.swarm_layer import a_batch, training_step
 from common.datasets.clustering import N_LABELS
-from common.matching import matched_cross_entropy
 from common.models.sets import make_set_model
 
 MODELS = {"SetTransformer": PlainSetTransformer, "LSTM": PlainLSTM}
@@ -28,20 +27,8 @@ MODELS = {"SetTransformer": PlainSetTransformer, "LSTM": PlainLSTM}
 def make_step(name: str, kind: str, entities: int = 594) -> Step:
     """A training step of a model: plain, suite, or suite, bf16."""
     torch.manual_seed(0)
-    points, labels, mask = a_batch(entities)
     model: nn.Module = make_set_model(name, 2, N_LABELS) if "suite" in kind else MODELS[name](2, N_LABELS)
-    optimizer = torch.optim.Adam(model.parameters())
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in kind):
-            logits = model(points, mask)
-        loss = matched_cross_entropy(logits.float().log_softmax(2), labels, mask).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss.item()
-
-    return step
+    return training_step(model, a_batch(entities), "bf16" in kind)
 
 
 def run(bench: Bench) -> None:

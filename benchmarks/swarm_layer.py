@@ -40,7 +40,12 @@ def make_step(kind: str, batch: Batch, device: str = "cpu", n_hidden: int = N_HI
         if "plain" in kind
         else SwarmLayer(2, N_LABELS, n_hidden, N_ITER, fuse=fuse)
     )
-    model.to(device)
+    return training_step(model.to(device), (points, labels, mask), bf16)
+
+
+def training_step(model: nn.Module, batch: Batch, bf16: bool) -> Step:
+    """Forward pass, loss under the best matching, backward pass, Adam."""
+    points, labels, mask = batch
     optimizer = torch.optim.Adam(model.parameters())
 
     def step() -> None:

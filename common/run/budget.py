@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import checkpoint, plotting
 from common.run.backtracking import Backtracking
@@ -158,10 +159,13 @@ class BudgetedTraining(State):
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    @property
-    def shown_loss(self) -> str:
-        """The last training loss that has arrived from the device, for a progress bar."""
-        return f"{self.losses[0]:.3f}" if self.losses else "?"
+    def progress_text(self, n_batches: int, baseline: str) -> str:
+        """The step that was just taken, for a progress bar, with the last training loss that has arrived from the device."""
+        loss = f"{self.losses[0]:.3f}" if self.losses else "?"
+        return (
+            f"epoch {self.epoch + 1} batch {self.batch + 1}/{n_batches}  loss {loss}  best validation {self.best.loss:.3f} "
+            f"({baseline})  lr {self.learning_rate:.2g}  time left {tqdm.format_interval(int(self.clock.left()))}"
+        )
 
     def record_step(self, n: int, loss: Tensor, **metrics: Tensor) -> None:
         """Count an optimiser's step on n samples; its metrics are traced. Raises Interrupted after a signal."""

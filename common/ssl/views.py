@@ -90,7 +90,7 @@ class Stack:
         return images - 0.5
 
     def applies(self, code: str) -> bool:
-        """True if `code` is applied, by itself or as part of `jit` (colours) or `ccr` (scale)."""
+        """True if `code` is applied, alone or as part of `jit` (colours) or `ccr` (scale)."""
         other = {"sca": "ccr"} | dict.fromkeys(COLOURS, "jit")
         return code in self.codes or other.get(code) in self.codes
 

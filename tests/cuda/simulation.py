@@ -290,7 +290,7 @@ def check_devices(operator: Any, tensors: Sequence[Tensor]) -> None:
 def copy_kind(name: str, tensors: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """What a copy between host and device does to the host; empty for one within a device.
 
-    From pageable memory it is staged. Back, only pinned memory makes it asynchronous, which Tensor.to takes by itself.
+    From pageable memory it is staged. Back, only pinned memory makes it asynchronous, which Tensor.to takes automatically.
     """
     source, destination = tensors[-1], tensors[0]
     to_device = torch.device(kwargs["device"]).type == "cuda" if kwargs.get("device") is not None else source.is_cuda
