@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f"-type {args.type} drops out between layers: -dropout {args.dropout:g} needs -n_layers 2 or more")
 
 
-def log_probs(model: nn.Module, points: Tensor, mask: Tensor, precision: str) -> Tensor:
+def log_probs(model: Callable[..., Tensor], points: Tensor, mask: Tensor, precision: str) -> Tensor:
     """Log-probability of each label for each point: (N, E, 2), (N, E) -> (N, E, 10)."""
     with autocast(points, precision):
         logits = model(points, mask)
@@ -173,11 +173,12 @@ def make_data(n_tasks: int, batch_size: int, seed: int, device: torch.device) ->
 
 def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, progress: tqdm) -> bool:
     """Train on the batches of an epoch that are left, until the time is up; False if the loss diverged."""
+    forward = training.model if args.type.startswith("LSTM") else training.forward
     for index in epoch_order(len(data.training), args.seed, training.epoch)[training.batch :].tolist():
         if training.time_is_up():
             break
         points, labels, mask = clustering.padded_batch(data.tasks, data.training[index])
-        log_p = log_probs(training.model, points, mask, args.precision)
+        log_p = log_probs(forward, points, mask, args.precision)
         loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).mean()
         if not training.is_finite(loss):
             return False

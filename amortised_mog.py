@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def mean_baselines(args: argparse.Namespace, device: torch.device, part: int, n_
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 
-def likelihood(args: argparse.Namespace, model: MixtureNetwork, batch: MixtureSets) -> Tensor:
+def likelihood(args: argparse.Namespace, model: Callable[..., Mixture], batch: MixtureSets) -> Tensor:
     """Log-likelihood of each set under the mixture that the model makes of it, in nats per point (N)."""
     with autocast(batch.points, args.precision):
         mixture = model(batch.points, batch.mask)
@@ -147,7 +148,7 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
         decay_learning_rate(args, training)
     while training.batch < STEPS_PER_EPOCH and not training.time_is_up():
         batch = batch_of(args, device, TRAINING, training.epoch, training.batch)
-        loss = -likelihood(args, training.model, batch).mean()
+        loss = -likelihood(args, training.forward, batch).mean()
         if not training.is_finite(loss):
             return False
         training.optimizer.zero_grad()

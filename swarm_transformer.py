@@ -29,6 +29,7 @@ from common import plotting
 from common.datasets import images
 from common.datasets.images import ImageSet
 from common.errors import warn
+from common.graphs import GraphedModel
 from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
 from common.models.sets import NON_LINEARITIES
 from common.precision import autocast, set_backend_flags
@@ -200,19 +201,25 @@ def position_cross_entropy(table: Tensor, data: ImageSet) -> float:
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 
-def nats(model: ImageTransformer, batch: ImageSet, precision: str) -> Tensor:
-    """Nats per value of each image (N)."""
+def nats(model: ImageTransformer, batch: ImageSet, precision: str, forward: GraphedModel | None = None) -> Tensor:
+    """Nats per value of each image (N); `forward` takes the place of the model's."""
     with autocast(batch.images, precision):
-        logits = model(batch.images, batch.labels if model.n_classes else None)
+        logits = (forward or model)(batch.images, *([batch.labels] if model.n_classes else []))
     return cross_entropy(logits, batch.images)
 
 
-def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: str, size: int) -> Tensor:
-    """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else."""
+def accumulate_gradients(
+    model: ImageTransformer, batch: ImageSet, precision: str, size: int, forward: GraphedModel | None = None
+) -> Tensor:
+    """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else.
+
+    `forward` takes the place of the model's, if all images go through it at a time.
+    """
+    forward = forward if size >= len(batch) else None
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=batch.images.device)
     for start in range(0, len(batch), size):
-        loss = nats(model, batch[start : start + size], precision).sum() / len(batch)
+        loss = nats(model, batch[start : start + size], precision, forward).sum() / len(batch)
         loss.backward()
         total += loss.detach()
     return total
@@ -247,7 +254,8 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
     for indices in batches[training.batch :]:
         if training.time_is_up():
             break
-        loss = micro.run_in_parts(partial(accumulate_gradients, training.model, data.training[indices], args.precision))
+        compute = partial(accumulate_gradients, training.model, data.training[indices], args.precision)
+        loss = micro.run_in_parts(lambda size, compute=compute: compute(size, training.forward))
         norm = gradient_norm(training.model)
         if not training.is_finite(loss, norm):
             return False

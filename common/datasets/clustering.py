@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from common.graphs import padded_length
+
 N_CLUSTERS = (3, 10)
 N_ENTITIES = (100, 1000)
 DEGREES_OF_FREEDOM = 4
@@ -76,9 +78,12 @@ def batches_by_size(tasks: ClusteringTasks, indices: Tensor, batch_size: int) ->
 
 
 def padded_batch(tasks: ClusteringTasks, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Collect tasks, padded to the largest: points (N, E, 2) and labels (N, E), zero at padding, and the mask (N, E)."""
+    """Collect tasks, padded to the largest: points (N, E, 2) and labels (N, E), zero at padding, and the mask (N, E).
+
+    On a GPU they are padded to a multiple of 64 entities (common/graphs.py).
+    """
     device, sizes = tasks.points.device, tasks.sizes[indices]
-    offsets = torch.arange(int(sizes.max()), device=device)
+    offsets = torch.arange(padded_length(int(sizes.max()), device), device=device)
     mask = offsets < sizes.to(device, non_blocking=True)[:, None]
     entity = torch.where(mask, tasks.starts[indices.to(device, non_blocking=True)][:, None] + offsets, 0)
     return tasks.points[entity] * mask.unsqueeze(2), tasks.labels[entity] * mask, mask
