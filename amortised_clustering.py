@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from common import matching, plotting
 from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks
+from common.graphs import GraphedModel
 from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
 from common.precision import autocast, set_backend_flags
 from common.run import dotted, options
@@ -122,13 +124,15 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, tasks: ClusteringTasks, batches: list[Tensor], precision: str) -> dict[str, Tensor]:
-    """The model's measures of every validation task, in the order of the batches."""
+def validate(
+    model: nn.Module, tasks: ClusteringTasks, batches: list[Tensor], precision: str, forward: GraphedModel | None = None
+) -> dict[str, Tensor]:
+    """The model's measures of every validation task, in the order of the batches. `forward` takes the place of its calls."""
     model.eval()
     parts = []
     for indices in batches:
         points, labels, mask = clustering.padded_batch(tasks, indices)
-        parts.append(measure(log_probs(model, points, mask, precision), labels, mask))
+        parts.append(measure(log_probs(forward or model, points, mask, precision), labels, mask))
     model.train()
     return joined(parts)
 
@@ -139,7 +143,8 @@ def measure_baselines(tasks: ClusteringTasks, batches: list[Tensor], seed: int) 
     parts: dict[str, list[dict[str, Tensor]]] = {"chance": [], "oracle": []}
     for indices in batches:
         points, labels, mask = clustering.padded_batch(tasks, indices)
-        noise = 1e-6 * torch.rand(*mask.shape, N_LABELS, generator=gen).to(points.device)
+        noise = 1e-6 * torch.rand(len(mask), int(tasks.sizes[indices].max()), N_LABELS, generator=gen)
+        noise = F.pad(noise, (0, 0, 0, mask.shape[1] - noise.shape[1])).to(points.device)
         parts["chance"].append(measure(noise.log_softmax(2), labels, mask))
         parts["oracle"].append(measure(clustering.log_posterior(tasks, indices, points), labels, mask))
     return {name: joined(measures) for name, measures in parts.items()}
@@ -171,9 +176,14 @@ def make_data(n_tasks: int, batch_size: int, seed: int, device: torch.device) ->
     return Data(tasks, training, validation, by_task, {name: means(measures) for name, measures in by_task.items()})
 
 
+def forward_of(args: argparse.Namespace, training: BudgetedTraining) -> Any:
+    """The model's calls, as CUDA graphs on a GPU; cuDNN's recurrent networks are launched as they are."""
+    return training.model if args.type.startswith("LSTM") else training.forward
+
+
 def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, progress: tqdm) -> bool:
     """Train on the batches of an epoch that are left, until the time is up; False if the loss diverged."""
-    forward = training.model if args.type.startswith("LSTM") else training.forward
+    forward = forward_of(args, training)
     for index in epoch_order(len(data.training), args.seed, training.epoch)[training.batch :].tolist():
         if training.time_is_up():
             break
@@ -197,7 +207,7 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
     """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
     values = dict.fromkeys(MEASURES, math.nan)
     if finite:
-        values = means(validate(training.model, data.tasks, data.validation, args.precision))
+        values = means(validate(training.model, data.tasks, data.validation, args.precision, forward_of(args, training)))
     row = {
         "epoch": training.epoch + 1,
         "step": training.step,

@@ -120,12 +120,12 @@ def likelihood(args: argparse.Namespace, model: Callable[..., Mixture], batch: M
 
 
 @torch.no_grad()
-def evaluate(args: argparse.Namespace, model: MixtureNetwork, part: int, n_batches: int) -> Tensor:
+def evaluate(args: argparse.Namespace, training: BudgetedTraining, part: int, n_batches: int) -> Tensor:
     """Log-likelihood of each set of a part."""
-    model.eval()
-    device = next(model.parameters()).device
-    values = [likelihood(args, model, batch_of(args, device, part, index)) for index in range(n_batches)]
-    model.train()
+    training.model.eval()
+    device = next(training.model.parameters()).device
+    values = [likelihood(args, training.forward, batch_of(args, device, part, index)) for index in range(n_batches)]
+    training.model.train()
     return torch.cat(values).cpu()
 
 
@@ -164,7 +164,7 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
 
 def validate_epoch(args: argparse.Namespace, baselines: dict[str, float], training: BudgetedTraining, finite: bool) -> None:
     """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
-    val_loss = -evaluate(args, training.model, VALIDATION, VALIDATION_BATCHES).mean().item() if finite else math.nan
+    val_loss = -evaluate(args, training, VALIDATION, VALIDATION_BATCHES).mean().item() if finite else math.nan
     row = {
         "epoch": training.epoch + 1,
         "step": training.step,
@@ -233,7 +233,7 @@ def report(args: argparse.Namespace, training: BudgetedTraining) -> dict[str, An
     """The best model's log-likelihood on sets that it has not seen, beside the baselines on the same sets."""
     training.best.load()
     device = next(training.model.parameters()).device
-    values = evaluate(args, training.model, TEST, TEST_BATCHES)
+    values = evaluate(args, training, TEST, TEST_BATCHES)
     baselines = mean_baselines(args, device, TEST, TEST_BATCHES)
     return {
         "script": "amortised_mog",

@@ -227,13 +227,21 @@ def accumulate_gradients(
 
 @torch.no_grad()
 def evaluate(
-    model: ImageTransformer, data: ImageSet, precision: str, size: int, check_signal: Callable[[], None] = lambda: None
+    model: ImageTransformer,
+    data: ImageSet,
+    precision: str,
+    size: int,
+    check_signal: Callable[[], None] = lambda: None,
+    forward: GraphedModel | None = None,
 ) -> Tensor:
-    """Nats per value of each image, in float64 (N), `size` images at a time; `check_signal` is called between them."""
+    """Nats per value of each image, in float64 (N), `size` images at a time; `check_signal` is called between them.
+
+    `forward` takes the place of the model's.
+    """
     parts = []
     for start in range(0, len(data), size):
         check_signal()
-        parts.append(nats(model, data[start : start + size], precision).double().cpu())
+        parts.append(nats(model, data[start : start + size], precision, forward).double().cpu())
     return torch.cat(parts)
 
 
@@ -254,8 +262,10 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
     for indices in batches[training.batch :]:
         if training.time_is_up():
             break
-        compute = partial(accumulate_gradients, training.model, data.training[indices], args.precision)
-        loss = micro.run_in_parts(lambda size, compute=compute: compute(size, training.forward))
+        batch = data.training[indices]
+        loss = micro.run_in_parts(
+            partial(accumulate_gradients, training.model, batch, args.precision, forward=training.forward)
+        )
         norm = gradient_norm(training.model)
         if not training.is_finite(loss, norm):
             return False
@@ -272,7 +282,8 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
     """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
     val_loss = math.nan
     if finite:
-        validate = partial(evaluate, training.model, data.validation, args.precision, check_signal=training.check_signal)
+        how = {"check_signal": training.check_signal, "forward": training.forward}
+        validate = partial(evaluate, training.model, data.validation, args.precision, **how)
         val_loss = micro.run_in_parts(validate).mean().item()
     row = {
         "epoch": training.epoch + 1,
@@ -340,7 +351,8 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, mic
     """The metrics of the best model: on the validation images, which chose it, and, once, on the test images."""
     training.best.load()
     validation, test = (
-        micro.run_in_parts(partial(evaluate, training.model, split, args.precision)) for split in (data.validation, data.test)
+        micro.run_in_parts(partial(evaluate, training.model, split, args.precision, forward=training.forward))
+        for split in (data.validation, data.test)
     )
     labels = data.test.labels.cpu()
     by_class = {

@@ -21,7 +21,7 @@ def padded_length(n: int, device: torch.device) -> int:
     return n if device.type == "cpu" else -(-n // MULTIPLE) * MULTIPLE
 
 
-def record(step: Callable[[], T], warm_up: int = 1) -> Callable[[], T]:
+def record(step: Callable[[], T], *, warm_up: int = 1, pool: Any = None) -> Callable[[], T]:
     """Record a step without inputs, after `warm_up` plain runs. Calls of the result write to one place, which they return."""
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -29,7 +29,7 @@ def record(step: Callable[[], T], warm_up: int = 1) -> Callable[[], T]:
             step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         out = step()
 
     def replay() -> T:
@@ -40,36 +40,52 @@ def record(step: Callable[[], T], warm_up: int = 1) -> Callable[[], T]:
 
 
 class GraphedModel:
-    """Calls of a model as CUDA graphs, one forward and one backward for each shape of its inputs.
+    """Calls of a model on a GPU as CUDA graphs, one for each shape of its inputs; on a CPU they are plain calls.
 
-    Only calls in training, with gradients, on a GPU are graphs; all others are plain calls. The backward pass of a call has to
-    come before the next call, and gradients have to be cleared before it (`zero_grad`): each shape writes its results and
-    gradients to one place. Graphs of all shapes share their working memory. The model must not look at values on the host.
+    In training, a call has a graph of its backward pass, too, which has to run before the next call, with gradients that were
+    cleared (`zero_grad`): each shape writes its outputs and gradients to one place. Without gradients, an output is overwritten
+    by the next call. Graphs of all shapes share their working memory. The model must not look at values on the host.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.pool: Any = None
-        self.by_shape: dict[Hashable, Callable[..., Any]] = {}
+        self.recorded: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, *inputs: Tensor) -> Any:
-        if not (inputs[0].is_cuda and self.model.training and torch.is_grad_enabled()):
+        if not inputs[0].is_cuda:
             return self.model(*inputs)
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (autocast, *((tensor.shape, tensor.dtype) for tensor in inputs))
-        if key not in self.by_shape:
-            self.by_shape[key] = self.record(inputs)
-        return self.by_shape[key](*inputs)
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        key = (self.model.training, torch.is_grad_enabled(), autocast, shapes)
+        if key not in self.recorded:
+            self.recorded[key] = self.record(inputs)
+        return self.recorded[key](*inputs)
 
     def record(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-        """Record both passes for inputs of these shapes. The device's random numbers are what they were before."""
+        """Record calls with inputs of these shapes. The device's random numbers are what they were before."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        state = torch.cuda.get_rng_state(inputs[0].device)
+        random_state = torch.cuda.get_rng_state(inputs[0].device)
+        static = tuple(tensor.clone() for tensor in inputs)
+        # the cache would keep weights as they are now, in a lower precision
         with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
-            static = tuple(tensor.clone() for tensor in inputs)
-            graphed = torch.cuda.make_graphed_callables(_Call(self.model), static, pool=self.pool, allow_unused_input=True)
-        torch.cuda.set_rng_state(state, inputs[0].device)
+            if torch.is_grad_enabled():
+                call = _Call(self.model)
+                graphed = torch.cuda.make_graphed_callables(call, static, pool=self.pool, allow_unused_input=True)
+            else:
+                graphed = self.record_forward(static)
+        torch.cuda.set_rng_state(random_state, inputs[0].device)
         return graphed
+
+    def record_forward(self, static: tuple[Tensor, ...]) -> Callable[..., Any]:
+        replay = record(lambda: self.model(*static), pool=self.pool)
+
+        def call(*inputs: Tensor) -> Any:
+            for own, given in zip(static, inputs, strict=True):
+                own.copy_(given)
+            return replay()
+
+        return call
 
 
 class _Call(nn.Module):

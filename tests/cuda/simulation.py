@@ -395,7 +395,7 @@ def replace_torch_cuda(device: Device) -> None:
     torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)
     torch.nn.Module.compile = returning(None)
     # CUDA graphs launch kernel by kernel
-    graphs.record = lambda step: step
+    graphs.record = lambda step, **_: step
     torch.cuda.graph_pool_handle = returning(None)
     torch.cuda.make_graphed_callables = lambda module, *_, **__: module
 
