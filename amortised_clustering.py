@@ -52,6 +52,7 @@ OWN_OPTIONS = {  # what only some types of model have a use for
     "LSTMS": set(),
 }
 MEASURES = {"cross_entropy": "cross entropy", "accuracy": "accuracy", "rand_index": "adj. Rand index"}
+K_MEANS_TASKS = 1000  # at most, that k-means clusters for a report: 2 ms each
 COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "val_accuracy", "val_rand_index", "lr")
 
 
@@ -148,6 +149,18 @@ def measure_baselines(tasks: ClusteringTasks, batches: list[Tensor], seed: int) 
         parts["chance"].append(measure(noise.log_softmax(2), labels, mask))
         parts["oracle"].append(measure(clustering.log_posterior(tasks, indices, points), labels, mask))
     return {name: joined(measures) for name, measures in parts.items()}
+
+
+def measure_k_means(tasks: ClusteringTasks, seed: int) -> dict[str, float]:
+    """Mean adjusted Rand index of k-means, which is told the number of clusters, on (the first 1,000) validation tasks."""
+    validation = clustering.split(len(tasks))[1][:K_MEANS_TASKS]
+    values = []
+    for task in validation.split(1):
+        _, labels, mask = clustering.padded_batch(tasks, task)
+        predicted = clustering.k_means(tasks, int(task), seed).to(labels.device)
+        values.append(matching.adjusted_rand_index(matching.contingency(predicted[None], labels, mask, N_LABELS)))
+    index = torch.cat(values).mean().item()
+    return {"adjusted_rand_index": index, "tasks": len(validation), "starts": clustering.K_MEANS_STARTS}
 
 
 def means(measured: dict[str, Tensor]) -> dict[str, float]:
@@ -317,11 +330,12 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> 
         "validation_tasks": len(n_clusters),
         **{name: means(values) for name, values in measured.items()},
         "by_clusters": by_clusters,
+        "k_means": measure_k_means(data.tasks, args.seed),
     }
 
 
 def report_table(result: dict[str, Any]) -> str:
-    """The final metrics as text: a row for each number of clusters."""
+    """The final metrics as text: a row for each number of clusters, and k-means."""
     names = ("model", "chance", "oracle")
     lines = [
         " " * 16 + "".join(f"| {title:^23}" for title in MEASURES.values()),
@@ -331,6 +345,11 @@ def report_table(result: dict[str, Any]) -> str:
     for number, row in rows.items():
         cells = ("| " + "".join(f"{row[name][measure]:z7.3f}" for name in names) + "  " for measure in MEASURES)
         lines.append(f"{number:>8} {row['tasks']:>6} " + "".join(cells))
+    k_means = result["k_means"]
+    lines.append(
+        f"adj. Rand index of k-means, which is told the number of clusters: {k_means['adjusted_rand_index']:.3f} "
+        f"({k_means['tasks']} of these tasks, the best of {k_means['starts']} starts)"
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -340,6 +359,8 @@ def summary(result: dict[str, Any]) -> str:
     for measure, title in MEASURES.items():
         model, chance, oracle = (result[name][measure] for name in ("model", "chance", "oracle"))
         lines.append(f"{title:>16}: {model:z.3f} (chance {chance:z.3f}, oracle {oracle:z.3f})")
+    k_means = result["k_means"]["adjusted_rand_index"]
+    lines.append(f"{'... of k-means':>16}: {k_means:z.3f} (it is told the number of clusters, the network is not)")
     return "\n".join(lines)
 
 
