@@ -153,11 +153,11 @@ def measure_baselines(tasks: ClusteringTasks, batches: list[Tensor], seed: int) 
 
 def measure_k_means(tasks: ClusteringTasks, seed: int) -> dict[str, float]:
     """Mean adjusted Rand index of k-means, which is told the number of clusters, on (the first 1,000) validation tasks."""
+    tasks, values = tasks.to(torch.device("cpu")), []
     validation = clustering.split(len(tasks))[1][:K_MEANS_TASKS]
-    values = []
     for task in validation.split(1):
         _, labels, mask = clustering.padded_batch(tasks, task)
-        predicted = clustering.k_means(tasks, int(task), seed).to(labels.device)
+        predicted = clustering.k_means(tasks, int(task), seed)
         values.append(matching.adjusted_rand_index(matching.contingency(predicted[None], labels, mask, N_LABELS)))
     index = torch.cat(values).mean().item()
     return {"adjusted_rand_index": index, "tasks": len(validation), "starts": clustering.K_MEANS_STARTS}
