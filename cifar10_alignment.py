@@ -1,7 +1,7 @@
 """Alignment (Godfrey et al., NeurIPS 2022, section 5): how similar the layers of two networks of a zoo are.
 
-Up to permutations and scales, the symmetries of ReLU (procrustes, cka), or up to rotations (ortho_procrustes, ortho_cka). The
-published runs, on test images and random pairs of a zoo (train_zoo.py):
+Similarity is up to permutations and scales, the symmetries of ReLU (procrustes, cka), or up to rotations (ortho_procrustes,
+linear_cka). The published runs, on test images and random pairs of a zoo (train_zoo.py):
 
     python cifar10_alignment.py --repeats=16 --arch=mCNN --similarity=cka
 

@@ -1,4 +1,4 @@
-"""The rotation test (Godfrey et al., NeurIPS 2022): channels are mixed behind a frozen front, and the rest is trained anew.
+"""The rotation test (Godfrey et al., NeurIPS 2022): channels are mixed behind a frozen front, and the rest is trained again.
 
 The layers behind a ReLU can undo a permutation with positive scales before it, but not a rotation. So the accuracy lost to a
 rotation, and not to a permutation with scales, shows that the channels of a ReLU network are a basis of its own. The published

@@ -1,7 +1,7 @@
 """Stitching (Godfrey et al., NeurIPS 2022, section 4): the front of one network, a learned layer, the back of another.
 
-The accuracy that is lost tells how much the two networks differ beyond what the stitching layer can undo. The published runs on
-a zoo of networks (train_zoo.py), with stitching layers of permutations and scales, and with any linear map:
+The lost accuracy shows how much the two networks differ beyond what the stitching layer can undo. The published runs on a zoo
+of networks (train_zoo.py), with permutations times scales and with any linear map as stitching layers:
 
     python cifar10_stitching.py --recipe Grelu --arch mCNN
     python cifar10_stitching.py --recipe standard --arch mCNN

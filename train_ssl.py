@@ -6,8 +6,8 @@ DUET's representations are matrices: one axis for what is seen, one for how it w
         --warmup-epochs 10 --epochs 800 --center-crop --tx sca rot --equi-tx rot --duet-target vm --duet-lambda 1000 \\
         --save-dir some_dir
 
-leaves the encoder in some_dir and its run in results/train_ssl/: log, metrics.csv, pictures, result.json. With several GPUs:
-torchrun --nproc-per-node=N train_ssl.py ... docs/ssl.md says what each option and each logged quantity means.
+writes the encoder to some_dir and its run to results/train_ssl/: log, metrics.csv, pictures, result.json. With several GPUs:
+torchrun --nproc-per-node=N train_ssl.py ... docs/ssl.md explains all options and metrics.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""A zoo: networks of one architecture that differ in random numbers alone (Godfrey et al., NeurIPS 2022, arXiv 2205.14258).
+"""A zoo: networks of one architecture that differ only in random numbers (Godfrey et al., NeurIPS 2022, arXiv 2205.14258).
 
 Stitching and alignment (cifar10_*.py) compare its members. The published line, a quarter of 100 networks of 91.4 % on CIFAR-10:
 
     python train_zoo.py --num_models=100 --arch=mCNN --num_chunks=4 --chunk=0
 
-leaves 0.pt to 24.pt in results/zoo/cifar10-mCNN/, each a plain state dict under the original's keys, beside a record (.json)
-and a row an epoch (.csv). The same line again trains what is missing. See
-docs/zoo_and_stitching.md for what each option and each logged quantity means.
+writes 0.pt to 24.pt to results/zoo/cifar10-mCNN/, each a plain state dict under the original's keys, with a record (.json) and
+a row per epoch (.csv). The same line again trains what is missing. docs/zoo_and_stitching.md explains all options and metrics.
 
-Exit status 0: all models that were asked for are there, or left to other processes that are at them, as the last line says.
+Exit status 0: all requested models are finished, or other processes train them, as the last line says.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--width", type=at_least(1, 4096), metavar="N", help="channels of the first convolution [64, cw: 512]")
     own.add_argument("--subset", type=at_least(20), metavar="N", help="use N training images, chosen by the seed [all]")
     options.add_device_options(own)
-    own.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    own.add_argument("--compile", action="store_true", help="torch.compile the network")
     options.add_tracker_options(own)
     own.add_argument("--out", metavar="PATH", help="directory of the zoo [results/zoo/NAME]")
     own.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help="resume interrupted models")
