@@ -1,7 +1,7 @@
 """Alignment (Godfrey et al., NeurIPS 2022, section 5): how similar the layers of two networks of a zoo are.
 
-Up to permutations and scales, the symmetries of ReLU (procrustes, cka), or up to rotations (ortho_procrustes, ortho_cka). The
-published runs, on test images and random pairs of a zoo (train_zoo.py):
+Similarity is up to permutations and scales, the symmetries of ReLU (procrustes, cka), or up to rotations (ortho_procrustes,
+linear_cka). The published runs, on test images and random pairs of a zoo (train_zoo.py):
 
     python cifar10_alignment.py --repeats=16 --arch=mCNN --similarity=cka
 
@@ -9,7 +9,7 @@ leave their results in results/cifar10_alignment/, and
 
     python cifar10_alignment.py --compare results/cifar10_alignment/*
 
-draws the diagonals of several beside each other. README.md says what each metric means.
+draws the diagonals of several next to each other. docs/alignment_and_rotations.md says what each option and metric means.
 """
 
 from __future__ import annotations
@@ -69,20 +69,22 @@ VALUES = ("published", "live")  # with dead channels, as published, and without
 def get_parser() -> argparse.ArgumentParser:
     """The original's options, then the suite's own."""
     parser = options.OneLineParser(prog="cifar10_alignment.py", description=__doc__)
-    paper = parser.add_argument_group("options of the original")
-    paper.add_argument("--repeats", type=at_least(1), help="pairs of networks [32 for Procrustes, 16 for CKA]")
-    paper.add_argument("--progress", action="store_true", help="show bars")
-    paper.add_argument("--batched", action="store_true", help="features come in blocks of images; always so here")
-    paper.add_argument("--arch", choices=zoo.ARCHITECTURES, metavar="ARCH", help=f"{', '.join(zoo.ARCHITECTURES)}")
-    paper.add_argument("--similarity", choices=tuple(MEASURES), help="[procrustes]")
-    own = parser.add_argument_group("options of this suite")
-    own.add_argument("--estimator", choices=ESTIMATORS, default="max", help="of cka, over channels [%(default)s]")
+    paper = parser.add_argument_group("options of the original", "example: --arch mCNN --similarity cka --repeats 16")
+    paper.add_argument("--repeats", type=at_least(1), metavar="N", help="pairs of networks [Procrustes: 32, CKA: 16]")
+    paper.add_argument("--progress", action="store_true", help="show progress bars also where there is no terminal")
+    paper.add_argument("--batched", action="store_true", help="no effect: features always come in blocks of images")
+    paper.add_argument("--arch", choices=zoo.ARCHITECTURES, metavar="ARCH", help=f"one of {', '.join(zoo.ARCHITECTURES)}")
+    paper.add_argument("--similarity", choices=tuple(MEASURES), help="similarity of two layers [procrustes]")
+    own = parser.add_argument_group("options of this suite", "example: --zoo results/zoo/mCNN --images 2000 --resume")
+    own.add_argument("--estimator", choices=ESTIMATORS, default="max", help="cka: over channels [%(default)s]")
     zoo_pairs.add_options(own, "run", layers="layers [all]")
-    own.add_argument("--name", type=options.run_id, help="of the run [architecture and similarity]")
+    own.add_argument("--name", type=options.run_id, help="name of the run [architecture and similarity]")
     own.add_argument("--images", type=at_least(4), metavar="N", help="compare on the first N test images [all]")
-    own.add_argument("--block", type=at_least(1), default=400, help="images whose features are held at a time [%(default)s]")
-    own.add_argument("--seed", type=at_least(0), default=0, help="of pairs, and of untrained networks [%(default)s]")
-    own.add_argument("--device", choices=("cpu", "cuda"), help="[cuda when available]")
+    own.add_argument("--block", type=at_least(1), default=400, metavar="N", help="images in memory at a time [%(default)s]")
+    own.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of pairs and untrained networks [%(default)s]"
+    )
+    own.add_argument("--device", choices=("cpu", "cuda"), help="processor [cuda when available]")
     return parser
 
 

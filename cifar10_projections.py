@@ -1,4 +1,4 @@
-"""The rotation test (Godfrey et al., NeurIPS 2022): channels are mixed behind a frozen front, and the rest is trained anew.
+"""The rotation test (Godfrey et al., NeurIPS 2022): channels are mixed behind a frozen front, and the rest is trained again.
 
 The layers behind a ReLU can undo a permutation with positive scales before it, but not a rotation. So the accuracy lost to a
 rotation, and not to a permutation with scales, shows that the channels of a ReLU network are a basis of its own. The published
@@ -6,7 +6,7 @@ run, an mCNN without batch norm and its twin with sigmoids, ten elements of eith
 
     python cifar10_projections.py --repeats=10
 
-leaves its results in results/cifar10_projections/. README.md says what each metric means.
+leaves its results in results/cifar10_projections/. docs/alignment_and_rotations.md says what each option and metric means.
 """
 
 from __future__ import annotations
@@ -54,25 +54,37 @@ FILES = ("cells/*", "penalties.csv", "penalties.png")
 def get_parser() -> argparse.ArgumentParser:
     """The original's options, then the suite's own."""
     parser = options.OneLineParser(prog="cifar10_projections.py", description=__doc__)
-    paper = parser.add_argument_group("options of the original")
-    paper.add_argument("--repeats", type=at_least(1), default=10, help="random elements of each group and layer [%(default)s]")
-    paper.add_argument("--progress", action="store_true", help="show a bar")
-    own = parser.add_argument_group("options of this suite")
-    own.add_argument("--activations", nargs="+", choices=tuple(ARCHITECTURES), default=["relu", "sigmoid"], help="[both]")
-    own.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="of matrices [all]")
+    paper = parser.add_argument_group("options of the original", "example: --repeats 10")
+    paper.add_argument(
+        "--repeats", type=at_least(1), default=10, metavar="N", help="random matrices of each group and layer [%(default)s]"
+    )
+    paper.add_argument("--progress", action="store_true", help="show progress bars also where there is no terminal")
+    own = parser.add_argument_group("options of this suite", "example: --activations relu --layers 5 --recipe fast")
+    own.add_argument(
+        "--activations",
+        nargs="+",
+        choices=tuple(ARCHITECTURES),
+        default=["relu", "sigmoid"],
+        help="activation functions [both]",
+    )
+    own.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups of matrices [all]")
     own.add_argument("--layers", nargs="+", type=int, choices=LAYERS, default=[0, 2, 5], help="convolutions [0 2 5]")
     training.add_data_options(own)
-    own.add_argument("--name", type=options.run_id, help="of the run [projections]")
+    own.add_argument("--name", type=options.run_id, help="name of the run [projections]")
     training.add_recipe_options(own)
-    own.add_argument("--width", type=at_least(1, 4096), default=64, help="channels of the first layer [%(default)s]")
-    own.add_argument("--seed", type=at_least(0), default=0, help="of weights, split, order and matrices [%(default)s]")
+    own.add_argument(
+        "--width", type=at_least(1, 4096), default=64, metavar="N", help="channels of the first convolution [%(default)s]"
+    )
+    own.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of all random draws [%(default)s]")
     own.add_argument("--subset", type=at_least(20), metavar="N", help="use N training images, chosen by the seed [all]")
-    own.add_argument("--select", choices=("validation", "test"), default="validation", help="which images choose the epoch")
+    own.add_argument(
+        "--select", choices=("validation", "test"), default="validation", help="images that choose the epoch [%(default)s]"
+    )
     options.add_device_options(own)
     options.add_tracker_options(own)
-    own.add_argument("--retry-failed", action="store_true", help="repeat jobs that failed")
+    own.add_argument("--retry-failed", action="store_true", help="train again what has failed")
     options.add_run_options(own, "test")
-    own.add_argument("--draw", metavar="RUN", help="instead: figure and table of a finished test, from its result.json")
+    own.add_argument("--draw", metavar="RUN", help="train nothing: figure and table of a finished test")
     return parser
 
 

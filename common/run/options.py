@@ -102,23 +102,23 @@ def check_same_options(noted: Any, options: Mapping[str, Any], what: str, hint: 
 
 def add_run_options(group: argparse._ArgumentGroup, what: str = "run") -> None:
     """The options of a run's directory, in the spelling with two dashes."""
-    group.add_argument("--results-dir", default="results", metavar="DIR", help="where run directories are made [%(default)s]")
-    group.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help=f"continue a {what} that was interrupted")
+    group.add_argument("--results-dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
+    group.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help=f"resume an interrupted {what}")
     group.add_argument("--overwrite", action="store_true", help=f"replace a {what} of the same name")
-    group.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
+    group.add_argument("--dry-run", action="store_true", help="check the options, print the run's name, exit")
 
 
 def add_device_options(group: argparse._ArgumentGroup, dash: str = "--") -> None:
     """Options of the device and its arithmetic."""
-    group.add_argument(f"{dash}device", choices=("cpu", "cuda"), help="[cuda when available]")
+    group.add_argument(f"{dash}device", choices=("cpu", "cuda"), help="processor [cuda when available]")
     add_arithmetic_options(group, dash)
 
 
 def add_arithmetic_options(group: argparse._ActionsContainer, dash: str = "--") -> None:
     """Options that `common.precision.set_backend_flags` takes."""
-    text = "of products and convolutions: IEEE float32, TF32 of NVIDIA GPUs, bfloat16 [%(default)s]"
+    text = "number format of matrix products and convolutions: float32, TF32 (NVIDIA GPUs), bfloat16 [%(default)s]"
     group.add_argument(f"{dash}precision", choices=PRECISIONS, default="fp32", help=text)
-    text = "compute the same bits each time on a GPU, too, more slowly"
+    text = "bitwise reproducible results also on a GPU, but slower"
     group.add_argument(f"{dash}deterministic", action="store_true", help=text)
 
 
