@@ -1,5 +1,8 @@
 """What every script does with its command line, right or wrong."""
 
+import argparse
+import contextlib
+import importlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -36,3 +39,16 @@ def assert_help_shows_the_papers_options_first(main: Main, last_of_the_paper: st
     text = capsys.readouterr().out.partition("  -h, --help")[2]
     places = [text.index(part) for part in ("options of the paper", last_of_the_paper, "options of this suite", "-seed")]
     assert places == sorted(places)
+
+
+def get_parser(script: str) -> argparse.ArgumentParser:
+    return importlib.import_module(script).get_parser()
+
+
+def dry_run(script: str, options: list[str]) -> tuple[int, str]:
+    """Exit status and output of a script's dry run, or of its refusal."""
+    parser, printed = get_parser(script), io.StringIO()
+    dry = next(option for option in ("-dry_run", "--dry-run") if option in parser._option_string_actions)
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        status = exit_status(importlib.import_module(script).main, [*options, dry])
+    return status, printed.getvalue().strip()
