@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from common.run import dotted
+
 Main = Callable[[list[str]], int]
 
 
@@ -45,10 +47,32 @@ def get_parser(script: str) -> argparse.ArgumentParser:
     return importlib.import_module(script).get_parser()
 
 
+def main_of(script: str) -> Main:
+    return importlib.import_module(script).main
+
+
 def dry_run(script: str, options: list[str]) -> tuple[int, str]:
     """Exit status and output of a script's dry run, or of its refusal."""
-    parser, printed = get_parser(script), io.StringIO()
-    dry = next(option for option in ("-dry_run", "--dry-run") if option in parser._option_string_actions)
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        status = exit_status(importlib.import_module(script).main, [*options, dry])
-    return status, printed.getvalue().strip()
+    dry = next(option for option in ("-dry_run", "--dry-run") if option in get_parser(script)._option_string_actions)
+    return printed(main_of(script), [*options, dry])
+
+
+def parse(script: str, options: list[str]) -> tuple[int, str]:
+    """Exit status and message of a script's parser alone."""
+    parser = get_parser(script)
+
+    def main(words: list[str]) -> int:
+        if "-seed" in parser._option_string_actions:  # a SWARM script
+            dotted.parse(parser, words, ())
+        else:
+            parser.parse_args(words)
+        return 0
+
+    return printed(main, options)
+
+
+def printed(main: Main, argv: list[str]) -> tuple[int, str]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        status = exit_status(main, argv)
+    return status, out.getvalue().strip()

@@ -1,4 +1,4 @@
-"""results/: README.md has the figures of the committed runs, by key; their commands make them; and what lies there is little."""
+"""results/: README.md has the figures of the runs there, by key; their commands make them; and there is little else."""
 
 import json
 import shlex
@@ -48,9 +48,10 @@ def test_the_command_of_a_row_is_that_of_its_runs(table: dict[str, Any], row: di
         parser = get_parser(script)
         if script == "train_zoo":  # a model of a zoo has no name
             given = vars(parser.parse_args(options))
-            assert result["options"].items() >= {
-                name: given[name] for name in ("arch", "dataset", "recipe", "epochs", "subset", "width", "seed")
-            }.items()
+            assert (
+                result["options"].items()
+                >= {name: given[name] for name in ("arch", "dataset", "recipe", "epochs", "subset", "width", "seed")}.items()
+            )
             continue
         seed = next(option for option in ("-seed", "--seed") if option in parser._option_string_actions)
         seeds = [seed, str(result["options"]["seed"] if "options" in result else result["seed"])]
