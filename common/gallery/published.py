@@ -61,6 +61,8 @@ def table_text(root: Path, table: Mapping[str, Any]) -> str:
     unknown = {name for row in table["rows"] for name in row} - ROW_KEYS - in_fields
     if unknown:
         raise InputError(f"{table['title']}: {min(unknown)} is no key of a row, and no column's field has it in braces")
+    if left_out := {name for row in table["rows"] for name in row.get("without", [])} - {*table["columns"]}:
+        raise InputError(f"{table['title']}: without {min(left_out)!r}, which is no column")
     commands = [f"    {line}" for line in table.get("commands", [])]
     if commands and any(row.get("options") for row in table["rows"]):
         commands[-1] += " ...  # and the row's options"

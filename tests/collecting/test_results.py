@@ -120,6 +120,7 @@ WRONG = {
     "no number": ('"cells[layer=3,best=True].accuracy"', '"model"', "no finite number"),
     "more values than others": ('"cells[layer=3,best=True].accuracy"', '"cells[layer=3].accuracy"', "a row has one n"),
     "an unknown key": ("paper = [50.0]", "papers = [50.0]", "papers is no key of a row"),
+    "an unknown column": ('without = ["penalty"]', 'without = ["loss"]', "'loss', which is no column"),
     "no page": ('page = "layers.md"', "", "a table or row lacks 'page'"),
     "no TOML": ("[tables.columns]", "[tables.columns", "is no TOML"),
 }
