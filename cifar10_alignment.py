@@ -145,13 +145,9 @@ def make_jobs(folder: Path, pairs: list[Pair], n_layers: int) -> list[PairJob]:
 
 
 def run_job(
-    args: argparse.Namespace,
-    job: PairJob,
-    networks: dict[int, nn.Module],
-    points: list[StitchPoint],
-    test: ImageSet,
+    args: argparse.Namespace, job: PairJob, networks: dict[int, nn.Module], points: list[StitchPoint], test: ImageSet,
     run: Run | Worker,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Compare a job's networks and write their matrix; the job's record."""
     clock, some = Clock(), next(iter(networks.values()))
     both = [networks[n] for n in job.pair] if job.pair else [untrained(args, some, number) for number in (1, 2)]
@@ -161,13 +157,9 @@ def run_job(
 
 
 def compare_networks(
-    args: argparse.Namespace,
-    job: PairJob,
-    networks: list[nn.Module],
-    points: list[StitchPoint],
-    test: ImageSet,
+    args: argparse.Namespace, job: PairJob, networks: list[nn.Module], points: list[StitchPoint], test: ImageSet,
     run: Run | Worker,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """All layers of one network with all of the other. Raises Interrupted if a signal comes, Failed if they do not compare."""
     names, device = [point.name for point in points], test.labels.device
     preprocessing = Preprocessing(images.BY_OPTION[args.dataset], device)

@@ -335,13 +335,9 @@ def validate(args: argparse.Namespace, job: StitchJob, data: Splits, state: Stat
 
 
 def run_job(
-    args: argparse.Namespace,
-    job: StitchJob,
-    networks: dict[int, nn.Module],
-    parents: dict[int, float],
-    data: Splits,
+    args: argparse.Namespace, job: StitchJob, networks: dict[int, nn.Module], parents: dict[int, float], data: Splits,
     run: Run | Worker,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Train a job's stitching layer and write its state; the job's record."""
     torch.manual_seed(seed_of(args.seed, *job.key))
     point = job.point

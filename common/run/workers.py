@@ -140,7 +140,7 @@ def share(
     threads = max(1, torch.get_num_threads() // n)
     gpus = visible_gpus() if options.device_of(args).type == "cuda" else []
     on = f"on GPU {', '.join(gpus[:n])}, " if gpus else ""
-    command.log(f"{n} processes, {on}each with {threads} CPU thread{'s' * (threads > 1)}")
+    command.log(f"{n} process{'es' * (n > 1)}, {on}each with {threads} CPU thread{'s' * (threads > 1)}")
     helpers: list[Helper] = []
     reasons: dict[str, str] = {}  # of jobs that failed, by name
     ended: list[tuple[Helper, int]] = []
@@ -167,7 +167,7 @@ def share(
     finally:
         for helper in helpers:  # a second Ctrl-C, or an error
             helper.process.kill()
-    _judge(command, jobs, ended)
+    _judge(command, jobs, ended, all_begun=not left)
 
 
 def visible_gpus() -> list[str]:
@@ -250,12 +250,12 @@ def _hand_out(
             helper.link.send(None)
 
 
-def _judge(command: Command, jobs: Sequence[Job], ended: Sequence[tuple[Helper, int]]) -> None:
+def _judge(command: Command, jobs: Sequence[Job], ended: Sequence[tuple[Helper, int]], *, all_begun: bool) -> None:
     """Raise what the ends of the processes mean for the run."""
     done = f"with {sum(job.done for job in jobs)} of {len(jobs)} jobs done"
-    if command.signal:
-        raise Interrupted(done)
     statuses = {status for _, status in ended}
+    if command.signal and not (all_begun and statuses == {0}):
+        raise Interrupted(done)
     died = [(helper, status) for helper, status in ended if status not in (0, REFUSED, RESUMABLE)]
     if died:
         ends = ", ".join(f"{_how(status)} at {helper.job.name if helper.job else 'no job'}" for helper, status in died)
