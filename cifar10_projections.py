@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from common.run.options import at_least
 from common.run.records import RecordError, read_json, read_results, write_table
 from common.run.run import Run
 from common.run.state import State
+from common.run.workers import Worker, share
 from common.seeds import generator_of, seed_of
 from common.symmetry import pictures
 from common.symmetry.rotations import GROUPS, random_element, transform_layer
@@ -81,6 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--select", choices=("validation", "test"), default="validation", help="images that choose the epoch [%(default)s]"
     )
     options.add_device_options(own)
+    options.add_jobs_option(own, "trainings")
     options.add_tracker_options(own)
     own.add_argument("--retry-failed", action="store_true", help="train again what has failed")
     options.add_run_options(own, "test")
@@ -145,7 +147,7 @@ def make_network(args: argparse.Namespace, job: RotationJob, device: torch.devic
     return network.to(device, memory_format=torch.channels_last)
 
 
-def train(args: argparse.Namespace, data: Splits, run: Run, job: RotationJob) -> None:
+def train(args: argparse.Namespace, data: Splits, run: Run | Worker, job: RotationJob) -> None:
     """Train the parameters that are not frozen; write the record of the best epoch and, of a network, the weights.
 
     Raises Interrupted, Failed, CheckpointError.
@@ -188,6 +190,22 @@ def describe(job: RotationJob, chance: float) -> str:
         f"{job.activation}, {change}: {accuracy:.2f} % of test images (untouched {baseline:.2f}, chance {chance:.3g}), "
         f"penalty {baseline - accuracy:.2f}"
     )
+
+
+def train_all(
+    args: argparse.Namespace, data: Splits, run: Run | Worker, jobs: Iterable[tuple[int, RotationJob]], n: int
+) -> None:  # fmt: skip
+    """Train the networks of jobs that are locked, some of n."""
+    for i, job in jobs:
+        with job:
+            train(args, data, run, job)
+            run.log(f"[{i}/{n}] {describe(job, 100 / len(data.test.classes))}")
+
+
+def work(worker: Worker, args: argparse.Namespace, n: int) -> None:
+    """Train networks in one of several processes."""
+    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    train_all(args, splits_of(args, options.device_of(args)), worker, worker.jobs(), n)
 
 
 # ---- the test --------------------------------------------------------------------------------------------------------------
@@ -281,10 +299,11 @@ def main(argv: list[str] | None = None) -> int:
         data = splits_of(args, options.device_of(args))
         jobs = open_run(run, lambda folder: make_jobs(args, folder / "cells"), data=data.fingerprint)
         run.log(f"{len(jobs)} trainings on {len(data.training)} images, device {data.device}, seed {args.seed}")
-        for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
-            with job:
-                train(args, data, run, job)
-                run.log(f"[{i}/{len(jobs)}] {describe(job, 100 / len(data.test.classes))}")
+        if args.jobs > 1:
+            share(run, jobs, args, work, len(jobs), retry_failed=args.retry_failed)
+        else:
+            left = pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress)
+            train_all(args, data, run, left, len(jobs))
         result = report(args, jobs, data, run)
         if result["penalties"]:
             draw(result, run.part)

@@ -19,7 +19,7 @@ import argparse
 import copy
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from common.run.records import read_results, write_table
 from common.run.run import Run
 from common.run.schedule import halving
 from common.run.state import State, check_finite, rng_state, set_rng_state
+from common.run.workers import Worker, share
 from common.seeds import generator_of, seed_of
 from common.symmetry import pictures
 from common.symmetry.penalties import best_runs, by_layer, merge_chunks, penalty_table
@@ -134,6 +135,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--select", choices=("validation", "test"), default="validation", help="images that choose the epoch [%(default)s]"
     )
     options.add_device_options(own)
+    options.add_jobs_option(own, "stitching layers")
     options.add_tracker_options(own)
     return parser
 
@@ -255,7 +257,7 @@ def make_layer(args: argparse.Namespace, channels: int, run: int) -> StitchingLa
     return Full(channels)
 
 
-def train(args: argparse.Namespace, job: StitchJob, stitched: StitchedModel, data: Splits, run: Run) -> dict[str, Any]:
+def train(args: argparse.Namespace, job: StitchJob, stitched: StitchedModel, data: Splits, run: Run | Worker) -> dict[str, Any]:
     """Train a stitching layer, or resume; leaves the best epoch's weights, with the statistics of its validation.
 
     With a warm-up, the first half of the epochs is without scales. Returns the metrics.
@@ -354,8 +356,9 @@ def validate(args: argparse.Namespace, job: StitchJob, data: Splits, state: Stat
 
 
 def run_job(
-    args: argparse.Namespace, job: StitchJob, networks: dict[int, nn.Module], parents: dict[int, float], data: Splits, run: Run
-) -> dict[str, Any]:
+    args: argparse.Namespace, job: StitchJob, networks: dict[int, nn.Module], parents: dict[int, float], data: Splits,
+    run: Run | Worker,
+) -> dict[str, Any]:  # fmt: skip
     """Train a job's stitching layer and write its state; the job's record."""
     torch.manual_seed(seed_of(args.seed, *job.key))
     point = job.point
@@ -369,6 +372,28 @@ def run_job(
     record = {**job.fields, **metrics, **layer.learned(), "joint_parameters": sum(p.numel() for p in layer.parameters())}
     record |= {"parents": accuracies, "penalty": sum(accuracies) / 2 - metrics["accuracy"]}
     return record | {"val_accuracy": metrics["best"]["val_accuracy"]}
+
+
+def run_all(
+    args: argparse.Namespace, networks: dict[int, nn.Module], parents: dict[int, float], data: Splits, run: Run | Worker,
+    jobs: Iterable[tuple[int, StitchJob]], n: int,
+) -> None:  # fmt: skip
+    """Train the stitching layers of jobs that are locked, some of n."""
+    for i, job in jobs:
+        with job:
+            record = run_job(args, job, networks, parents, data, run)
+            job.finish(record)
+            run.log(f"[{i}/{n}] {describe(job, record, len(data.test.classes))}")
+
+
+def work(worker: Worker, args: argparse.Namespace, pairs: list[Pair], parents: dict[int, float], n: int) -> None:
+    """Train stitching layers in one of several processes."""
+    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    networks, _ = zoo_pairs.load(args, pairs)
+    data = splits_of(args, options.device_of(args), validation_share(args))
+    for network in networks.values():
+        network.to(data.device, memory_format=torch.channels_last)
+    run_all(args, networks, parents, data, worker, worker.jobs(), n)
 
 
 # ---- the sweep -----------------------------------------------------------------------------------------------------------
@@ -456,11 +481,11 @@ def main(argv: list[str] | None = None) -> int:
         jobs = open_run(run, lambda folder: make_jobs(args, folder / "cells", pairs, points), **made_from)
         run.log(f"{len(pairs)} pairs, {len(points)} layers, {len(jobs)} stitchings to train: {kind_of(args)}, seed {args.seed}")
         parents = measure_parents(networks, data, run)
-        for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
-            with job:
-                record = run_job(args, job, networks, parents, data, run)
-                job.finish(record)
-                run.log(f"[{i}/{len(jobs)}] {describe(job, record, len(data.test.classes))}")
+        if args.jobs > 1:
+            share(run, jobs, args, work, pairs, parents, len(jobs), retry_failed=args.retry_failed)
+        else:
+            left = pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress)
+            run_all(args, networks, parents, data, run, left, len(jobs))
         result = report(args, jobs, data, run)
         run.log(penalty_table(result))
         status = run.finish(result)

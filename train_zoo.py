@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from common.run.records import RecordError
 from common.run.run import RunError, environment
 from common.run.state import State
 from common.run.trackers import Trackers
+from common.run.workers import Worker, share
 from common.seeds import seed_everything, seed_of
 from common.zoo import training
 from common.zoo.sweeps import CheckedJob, fits
@@ -72,6 +74,7 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("--width", type=at_least(1, 4096), metavar="N", help="channels of the first convolution [64, cw: 512]")
     own.add_argument("--subset", type=at_least(20), metavar="N", help="use N training images, chosen by the seed [all]")
     options.add_device_options(own)
+    options.add_jobs_option(own, "models")
     own.add_argument("--compile", action="store_true", help="torch.compile the network")
     options.add_tracker_options(own)
     own.add_argument("--out", metavar="PATH", help="directory of the zoo [results/zoo/NAME]")
@@ -277,15 +280,30 @@ def main(argv: list[str] | None = None) -> int:
             if job.replaced and job.take():
                 job.remove()
                 job.release()
-        for _, job in pending(command, jobs, retry_failed=args.retry_failed or args.overwrite, bar=args.progress):
-            with job, contextlib.closing(job.trackers):
-                train(args, data, command, job)
+        retry_failed = args.retry_failed or args.overwrite
+        if args.jobs > 1:
+            share(command, jobs, args, work, retry_failed=retry_failed)
+        else:
+            train_all(args, data, command, pending(command, jobs, retry_failed=retry_failed, bar=args.progress))
     if failed := failures(jobs):
         echo(f"{len(failed)} of {len(jobs)} models failed ({', '.join(failed)}): --retry-failed repeats them")
     if left := [job.name for job in jobs if not job.done and job.name not in failed]:
         number = f"{len(left)} of {len(jobs)} models are left to other processes ({', '.join(left)})"
         echo(f"{number}: the same line again tells when they are done")
     return 1 if failed else 0
+
+
+def train_all(args: argparse.Namespace, data: Splits, command: Command, jobs: Iterable[tuple[int, ZooJob]]) -> None:
+    """Train the models of jobs that are locked."""
+    for _, job in jobs:
+        with job, contextlib.closing(job.trackers):
+            train(args, data, command, job)
+
+
+def work(worker: Worker, args: argparse.Namespace) -> None:
+    """Train models in one of several processes."""
+    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    train_all(args, splits_of(args, options.device_of(args)), worker, worker.jobs())
 
 
 def clear_up(jobs: list[ZooJob]) -> None:
