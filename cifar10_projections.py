@@ -204,7 +204,7 @@ def train_all(
 
 def work(worker: Worker, args: argparse.Namespace, n: int) -> None:
     """Train networks in one of several processes."""
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     train_all(args, splits_of(args, options.device_of(args)), worker, worker.jobs(), n)
 
 
@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         echo(name)
         return 0
     tune_malloc()
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     with Run("cifar10_projections", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:
         data = splits_of(args, options.device_of(args))
         jobs = open_run(run, lambda folder: make_jobs(args, folder / "cells"), data=data.fingerprint)

@@ -388,7 +388,7 @@ def run_all(
 
 def work(worker: Worker, args: argparse.Namespace, pairs: list[Pair], parents: dict[int, float], n: int) -> None:
     """Train stitching layers in one of several processes."""
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     networks, _ = zoo_pairs.load(args, pairs)
     data = splits_of(args, options.device_of(args), validation_share(args))
     for network in networks.values():
@@ -470,7 +470,7 @@ def main(argv: list[str] | None = None) -> int:
         echo(name)
         return 0
     tune_malloc()
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     with Run("cifar10_stitching", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:
         pairs = zoo_pairs.pairs_of(args, args.retrain_repeats)
         pairs = pairs[chunk_of(args, len(pairs))]

@@ -426,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         echo(name)
         return 0
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     with Run("routing_networks", name, args, another="--seed N", may_change=NOT_IN_NAME, files=("routing.png",)) as run:
         data = Data(args, options.device_of(args))
         model = make_model(args, data)

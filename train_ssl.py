@@ -475,7 +475,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args, name = parse(parser, argv)
     tune_malloc()
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     if name == "probe":
         return evaluate_saved(args)
     if args.dry_run:

@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         echo(f"{args.out}: models {', '.join(job.name for job in jobs) or 'none'}")
         return 0
     tune_malloc()
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     device = options.device_of(args)
     with Command("train_zoo") as command:
         for job in jobs:
@@ -302,7 +302,7 @@ def train_all(args: argparse.Namespace, data: Splits, command: Command, jobs: It
 
 def work(worker: Worker, args: argparse.Namespace) -> None:
     """Train models in one of several processes."""
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     train_all(args, splits_of(args, options.device_of(args)), worker, worker.jobs())
 
 
