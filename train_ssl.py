@@ -403,7 +403,7 @@ def report(args: argparse.Namespace, data: Data, training: Training) -> dict[str
 
 @strict_fp32()
 def measure(args: argparse.Namespace, kind: str, path: Path, encoder: CifarResNet, out: Path, command: Command) -> None:
-    """Print the accuracy of a saved encoder, and write it to `out`."""
+    """Print the accuracy of a saved encoder, of raw pixels and of an encoder with --seed's weights, and write it to `out`."""
     title = kind.replace("_", " ")
 
     def walk(parts: Sequence[Any]) -> Iterator[Any]:
@@ -414,12 +414,18 @@ def measure(args: argparse.Namespace, kind: str, path: Path, encoder: CifarResNe
     device, n_classes = options.device_of(args), images.N_CLASSES[images.BY_OPTION[args.dataset]]
     image_sets = load_data(args, device)
     training, test = image_sets.training, image_sets.test
-    splits = evaluation.represent_splits(encoder.to(device), training, test, args.image_size, walk)
-    if kind == "linear_probe":
-        metrics = evaluation.linear_probe(*splits, n_classes, args.seed, walk)
-    else:
-        metrics = evaluation.nearest_neighbours(*splits, n_classes)
-    echo(f"{path}: {title} top-1 {metrics['top_1']:.2f} % (chance {100 / n_classes:.3g})")
+
+    def probe(encoder: torch.nn.Module) -> dict[str, Any]:
+        splits = evaluation.represent_splits(encoder.to(device), training, test, args.image_size, walk)
+        if kind == "linear_probe":
+            return evaluation.linear_probe(*splits, n_classes, args.seed, walk)
+        return evaluation.nearest_neighbours(*splits, n_classes)
+
+    seed_everything(args.seed)
+    untrained, metrics = CifarResNet(**encoder.options), probe(encoder)
+    metrics |= {"raw_pixels": probe(evaluation.raw_pixels(args.image_size)), "untrained": probe(untrained)}
+    beside = f"raw pixels {metrics['raw_pixels']['top_1']:.2f}, untrained encoder {metrics['untrained']['top_1']:.2f}"
+    echo(f"{path}: {title} top-1 {metrics['top_1']:.2f} % (chance {100 / n_classes:.3g}, {beside})")
     result = {"file": str(path), "dataset": args.dataset, "seed": args.seed, "chance_top_1": 100 / n_classes}
     write_json(out, result | {"training_images": len(training), "test_images": len(test), **metrics})
     echo(f"written to {out}")
