@@ -137,7 +137,7 @@ class BudgetedTraining(State):
         horizon: float,
         alpha: float,
         columns: tuple[str, ...],
-        description: Mapping[str, Any],
+        description: Mapping[str, Any] | None = None,
         data: str = "",
     ):
         self.clock, self.meter, self.traces = Clock(budget), Meter(), Traces(model)
