@@ -70,6 +70,11 @@ def load(path: str | Path, description: Mapping[str, Any] | None = None) -> nn.M
     return build(described, weights, path)
 
 
+def describe(path: str | Path) -> dict[str, Any]:
+    """The description in a checkpoint, or in that of a run's directory. Raises CheckpointError."""
+    return read(file_of(Path(path)))[1]
+
+
 def export(path: str | Path, out: str | Path, description: Mapping[str, Any] | None = None) -> Path:
     """Write the model of a run, or of a checkpoint, to a new file, without heads, optimiser and state of the training.
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,37 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
         else:  # padding, or what is noted twice
             assert_same_model(loaded, model)
     assert refused > 15
+
+
+# ---- docs/api.md ---------------------------------------------------------------------------------------------------------
+
+
+def test_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With small models, which are not trained, at the places that it names."""
+    monkeypatch.chdir(tmp_path)
+    mixture = {"n_dim": 2, "n_clust": 4, "n_hidden": 8}
+    routing = {**ROUTED, "model": "routed-all-fc", "decision": "WPL", "n_tasks": 6}
+    about = {"mean": [0.1], "deviation": [0.3]}
+    for place, constructor, arguments, data in (
+        ("amortised_clustering/NAME/best.pkl", "make_set_model", {"kind": "Swarm", **SMALL_SETS}, {}),
+        ("swarm_transformer/NAME/best.pkl", "ImageTransformer", {"shape": [1, 28, 28], "n_hidden": 4, "n_iter": 1}, {}),
+        ("amortised_mog/NAME/best.pkl", "MixtureNetwork", mixture, {}),
+        ("train_ssl/NAME/encoder_cifar10_duet_rot_eq-rot_target-ga_final.pt", *MODELS["encoder"], {}),
+        ("routing_networks/NAME/last.pkl", "make_routed", routing, about),
+        ("../old/best.pkl", "MixtureNetwork", mixture | {"n_hidden": 64}, None),
+    ):
+        path = Path("results", place)
+        path.parent.mkdir(parents=True)
+        weights = trained.CONSTRUCTORS[constructor](**arguments).state_dict()
+        weights = {PREFIX.get(constructor, "") + key: value for key, value in weights.items()}
+        description = {"constructor": constructor, "arguments": arguments, "data": data} if data is not None else {}
+        checkpoint.save({"model": weights, "description": description}, path)
+    Path("results/zoo/cifar10-mCNN").mkdir(parents=True)
+    checkpoint.save(zoo.make("mCNN", width=2).state_dict(), Path("results/zoo/cifar10-mCNN/0.pt"))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.S)
+    assert len(blocks) == 8
+    for block in blocks:
+        exec(block, {})
 
 
 # ---- runs: what is loaded has the figures of the report, to the last bit -------------------------------------------------
