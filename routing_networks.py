@@ -33,7 +33,7 @@ from common.errors import InputError
 from common.models import routed
 from common.models.routed import RoutedNet, SoftMixture
 from common.precision import autocast, set_backend_flags
-from common.routing import Decision, Loss, Trajectories, pictures
+from common.routing import Loss, Trajectories, pictures
 from common.routing.comparison import comparison_table, interval
 from common.routing.loss import NonFiniteLossError
 from common.routing.measures import modules_used, policy_entropy, task_overlap
@@ -49,10 +49,7 @@ from common.run.run import Run, environment
 from common.run.state import State, check_finite
 from common.seeds import generator_of, seed_everything, seed_of
 
-DECISIONS = (
-    "WPL", "REINFORCE", "REINFORCEBl1", "REINFORCEBl2", "EGreedyREINFORCE", "ActorCritic", "AAC", "BootstrapAAC", "EGreedyAAC",
-    "QLearning", "SARSA", "AdvantageLearning", "BootstrapAdvantageLearning", "GumbelSoftmax", "RELAX",
-)  # fmt: skip
+DECISIONS = tuple(routed.DECISIONS)
 LEARNED = ("routed-all-fc", "dispatched", "single-agent")  # models with decisions
 MAX_NORM = 40.0  # gradient clipping, of modules and routers separately
 NOT_IN_NAME = (*options.RUN_OPTIONS, "data_dir", "compare")  # options that do not make another run
@@ -160,20 +157,27 @@ class Data:
 # ---- model and loss ------------------------------------------------------------------------------------------------------
 
 
+def arguments_of(args: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """The arguments of `make_routed`, as plain values."""
+    _, channels, side, _ = data.train.images.shape
+    sizes = [list(size) for size in routed.layer_sizes(side, args.depth, args.width, data.n_labels)]
+    numbers = {"n_tasks": data.n_tasks, "n_modules": args.modules, "n_agents": args.agents}
+    # exploration is where it ends: with --exploration-end, each epoch sets its own
+    rewards = {"exploration": exploration_in(args, args.epochs - 1), "collaboration": args.collaboration}
+    return {"model": args.model, "in_channels": channels, "sizes": sizes, **numbers, "decision": args.decision, **rewards}
+
+
+def describe(args: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """What last.pkl says of the model: see common/trained.py."""
+    pixels = {"mean": data.mean.flatten().tolist(), "deviation": data.deviation.flatten().tolist()}
+    about = {"name": args.data, "n_tasks": data.n_tasks, "n_labels": data.n_labels, **pixels}
+    return {"constructor": "make_routed", "arguments": arguments_of(args, data), "data": about}
+
+
 def make_model(args: argparse.Namespace, data: Data) -> RoutedNet | SoftMixture:
     """The network of the options, with weights from the seed."""
     seed_everything(seed_of(args.seed))
-    _, channels, side, _ = data.train.images.shape
-
-    def make_decision(n: int, in_features: int, n_agents: int, storage: str) -> Decision:
-        # on the output, the gradient of the factor is the effect of a larger output of the module
-        more = {"scale": "output"} if args.decision == "GumbelSoftmax" else {}
-        reward = routing.CollaborationReward(args.collaboration, num_actions=n)
-        decision = getattr(routing, args.decision)
-        return decision(n, in_features, n_agents, args.exploration, storage, additional_reward_func=reward, **more)
-
-    sizes = routed.layer_sizes(side, args.depth, args.width, data.n_labels)
-    model = routed.make(args.model, channels, sizes, data.n_tasks, args.modules, args.agents, make_decision)
+    model = routed.make_routed(**arguments_of(args, data))
     return model.to(data.train.images.device, memory_format=torch.channels_last)
 
 
@@ -221,12 +225,14 @@ class Training(State):
 
     model: RoutedNet | SoftMixture
 
-    def __init__(self, run: Run, model: RoutedNet | SoftMixture, optimizer: torch.optim.Optimizer, data: str):
+    def __init__(
+        self, run: Run, model: RoutedNet | SoftMixture, optimizer: torch.optim.Optimizer, data: str, description: dict[str, Any]
+    ):
         self.run, self.optimizer = run, optimizer
         self.clock, self.meter, self.traces = Clock(), Meter(), Traces(model)
         self.metrics = Metrics(run.part / "metrics.csv", COLUMNS, run.trackers)
         parts = {name: getattr(self, name) for name in ("optimizer", "clock", "meter", "metrics", "traces")}
-        super().__init__(run.last, run.options, run, data=data, model=model, **parts)
+        super().__init__(run.last, run.options, run, data=data, description=description, model=model, **parts)
 
 
 def epoch_batches(args: argparse.Namespace, data: Data, epoch: int) -> list[Tensor]:
@@ -430,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
     with Run("routing_networks", name, args, another="--seed N", may_change=NOT_IN_NAME, files=("routing.png",)) as run:
         data = Data(args, options.device_of(args))
         model = make_model(args, data)
-        training = Training(run, model, make_optimizer(args, model), data.fingerprint)
+        training = Training(run, model, make_optimizer(args, model), data.fingerprint, describe(args, data))
         if run.status == "unfinished":
             training.resume()
         run.open()

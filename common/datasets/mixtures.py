@@ -7,6 +7,7 @@ distribution, all independent.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,12 @@ class MixtureSets:
         padding = padded_length(E, device) - E
         points, mask = F.pad(self.points, (0, 0, 0, padding)), F.pad(self.mask, (0, padding))
         return MixtureSets(*(tensor.to(device, non_blocking=True) for tensor in (points, mask, self.means, self.weights)))
+
+
+def describe(n_dim: int, n_clust: int) -> dict[str, Any]:
+    """The distribution of sets, as plain values."""
+    ranges = {"n_points": [N_POINTS[0], N_POINTS[1] - 1], "mean_range": MEAN_RANGE, "deviation": DEVIATION}
+    return {"name": "mixtures", "n_dim": n_dim, "n_clust": n_clust, **ranges}
 
 
 def draw_sets(n: int, n_dim: int, n_clust: int, gen: torch.Generator) -> MixtureSets:
