@@ -335,11 +335,17 @@ def summary(result: dict[str, Any]) -> str:
 # ---- one run from start to end -------------------------------------------------------------------------------------------
 
 
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """What best.pkl says of the model: see common/trained.py."""
+    names = ("n_hidden", "n_layers", "n_iter", "non_lin", "n_heads", "n_ind_points", "dropout", "pooling")
+    arguments = {"kind": args.type, "n_in": 2, "n_out": N_LABELS, **{name: getattr(args, name) for name in names}}
+    return {"constructor": "make_set_model", "arguments": arguments, "data": clustering.describe()}
+
+
 def make_model(args: argparse.Namespace) -> nn.Module:
     """The model of the options, on its device, with weights from the seed."""
     seed_everything(args.seed)
-    names = ("n_hidden", "n_layers", "n_iter", "non_lin", "n_heads", "n_ind_points", "dropout", "pooling")
-    model = make_set_model(args.type, 2, N_LABELS, fuse=args.compile, **{name: getattr(args, name) for name in names})
+    model = make_set_model(**describe(args)["arguments"], fuse=args.compile)
     if args.compile and args.type != "Swarm":
         model.compile(dynamic=True)
     return model.to(options.device_of(args))
@@ -371,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
         optimizer = make_adam(model, args.lr)
         data = make_data(args.tasks, args.bs, args.seed, next(model.parameters()).device)
         limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
-        training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, **limits)
+        training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, description=describe(args), **limits)
         training.start(args.resume)
         introduce(args, data, training, given)
         drawn_at = -math.inf

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import plotting
+from common.datasets import mixtures
 from common.datasets.mixtures import DEVIATION, MixtureSets, draw_sets
 from common.models.mixture import N_HEADS, Mixture, MixtureNetwork, log_likelihood, single_gaussian_log_likelihood
 from common.models.sets import NON_LINEARITIES
@@ -262,12 +263,17 @@ def summary(result: dict[str, Any]) -> str:
 # ---- one run from start to end -------------------------------------------------------------------------------------------
 
 
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """What best.pkl says of the model: see common/trained.py."""
+    names = ("n_dim", "n_clust", "n_hidden", "n_layers", "n_iter", "non_lin", "dropout")
+    arguments = {name: getattr(args, name) for name in names} | {"pooling": args.p, "attention": args.pma}
+    return {"constructor": "MixtureNetwork", "arguments": arguments, "data": mixtures.describe(args.n_dim, args.n_clust)}
+
+
 def make_model(args: argparse.Namespace) -> MixtureNetwork:
     """The model of the options, on its device, with weights from the seed."""
     seed_everything(args.seed)
-    names = ("n_hidden", "n_layers", "n_iter", "non_lin", "dropout")
-    shape = {name: getattr(args, name) for name in names}
-    model = MixtureNetwork(args.n_dim, args.n_clust, pooling=args.p, attention=args.pma, fuse=args.compile, **shape)
+    model = MixtureNetwork(**describe(args)["arguments"], fuse=args.compile)
     return model.to(options.device_of(args))
 
 
@@ -286,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         model = make_model(args)
         optimizer = make_adam(model, args.lr)
         limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
-        training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, **limits)
+        training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, description=describe(args), **limits)
         training.start(args.resume)
         run.log(
             f"{model}\n{sum(p.numel() for p in model.parameters()):,} parameters on {options.device_of(args)}, seed {args.seed}"

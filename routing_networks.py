@@ -33,7 +33,7 @@ from common.errors import InputError
 from common.models import routed
 from common.models.routed import RoutedNet, SoftMixture
 from common.precision import autocast, set_backend_flags
-from common.routing import Decision, Loss, Trajectories, pictures
+from common.routing import Loss, Trajectories, pictures
 from common.routing.comparison import comparison_table, interval
 from common.routing.loss import NonFiniteLossError
 from common.routing.measures import modules_used, policy_entropy, task_overlap
@@ -49,10 +49,6 @@ from common.run.run import Run, environment
 from common.run.state import State, check_finite
 from common.seeds import generator_of, seed_everything, seed_of
 
-DECISIONS = (
-    "WPL", "REINFORCE", "REINFORCEBl1", "REINFORCEBl2", "EGreedyREINFORCE", "ActorCritic", "AAC", "BootstrapAAC", "EGreedyAAC",
-    "QLearning", "SARSA", "AdvantageLearning", "BootstrapAdvantageLearning", "GumbelSoftmax", "RELAX",
-)  # fmt: skip
 LEARNED = ("routed-all-fc", "dispatched", "single-agent")  # models with decisions
 MAX_NORM = 40.0  # gradient clipping, of modules and routers separately
 NOT_IN_NAME = (*options.RUN_OPTIONS, "data_dir", "compare")  # options that do not make another run
@@ -71,7 +67,7 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("--data", choices=tuple(multitask.N_TASKS), default="CIFAR100-MTL", help="tasks [%(default)s]")
     paper.add_argument("--model", choices=routed.MODELS, default="routed-all-fc", help="[%(default)s]")
     learning = "how routers learn; GumbelSoftmax has a biased gradient, as published [%(default)s]"
-    paper.add_argument("--decision", choices=DECISIONS, default="WPL", help=learning)
+    paper.add_argument("--decision", choices=tuple(routed.DECISIONS), default="WPL", help=learning)
     paper.add_argument("--modules", type=at_least(1, 10**4), metavar="N", help="in each layer [as many as tasks]")
     paper.add_argument("--agents", type=at_least(1, 10**4), metavar="N", help="of dispatched [as many as tasks]")
     paper.add_argument("--depth", type=at_least(1, 100), default=3, metavar="N", help="fully connected layers [%(default)s]")
@@ -144,20 +140,22 @@ class Data:
 # ---- model and loss ------------------------------------------------------------------------------------------------------
 
 
+def describe(args: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """What last.pkl says of the model: see common/trained.py."""
+    _, channels, side, _ = data.train.images.shape
+    sizes = [list(size) for size in routed.layer_sizes(side, args.depth, args.width, data.n_labels)]
+    arguments = {"model": args.model, "in_channels": channels, "sizes": sizes, "n_tasks": data.n_tasks}
+    arguments |= {"n_modules": args.modules, "n_agents": args.agents, "decision": args.decision}
+    arguments |= {"exploration": exploration_in(args, args.epochs - 1), "collaboration": args.collaboration}
+    about = {"name": args.data, "n_tasks": data.n_tasks, "n_labels": data.n_labels}
+    about |= {"mean": data.mean.flatten().tolist(), "deviation": data.deviation.flatten().tolist()}
+    return {"constructor": "make_routed", "arguments": arguments, "data": about}
+
+
 def make_model(args: argparse.Namespace, data: Data) -> RoutedNet | SoftMixture:
     """The network of the options, with weights from the seed."""
     seed_everything(seed_of(args.seed))
-    _, channels, side, _ = data.train.images.shape
-
-    def make_decision(n: int, in_features: int, n_agents: int, storage: str) -> Decision:
-        # on the output, the gradient of the factor is the effect of a larger output of the module
-        more = {"scale": "output"} if args.decision == "GumbelSoftmax" else {}
-        reward = routing.CollaborationReward(args.collaboration, num_actions=n)
-        decision = getattr(routing, args.decision)
-        return decision(n, in_features, n_agents, args.exploration, storage, additional_reward_func=reward, **more)
-
-    sizes = routed.layer_sizes(side, args.depth, args.width, data.n_labels)
-    model = routed.make(args.model, channels, sizes, data.n_tasks, args.modules, args.agents, make_decision)
+    model = routed.make_routed(**describe(args, data)["arguments"])
     return model.to(data.train.images.device, memory_format=torch.channels_last)
 
 
@@ -205,12 +203,14 @@ class Training(State):
 
     model: RoutedNet | SoftMixture
 
-    def __init__(self, run: Run, model: RoutedNet | SoftMixture, optimizer: torch.optim.Optimizer, data: str):
+    def __init__(
+        self, run: Run, model: RoutedNet | SoftMixture, optimizer: torch.optim.Optimizer, data: str, description: dict[str, Any]
+    ):
         self.run, self.optimizer = run, optimizer
         self.clock, self.meter, self.traces = Clock(), Meter(), Traces(model)
         self.metrics = Metrics(run.part / "metrics.csv", COLUMNS, run.trackers)
         parts = {name: getattr(self, name) for name in ("optimizer", "clock", "meter", "metrics", "traces")}
-        super().__init__(run.last, run.options, run, data=data, model=model, **parts)
+        super().__init__(run.last, run.options, run, data=data, description=description, model=model, **parts)
 
 
 def epoch_batches(args: argparse.Namespace, data: Data, epoch: int) -> list[Tensor]:
@@ -414,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     with Run("routing_networks", name, args, another="--seed N", may_change=NOT_IN_NAME, files=("routing.png",)) as run:
         data = Data(args, options.device_of(args))
         model = make_model(args, data)
-        training = Training(run, model, make_optimizer(args, model), data.fingerprint)
+        training = Training(run, model, make_optimizer(args, model), data.fingerprint, describe(args, data))
         if run.status == "unfinished":
             training.resume()
         run.open()

@@ -16,7 +16,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -372,19 +372,19 @@ def report_table(result: dict[str, Any]) -> str:
 # ---- one run from start to end -------------------------------------------------------------------------------------------
 
 
+def describe(args: argparse.Namespace, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """What best.pkl says of the model, and of the names of the classes: see common/trained.py."""
+    shape, n_classes = list(images.SHAPES[args.data]), images.N_CLASSES[args.data] if args.cond else None
+    arguments = {name: getattr(args, name) for name in ("n_hidden", "n_layers", "n_iter", "non_lin", "learn_loc")}
+    arguments |= {"shape": shape, "n_classes": n_classes}
+    about = {"name": args.data, "shape": shape, "classes": list(classes), "cond": args.cond}
+    return {"constructor": "ImageTransformer", "arguments": arguments, "data": about}
+
+
 def make_model(args: argparse.Namespace) -> ImageTransformer:
     """The model of the options, on its device, with weights from the seed."""
     seed_everything(args.seed)
-    model = ImageTransformer(
-        shape=images.SHAPES[args.data],
-        n_hidden=args.n_hidden,
-        n_layers=args.n_layers,
-        n_iter=args.n_iter,
-        non_lin=args.non_lin,
-        n_classes=images.N_CLASSES[args.data] if args.cond else None,
-        learn_loc=args.learn_loc,
-        fuse=args.compile,
-    )
+    model = ImageTransformer(**describe(args)["arguments"], fuse=args.compile)
     return model.to(options.device_of(args))
 
 
@@ -415,7 +415,8 @@ def main(argv: list[str] | None = None) -> int:
         optimizer = make_adam(model, args.lr)
         data = load_data(args.data, args.data_dir, args.seed, next(model.parameters()).device)
         limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
-        training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, data=data.fingerprint, **limits)
+        about = {"data": data.fingerprint, "description": describe(args, data.training.classes)}
+        training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, **about, **limits)
         training.start(args.resume)
         introduce(args, data, training)
         micro, drawn_at = MicroBatches(args.bs, run.log), -math.inf

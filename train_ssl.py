@@ -45,7 +45,7 @@ from common.ssl import evaluation, pictures
 from common.ssl.data import Data, load_splits
 from common.ssl.duet import DUET, TARGETS, check_structure
 from common.ssl.essl import ESSL, check_code
-from common.ssl.models import SavedModels, load_for_images, published_stem
+from common.ssl.models import SavedModels, describe, load_for_images, published_stem
 from common.ssl.simclr import SimCLR
 from common.ssl.steps import Batch, as_floats
 from common.ssl.views import CIRCULAR, CODES, NEEDS_RGB, PARAMETRISED
@@ -226,7 +226,8 @@ class Training(State):
         stem = published_stem(args.dataset, args.model, args.equi_tx, args.duet_target)
         self.saved = SavedModels(Path(args.save_dir or run.part), stem, run.name)
         parts = {name: getattr(self, name) for name in ("optimizer", "clock", "meter", "metrics", "traces")}
-        super().__init__(run.last, run.options, run, data=data.fingerprint, model=model, **parts)
+        about = {"data": data.fingerprint, "description": describe(model.base_network, vars(args))}
+        super().__init__(run.last, run.options, run, model=model, **about, **parts)
 
 
 def loss_of(args: argparse.Namespace, model: Model, batch: Batch, *, training: bool) -> tuple[Tensor, dict[str, Tensor]]:

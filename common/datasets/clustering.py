@@ -7,7 +7,9 @@ mixture weights; means from N(0, I); covariances from an inverse Wishart distrib
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +63,13 @@ def make_tasks(n_tasks: int, seed: int) -> ClusteringTasks:
     mean0, mean1, lower00, _, lower10, lower11 = mixture.index_select(0, cluster).unbind(1)
     points = torch.stack([mean0 + lower00 * noise0, mean1 + lower10 * noise0 + lower11 * noise1], 1)
     return ClusteringTasks(points, labels, sizes.cumsum(0) - sizes, sizes, n_clusters, means, factors)
+
+
+def describe() -> dict[str, Any]:
+    """The distribution of tasks, as plain values. A coordinate has this mean and deviation over the points of all tasks."""
+    variance = 1 + SCALE / (DEGREES_OF_FREEDOM - 3)  # of the means, and the mean of the inverse Wishart distribution
+    sizes = {"n_points": list(N_ENTITIES), "n_clusters": list(N_CLUSTERS)}
+    return {"name": "clustering", "n_dim": 2, "n_labels": N_LABELS, **sizes, "mean": 0.0, "deviation": math.sqrt(variance)}
 
 
 def split(n_tasks: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ distribution, all independent.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ class MixtureSets:
         return MixtureSets(
             *(tensor.to(device, non_blocking=True) for tensor in (self.points, self.mask, self.means, self.weights))
         )
+
+
+def describe(n_dim: int, n_clust: int) -> dict[str, Any]:
+    """The distribution of sets, as plain values."""
+    ranges = {"n_points": [N_POINTS[0], N_POINTS[1] - 1], "mean_range": MEAN_RANGE, "deviation": DEVIATION}
+    return {"name": "mixtures", "n_dim": n_dim, "n_clust": n_clust, **ranges}
 
 
 def draw_sets(n: int, n_dim: int, n_clust: int, gen: torch.Generator) -> MixtureSets:

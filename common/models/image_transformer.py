@@ -12,6 +12,7 @@ ln 2 times the bits per dimension.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class ImageTransformer(nn.Module):
     def __init__(
         self,
         *,
-        shape: tuple[int, int, int],
+        shape: Sequence[int],
         n_hidden: int,
         n_layers: int = 1,
         n_iter: int = 5,
@@ -46,8 +47,8 @@ class ImageTransformer(nn.Module):
         super().__init__()
         if min(*shape, n_layers) < 1:
             raise ValueError(f"sizes must be positive: (C, H, W) {shape}, n_layers {n_layers}")
-        self.shape, D = shape, n_hidden
-        C, H, W = shape
+        (C, H, W), D = shape, n_hidden
+        self.shape = (C, H, W)
         if C > 1:
             self.channel_embedding = nn.Parameter(torch.zeros(D, C))
         locations = 0.001 * torch.randn(D, H, W) if learn_loc else location_features(H, W, D)

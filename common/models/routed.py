@@ -8,15 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import common.routing as routing
 from common.models.deterministic import max_pool2d
 from common.routing import Decision, Initialization, PassThrough, PerTaskAssignment, Selection, StackedLinear, Trajectories
 
 CHANNELS = 32
+DECISIONS: dict[str, type[Decision]] = {
+    decision.__name__: decision
+    for decision in (
+        routing.WPL, routing.REINFORCE, routing.REINFORCEBl1, routing.REINFORCEBl2, routing.EGreedyREINFORCE,
+        routing.ActorCritic, routing.AAC, routing.BootstrapAAC, routing.EGreedyAAC, routing.QLearning, routing.SARSA,
+        routing.AdvantageLearning, routing.BootstrapAdvantageLearning, routing.GumbelSoftmax, routing.RELAX,
+    )
+}  # fmt: skip
 
 
 class Trunk(nn.Module):
@@ -158,3 +168,31 @@ def make(
         decisions = [make_decision(n_modules, n_in, 1, "approx") for n_in, _ in sizes]
         return RoutedNet(in_channels, sizes, decisions, [n_modules] * depth)
     raise ValueError(f"there is no model {model!r}: choose from {', '.join(MODELS)}")
+
+
+def make_routed(
+    model: str,
+    *,
+    in_channels: int,
+    sizes: list[tuple[int, int]],
+    n_tasks: int,
+    n_modules: int,
+    n_agents: int,
+    decision: str,
+    exploration: float,
+    collaboration: float,
+) -> RoutedNet | SoftMixture:
+    """Make one of MODELS whose layers decide as one of DECISIONS, rewarded for popular modules by a share `collaboration`.
+
+    Raises ValueError for other names, and values out of range.
+    """
+    if decision not in DECISIONS:
+        raise ValueError(f"there is no decision {decision!r}: choose from {', '.join(DECISIONS)}")
+
+    def make_decision(n: int, in_features: int, n_agents: int, storage: str) -> Decision:
+        # on the output, the gradient of the factor is the effect of a larger output of the module
+        more: dict[str, Any] = {"scale": "output"} if decision == "GumbelSoftmax" else {}
+        reward = routing.CollaborationReward(collaboration, num_actions=n)
+        return DECISIONS[decision](n, in_features, n_agents, exploration, storage, additional_reward_func=reward, **more)
+
+    return make(model, in_channels, sizes, n_tasks, n_modules, n_agents, make_decision)

@@ -69,11 +69,21 @@ def add_budget_options(
 class BestModel:
     """best.pkl: the model with the lowest validation loss so far, and the return to it.
 
-    It holds model, optimizer, name and best_val_loss, which is infinite before the first validation.
+    It holds model, optimizer, name, best_val_loss, which is infinite before the first validation, and a description of the
+    model (common/trained.py).
     """
 
-    def __init__(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, horizon: float, alpha: float):
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        horizon: float,
+        alpha: float,
+        description: Mapping[str, Any],
+    ):
         self.path, self.name, self.model, self.optimizer, self.alpha = run.best, run.name, model, optimizer, alpha
+        self.description = dict(description)
         self.backtracking = Backtracking(horizon)
 
     @property
@@ -82,7 +92,8 @@ class BestModel:
 
     def save(self) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        checkpoint.save(state | {"name": self.name, "best_val_loss": self.loss}, self.path)
+        about = {"name": self.name, "best_val_loss": self.loss, "description": self.description}
+        checkpoint.save(state | about, self.path)
 
     def load(self) -> None:
         state = checkpoint.read(self.path)
@@ -126,14 +137,15 @@ class BudgetedTraining(State):
         horizon: float,
         alpha: float,
         columns: tuple[str, ...],
+        description: Mapping[str, Any],
         data: str = "",
     ):
         self.clock, self.meter, self.traces = Clock(budget), Meter(), Traces(model)
-        self.best = BestModel(run, model, optimizer, horizon, alpha)
+        self.best = BestModel(run, model, optimizer, horizon, alpha, description)
         self.metrics = Metrics(run.part / "metrics.csv", columns, run.trackers)
         parts: dict[str, Part] = {"optimizer": optimizer, "clock": self.clock, "best": self.best}
         parts |= {"meter": self.meter, "metrics": self.metrics, "traces": self.traces}
-        super().__init__(run.last, run.options, run, data=data, model=model, **parts)
+        super().__init__(run.last, run.options, run, data=data, description=description, model=model, **parts)
         self.run, self.optimizer = run, optimizer
 
     def start(self, resume: str | None) -> None:

@@ -53,13 +53,22 @@ class State:
     """`batch` batches of epoch `epoch` are done, `step` steps in all; further `extra` values, and named parts.
 
     `options` are those that make the training what it is, `data` is a fingerprint: it resumes only with the same ones.
+    `description` says what the model is made of (common/trained.py).
     """
 
     def __init__(
-        self, path: Path, options: Mapping[str, Any], command: Command, *, data: str = "", model: nn.Module, **parts: Part
+        self,
+        path: Path,
+        options: Mapping[str, Any],
+        command: Command,
+        *,
+        data: str = "",
+        description: Mapping[str, Any] | None = None,
+        model: nn.Module,
+        **parts: Part,
     ):
         self.path, self.options, self.command, self.data = path, dict(options), command, data
-        self.model, self.parts = model, parts
+        self.model, self.parts, self.description = model, parts, dict(description or {})
         self.epoch = self.batch = self.step = 0
         self.extra: dict[str, Any] = {}  # plain values and tensors
         self.saved_at = time.monotonic()
@@ -97,6 +106,7 @@ class State:
             "progress": (self.epoch, self.batch, self.step),
             "extra": self.extra,
             "rng": rng_state(),
+            "description": self.description,
             "model": self.model.state_dict(),
             **{name: part.state_dict() for name, part in self.parts.items()},
         }

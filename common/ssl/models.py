@@ -9,6 +9,7 @@ Names of modules are the published ones, so that published weights fit.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,18 @@ class SavedModels:
         path = self.folder / f"{self.stem}_{when}.pt"
         weights = {name: value.cpu() for name, value in model.state_dict().items()}
         encoder: Any = model.base_network
-        checkpoint.save({"model": weights, "encoder": encoder.options, "options": options, "steps": steps}, path)
+        state = {"model": weights, "encoder": encoder.options, "options": options, "steps": steps}
+        checkpoint.save(state | {"description": describe(encoder, options)}, path)
         for old in self.paths():
             if old != path and not keep_all:
                 old.unlink()
         return path
+
+
+def describe(encoder: CifarResNet, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the encoder in it, from the options of its training: see common/trained.py."""
+    data = {"name": options["dataset"], "image_size": options["image_size"], "center_crop": options["center_crop"]}
+    return {"constructor": "CifarResNet", "arguments": encoder.options, "data": data}
 
 
 def read_saved(path: str | Path) -> dict[str, Any]:
