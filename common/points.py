@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -83,14 +84,9 @@ def read(path: Path, *, columns: str | None = None, set_column: str | None = Non
         points = _read_csv(path, columns, set_column)
     D = points.coordinates.shape[1]
     if n_dim not in (None, D):
-        hint = "" if columns is None else "-columns has to name as many"
-        if not hint:
-            hint = "-columns chooses some" if D > (n_dim or 0) else "are lines separated otherwise?" if D == 1 else ""
-        names = ", ".join(points.names)
-        raise InputError(
-            f"{path} has {D} column{'s' * (D > 1)} of coordinates ({one_line(names, 100)}), the model takes {n_dim}"
-            + (f": {hint}" if hint else "")
-        )
+        names = one_line(", ".join(points.names), 100)
+        hint = "-columns chooses others" if columns is not None or len(points.names) > 1 else "how are its columns separated?"
+        raise InputError(f"{path} has {D} column{'s' * (D > 1)} of coordinates ({names}), the model takes {n_dim}: {hint}")
     if not len(points):
         raise InputError(f"{path} holds no points")
     return points
@@ -103,7 +99,9 @@ def _read_npy(path: Path, columns: str | None, set_column: str | None) -> Points
         reason = "it holds Python objects" if "Object arrays" in str(error) else "it is damaged"
         raise InputError(f"{path} cannot be read: {reason}; an array of numbers is needed, written by numpy.save") from None
     if array.dtype.kind not in "iuf" or array.ndim not in (2, 3) or array.shape[-1] == 0:
-        raise InputError(f"{path} holds {array.dtype} {array.shape}: real numbers (points, dimensions) or (sets, points, dimensions)")
+        raise InputError(
+            f"{path} holds {array.dtype} {array.shape}: real numbers (points, dimensions) or (sets, points, dimensions)"
+        )
     flat = array.reshape(-1, array.shape[-1]).astype(np.float64)
     if array.ndim == 3:
         if set_column is not None:
@@ -150,14 +148,16 @@ def _read_table(path: Path, layout: Layout, used: list[int], ids: int | None, se
                 raise InputError(f"{path}: line {number} has {n_fields} columns, the first has {layout.n_columns}")
             yield line
 
-    number_of_id = {} if ids is None else {ids: lambda text: set_ids.setdefault(text.strip(), len(set_ids))}
+    number_of_id: dict[int | str, Callable[[str], int]] = {}
+    if ids is not None:
+        number_of_id[ids] = lambda text: set_ids.setdefault(text.strip(), len(set_ids))
     lines = counted()
     first = next(lines, None)
     if first is None:
         return np.empty((0, len(used) + (ids is not None)))
     try:
         table = np.loadtxt(
-            _chain(first, lines),
+            itertools.chain([first], lines),
             delimiter=layout.separator,
             comments=None,
             quotechar='"',
@@ -176,11 +176,6 @@ def _read_table(path: Path, layout: Layout, used: list[int], ids: int | None, se
     if len(table) != n_lines:
         raise InputError(f"{path} cannot be read: a quotation mark is not closed on its line")
     return table
-
-
-def _chain(first: str, others: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from others
 
 
 def _lines(path: Path, layout: Layout) -> Iterator[tuple[int, str]]:
@@ -237,7 +232,11 @@ def _choose_columns(
     if set_column is None and names.count("set") == 1:
         set_column = "set"
     ids = None if set_column is None else index_of(set_column)
-    used = [i for i in range(n_columns) if i != ids] if columns is None else [index_of(word.strip()) for word in columns.split(",")]
+    used = (
+        [i for i in range(n_columns) if i != ids]
+        if columns is None
+        else [index_of(word.strip()) for word in columns.split(",")]
+    )
     if len(set(used)) < len(used) or ids in used:
         raise InputError(f"-columns {columns} names a column twice" + (", one of them for the sets" if ids in used else ""))
     return used, ids
@@ -251,13 +250,14 @@ def _complaint(path: Path, layout: Layout, used: Sequence[int]) -> str | None:
         if len(fields) != layout.n_columns:
             return f"{path}: line {number} has {len(fields)} columns, the first has {layout.n_columns}"
         for i in used:
-            text, column = fields[i].strip(), f"{i + 1} ({header[i].strip()})" if header else str(i + 1)
+            text = fields[i].strip()
+            where = f"{path}: line {number}, column {i + 1}" + (f" ({one_line(header[i].strip(), 60)})" if header else "")
             if not text:
-                return f"{path}: line {number}, column {one_line(column, 60)} is empty"
+                return f"{where} is empty"
             if not _is_number(text):
-                return f"{path}: line {number}, column {one_line(column, 60)}: {one_line(text, 60)!r} is no number; -columns chooses"
+                return f"{where} is no number, but {one_line(text, 60)!r}: -columns chooses others"
             if not np.isfinite(float(text)):
-                return f"{path}: line {number}, column {one_line(column, 60)}: {one_line(text, 60)} is not finite"
+                return f"{where} is {one_line(text, 60)}"
     return None
 
 
@@ -301,10 +301,12 @@ def check_sizes(points: Points, n_training: tuple[int, int]) -> None:
     sizes = np.bincount(points.set_of, minlength=len(points.set_names))
     largest = int(sizes.argmax())
     if sizes[largest] > MAX_POINTS:
-        name = f"set {one_line(points.set_names[largest], 60)} of {points.path}" if points.set_names[largest] else str(points.path)
+        name = (
+            f"set {one_line(points.set_names[largest], 60)} of {points.path}" if points.set_names[largest] else str(points.path)
+        )
         raise InputError(
             f"{name} has {sizes[largest]:,} points, at most {MAX_POINTS:,} fit in one forward pass, and training sets have "
-            f"{n_training[0]:,} to {n_training[1]:,}: take a random part (shuf -n 1000 FILE), or put them into sets"
+            f"{n_training[0]:,} to {n_training[1]:,}: take a random part of them, or put them into sets"
         )
 
 
@@ -369,12 +371,12 @@ def feature_ranges(sets: Iterable[NDArray[np.float64]], deviation: float | None)
     return {name: (min(of[name] for of in measured), max(of[name] for of in measured)) for name in measured[0]}
 
 
-def oddities(
-    points: NDArray[np.float64], n_training: tuple[int, int], ranges: Mapping[str, tuple[float, float]]
-) -> list[str]:
+def oddities(points: NDArray[np.float64], n_training: tuple[int, int], ranges: Mapping[str, tuple[float, float]]) -> list[str]:
     """How a scaled set (E, D) differs from all training sets, in words."""
-    low, high = n_training
-    found = [] if low <= len(points) <= high else [f"{len(points):,} points (training sets: {low:,} to {high:,})"]
+    fewest, most = n_training
+    found = []
+    if not fewest <= len(points) <= most:
+        found.append(f"{len(points):,} point{'s' * (len(points) != 1)} (training sets: {fewest:,} to {most:,})")
     for name, value in features(points).items():
         low, high = ranges[name]
         if not low - 1e-6 <= value <= high + 1e-6:

@@ -1,0 +1,165 @@
+"""The use of trained models from the command line: what -apply, -draw and -complete share.
+
+They train nothing, make no run's directory, and write two files: a result, and a picture beside it. Everything is checked
+before anything is computed or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from common import points, trained
+from common.checkpoint import CheckpointError
+from common.errors import InputError, one_line, warn
+from common.precision import set_backend_flags
+from common.run import options
+
+SCRIPTS = {  # that train what a constructor makes
+    "make_set_model": "amortised_clustering.py", "MixtureNetwork": "amortised_mog.py", "zoo.make": "train_zoo.py",
+    "ImageTransformer": "swarm_transformer.py", "CifarResNet": "train_ssl.py", "make_routed": "routing_networks.py",
+}  # fmt: skip
+POINTS_OPTIONS = ("apply", "output", "set", "columns", "raw")  # by their names in the parser
+IMAGES_OPTIONS = ("draw", "complete", "classes", "output")
+ANY_MODE = ("resume", "overwrite", "device", "no_cuda", "precision", "deterministic")  # others that are of use
+MOST_LINES = 10  # that are printed about sets
+
+
+def add_points_options(parser: argparse.ArgumentParser, result: str, contents: str) -> None:
+    """The options of -apply; `result` ends the name of the file that is written, `contents` says what it holds."""
+    group = parser.add_argument_group(
+        "options of a trained model's use: -apply POINTS -resume FILE (best.pkl, or a run's directory)"
+    )
+    add = group.add_argument
+    add(
+        "-apply",
+        metavar="POINTS",
+        help="no training: points of your own, in a CSV or a .npy (points, dimensions), go through it",
+    )
+    add("-o", dest="output", metavar="FILE", help=f"{contents}; the picture is beside it [POINTS.{result}.csv]")
+    add(
+        "-set",
+        metavar="COLUMN",
+        help="column of POINTS, name or number from 1, that tells sets apart [set, if a header has it]",
+    )
+    add("-columns", metavar="X,Y", help="columns of the coordinates, names or numbers from 1 [all but the sets']")
+    add("-raw", action="store_true", help="points have the scale of training sets; otherwise each set is brought to it")
+
+
+def check_options(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    given: Iterable[str],
+    modes: Sequence[str],
+    belong: Container[str],
+    useful: Container[str] = (),
+) -> bool:
+    """True if one of the modes is asked for, "apply" for example. Ends with the parser's error if options do not suit it.
+
+    `given` are options as they are typed, without dash; `belong`, of the names of those of trained models, and `useful` of
+    others that the modes take.
+    """
+    asked = [mode for mode in modes if getattr(args, mode) is not None]
+    if len(asked) > 1:
+        parser.error(f"-{asked[0]} or -{asked[1]}: choose one")
+    for word in sorted(given):
+        name = parser._option_string_actions[f"-{word}"].dest
+        if not asked and name in belong:
+            parser.error(f"-{word} is of use with -{' or -'.join(modes)} alone")
+        if asked and name not in belong and name not in useful and name not in ANY_MODE:
+            parser.error(f"-{asked[0]} trains nothing, and has no use for -{word}: leave it out")
+    if asked and args.resume in (None, "auto"):
+        parser.error(f"-{asked[0]} needs a trained model: -resume FILE, a best.pkl or a run's directory")
+    if asked:
+        options.check(parser, args, "trained")
+        set_backend_flags(args.precision, deterministic=args.deterministic)
+    return bool(asked)
+
+
+def load_model(file: str, constructor: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint, or of a run's directory, in evaluation mode on the CPU, and its description.
+
+    Raises CheckpointError if it is damaged, or of another script than the one that `constructor` is of.
+    """
+    path = trained.file_of(Path(file))
+    weights, described, _ = trained.read(path)
+    script = SCRIPTS.get(str(described.get("constructor")))
+    if script is not None and script != SCRIPTS[constructor]:
+        raise CheckpointError(f"{path} is a model of {script}, this is {SCRIPTS[constructor]}")
+    return trained.build(described, weights, path), described
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a result and its picture go."""
+
+    result: Path
+    picture: Path
+
+    def __str__(self) -> str:
+        return f"{self.result}\n{self.picture}"
+
+
+def outputs_of(args: argparse.Namespace, default: Path, inputs: Sequence[Path]) -> Outputs:
+    """The files to be written: -o or `default`, and a picture of that name.
+
+    Raises InputError if they are there, without -overwrite, or cannot be written, or would replace one of the inputs.
+    """
+    result = Path(args.output) if args.output is not None else default
+    found = Outputs(result, result.with_suffix(".png") if result.name else result)
+    if result.suffix != default.suffix:
+        raise InputError(f"-o {result}: the result is a {default.suffix} file, give it that ending")
+    folder = result.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {result}: {folder} is no directory that can be written to; -o FILE names another place")
+    for path in (found.result, found.picture):
+        if path.resolve() in [file.resolve() for file in inputs]:
+            raise InputError(f"{path} would be replaced, and is read here: -o FILE names another place")
+        if path.is_dir():
+            raise InputError(f"cannot write {path}, it is a directory: -o FILE names another place")
+        if path.exists() and not args.overwrite:
+            raise InputError(f"{path} is there: -overwrite replaces it, -o FILE names another place")
+    return found
+
+
+def read_points(args: argparse.Namespace, n_dim: int, n_training: tuple[int, int]) -> points.Points:
+    """The points of -apply, for a model of `n_dim` dimensions. Raises InputError."""
+    read = points.read(Path(args.apply), columns=args.columns, set_column=args.set, n_dim=n_dim)
+    points.check_sizes(read, n_training)
+    return read
+
+
+def warn_of_oddities(read: points.Points, oddities: Sequence[Sequence[str]]) -> None:
+    """A line on stderr if sets look unlike anything that the model was trained on; `oddities` are those of each set."""
+    odd = [index for index, found in enumerate(oddities) if found]
+    if not odd:
+        return
+    several = len(read.set_names) > 1
+    examples = [(f"{one_line(read.set_names[i], 60)}: " if several else "") + ", ".join(oddities[i]) for i in odd[:3]]
+    which = f"{len(odd):,} of {len(oddities):,} sets look" if several else "these points look"
+    more = "; ..." if len(odd) > 3 else ""
+    warn(f"note: {which} unlike anything that the model was trained on: {'; '.join(examples)}{more}")
+
+
+def scale_in_words(deviation: float | None) -> str:
+    if deviation is None:
+        return "points were taken as they are: of the scale of training sets"
+    return f"each set was scaled to mean 0 and deviation {deviation:.2f} in each coordinate, as training sets have on average"
+
+
+def title_of(read: points.Points, index: int) -> str:
+    """A set in words."""
+    name, n = read.set_names[index], int((read.set_of == index).sum())
+    return (f"set {one_line(name, 60)}, " if name else "") + f"{n:,} point{'s' * (n != 1)}"
+
+
+def about_sets(lines: Sequence[str]) -> str:
+    """Lines about sets, the first few of them."""
+    rest = len(lines) - MOST_LINES
+    return "\n".join([*lines[:MOST_LINES]] + ([f"... and {rest:,} sets more"] if rest > 0 else []))
