@@ -374,19 +374,9 @@ def training_sets(n: int) -> list[NDArray[np.float64]]:
 
 def plot_labels(path: Path, read: Points, labels: NDArray[np.int64], confidences: NDArray[np.float64]) -> None:
     """The first sets, up to six, in colours of their labels; the less probable, the fainter."""
-    shown = read.sets()[:6]
-    columns = min(len(shown), 3)
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(max(4.6 * columns, 6), 4.4 * rows + 0.4), layout="constrained")
-    plotting.headline(figure, f"{read.path.name}: labels; the less probable, the fainter")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for index, members in enumerate(shown):
-        some = members[:: -(-len(members) // 20_000)]  # more would not be told apart
-        draw_clustering(panels[index], read.coordinates[some], labels[some], np.clip(confidences[some], 0.15, 1))
-        panels[index].set(xlabel=read.names[0], ylabel=read.names[1])
-        panels[index].set_title(f"{apply.title_of(read, index)}, {len(np.unique(labels[members]))} clusters", fontsize=9)
-    for panel in panels[len(shown) :]:
-        panel.set_axis_off()
+    figure, panels = apply.panels_of(read, f"{read.path.name}: labels; the less probable, the fainter")
+    for panel, members in panels:
+        draw_clustering(panel, read.coordinates[members], labels[members], np.clip(confidences[members], 0.15, 1))
     plotting.save_figure(figure, path)
 
 

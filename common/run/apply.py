@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import nn
 
-from common import points, trained
+from common import plotting, points, trained
 from common.checkpoint import CheckpointError
 from common.errors import InputError, one_line, warn
 from common.precision import set_backend_flags
@@ -28,7 +32,7 @@ SCRIPTS = {  # that train what a constructor makes
 POINTS_OPTIONS = ("apply", "output", "set", "columns", "raw")  # by their names in the parser
 IMAGES_OPTIONS = ("draw", "complete", "classes", "output")
 ANY_MODE = ("resume", "overwrite", "device", "no_cuda", "precision", "deterministic")  # others that are of use
-MOST_LINES = 10  # that are printed about sets
+MOST_LINES, MOST_PANELS, MOST_DOTS = 10, 6, 20_000  # printed and drawn: sets, sets, points of a set
 
 
 def add_points_options(parser: argparse.ArgumentParser, result: str, contents: str) -> None:
@@ -145,6 +149,23 @@ def warn_of_oddities(read: points.Points, oddities: Sequence[Sequence[str]]) -> 
     which = f"{len(odd):,} of {len(oddities):,} sets look" if several else "these points look"
     more = "; ..." if len(odd) > 3 else ""
     warn(f"note: {which} unlike anything that the model was trained on: {'; '.join(examples)}{more}")
+
+
+def panels_of(read: points.Points, title: str) -> tuple[Figure, list[tuple[Axes, NDArray[np.int64]]]]:
+    """A figure with panels for the first sets, and for each the points that are to be drawn in it, as indices."""
+    shown = read.sets()[:MOST_PANELS]
+    columns = min(len(shown), 3)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(max(4.6 * columns, 6), 4.4 * rows + 0.4), layout="constrained")
+    plotting.headline(figure, title)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for index, panel in enumerate(panels[: len(shown)]):
+        panel.set(xlabel=read.names[0], ylabel=read.names[1] if len(read.names) > 1 else "")
+        panel.set_title(title_of(read, index), fontsize=9)
+    for panel in panels[len(shown) :]:
+        panel.set_axis_off()
+    some = [members[:: -(-len(members) // MOST_DOTS)] for members in shown]
+    return figure, list(zip(panels, some, strict=False))
 
 
 def scale_in_words(deviation: float | None) -> str:
