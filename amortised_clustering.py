@@ -37,7 +37,7 @@ from common.points import Points, canonical_order, feature_ranges, oddities, sca
 from common.precision import autocast, set_backend_flags
 from common.run import apply, dotted, options
 from common.run.budget import BudgetedTraining, add_budget_options, make_adam
-from common.run.command import Command, echo
+from common.run.command import echo
 from common.run.memory import tune_malloc
 from common.run.options import at_least, real
 from common.run.progress import bar
@@ -388,9 +388,9 @@ def clusters_in_words(labels: NDArray[np.int64], confidences: NDArray[np.float64
 
 def apply_model(args: argparse.Namespace) -> int:
     """-apply: labels of a user's points, and a picture of them."""
-    with Command("amortised_clustering", dash="-"):
+    with apply.command("amortised_clustering"):
         source = Path(args.apply)
-        outputs = apply.outputs_of(args, source.with_name(f"{source.stem}.labels.csv"), [source, Path(args.resume)])
+        outputs = apply.outputs_of(args, apply.beside(source, "labels.csv"), [source, Path(args.resume)])
         model, described = apply.load_model(args.resume, "make_set_model")
         read = apply.read_points(args, described["arguments"]["n_in"], clustering.N_ENTITIES)
         model.to(options.device_of(args))

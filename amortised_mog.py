@@ -40,7 +40,7 @@ from common.points import Points, canonical_order, feature_ranges, oddities, sca
 from common.precision import autocast, set_backend_flags
 from common.run import apply, dotted, options
 from common.run.budget import BudgetedTraining, add_budget_options, make_adam
-from common.run.command import Command, echo
+from common.run.command import echo
 from common.run.memory import tune_malloc
 from common.run.options import at_least, real
 from common.run.progress import bar
@@ -331,9 +331,9 @@ def plot_sets(path: Path, read: Points, found: list[Mixture]) -> None:
 
 def apply_model(args: argparse.Namespace) -> int:
     """-apply: mixtures of a user's sets of points, and a picture of them."""
-    with Command("amortised_mog", dash="-"):
+    with apply.command("amortised_mog"):
         source = Path(args.apply)
-        outputs = apply.outputs_of(args, source.with_name(f"{source.stem}.mixture.csv"), [source, Path(args.resume)])
+        outputs = apply.outputs_of(args, apply.beside(source, "mixture.csv"), [source, Path(args.resume)])
         model, _ = apply.load_model(args.resume, "MixtureNetwork")
         assert isinstance(model, MixtureNetwork)
         read = apply.read_points(args, model.n_dim, N_TRAINING)

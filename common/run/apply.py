@@ -24,6 +24,7 @@ from common.checkpoint import CheckpointError
 from common.errors import InputError, one_line, warn
 from common.precision import set_backend_flags
 from common.run import options
+from common.run.command import Command
 
 SCRIPTS = {  # that train what a constructor makes
     "make_set_model": "amortised_clustering.py", "MixtureNetwork": "amortised_mog.py", "zoo.make": "train_zoo.py",
@@ -56,6 +57,16 @@ def add_points_options(parser: argparse.ArgumentParser, result: str, contents: s
     add("-raw", action="store_true", help="points have the scale of training sets; otherwise each set is brought to it")
 
 
+def add_images_options(parser: argparse.ArgumentParser) -> None:
+    """The options of -draw and -complete."""
+    group = parser.add_argument_group("options of a trained model's use, without training")
+    add = group.add_argument
+    add("-draw", type=options.at_least(1, 10**6), metavar="N", help="draw N images of -resume: best.pkl, or its directory")
+    add("-complete", metavar="IMAGES", help="draw the lower halves of a .npy, a PNG, or the PNGs of a folder")
+    add("-classes", metavar="A,B", help="names or numbers of the images' classes, in turn, of a model with -cond [all]")
+    add("-o", dest="output", metavar="FILE", help="the images; a picture goes beside [drawn.npy, IMAGES.completed.npy]")
+
+
 def check_options(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
@@ -86,6 +97,13 @@ def check_options(
     return bool(asked)
 
 
+def command(script: str) -> Command:
+    """Turns errors into exit statuses. Nothing is saved on the way: signals end it as they end any program."""
+    made = Command(script, dash="-")
+    made.signals = ()
+    return made
+
+
 def load_model(file: str, constructor: str) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a checkpoint, or of a run's directory, in evaluation mode on the CPU, and its description.
 
@@ -108,6 +126,14 @@ class Outputs:
 
     def __str__(self) -> str:
         return f"{self.result}\n{self.picture}"
+
+
+def beside(source: Path, ending: str) -> Path:
+    """Where a result goes without -o. Raises InputError for a path without a name."""
+    source = source if source.name else source.resolve()  # "."
+    if not source.name:
+        raise InputError(f"{source} has no name that the result's could be made of: -o FILE says it")
+    return source.with_name(f"{source.stem}.{ending}")
 
 
 def outputs_of(args: argparse.Namespace, default: Path, inputs: Sequence[Path]) -> Outputs:
