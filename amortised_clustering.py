@@ -358,7 +358,7 @@ def label(
     scaled = scaling_to(points[order], deviation)(points[order])
     x = torch.from_numpy(scaled).float()[None].to(next(model.parameters()).device)
     log_p = log_probs(model, x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), precision)[0].double().cpu()
-    if not log_p.isfinite().all():
+    if not (x.isfinite().all() and log_p.isfinite().all()):
         raise InputError(f"coordinates up to {np.abs(scaled).max():.3g} are too large for the model: leave -raw out")
     best = log_p.max(1)
     labels, confidences = np.empty(len(points), np.int64), np.empty(len(points))

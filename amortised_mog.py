@@ -286,7 +286,7 @@ def mixture_of(
     x = torch.from_numpy(scaled).float()[None].to(next(model.parameters()).device)
     with autocast(x, precision):
         means, deviations, log_weights = (part.double().cpu() for part in model(x))
-    if not all(part.isfinite().all() for part in (means, deviations, log_weights)):
+    if not all(part.isfinite().all() for part in (x, means, deviations, log_weights)):
         raise InputError(f"coordinates up to {np.abs(scaled).max():.3g} are too large for the model: leave -raw out")
     shift, scale = torch.from_numpy(scaling.shift), torch.from_numpy(scaling.scale)
     return Mixture(means * scale + shift, deviations * scale, log_weights), scaled

@@ -427,10 +427,12 @@ def grids_of(drawn: Tensor, given: Tensor | None, classes: list[int], names: Seq
         pairs = torch.cat([given[:n], drawn[:n]]).numpy()
         title = "given images (above), and the model's completions of their top half (below)"
         return [plotting.ImageGrid(title, pairs, n, line=given.shape[2] // 2)]
-    columns = min(len(classes) if 1 < len(classes) <= 20 else 10, len(drawn))
-    shown = drawn[: 10 * columns].numpy()
-    of_columns = [names[number] for number in classes[:columns]]
-    return [plotting.ImageGrid("drawn images", shown, columns, of_columns if len(classes) == columns else None)]
+    columns = 10
+    if 1 < len(classes) <= 20:
+        columns = len(classes) * max(1, 10 // len(classes))  # each of one class
+    columns = min(columns, len(drawn))
+    of_columns = [names[classes[i % len(classes)]] for i in range(columns)] if 1 < len(classes) <= 20 else None
+    return [plotting.ImageGrid("drawn images", drawn[: 10 * columns].numpy(), columns, of_columns)]
 
 
 def use_model(args: argparse.Namespace) -> int:

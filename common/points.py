@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from common.errors import InputError, one_line
 
-MAX_POINTS = 100_000  # of a set: a model of 128 hidden units takes about a gigabyte for them
+MAX_POINTS = 100_000  # of a set: a model of 128 hidden units takes 0.6 GB for them
 MAX_LINE = 1_000_000  # characters of a first line
 NPY = b"\x93NUMPY"  # how every .npy begins
 

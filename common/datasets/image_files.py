@@ -81,4 +81,4 @@ def _read_png(path: Path, C: int, H: int, W: int) -> NDArray[np.uint8]:
         raise InputError(f"{path} is transparent in places: save it without an alpha channel")
     if C == 1 and (pixels != pixels[:, :, :1]).any():
         raise InputError(f"{path} is in colour: the model takes grey images")
-    return pixels[:, :, :C]
+    return pixels[:, :, :C].copy()  # writable
