@@ -12,6 +12,7 @@ from scipy.stats import norm
 
 import amortised_clustering
 import amortised_mog
+import common
 import swarm_transformer
 from common import checkpoint, points
 from common.datasets import clustering, mixtures
@@ -201,25 +202,32 @@ def labelled(path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
-def test_labels_do_not_depend_on_the_order(kind: str, trained: Path, tmp_path: Path) -> None:
-    """Of points, equal ones among them, and of sets, to the last digit; also for models that read a sequence."""
-    task = a_task(120)
-    table = np.concatenate([task, task[:30], a_task(140, 1)])  # the first set has points that are equal
-    lines = [f"{x!r},{y!r},{'a' if i < len(task) + 30 else 'b'}" for i, (x, y) in enumerate(table.tolist())]
-    found = []
+def test_labels_do_not_depend_on_the_order(kind: str, trained: Path) -> None:
+    """To the last bit, also of equal points, and for models that read a sequence."""
+    task, model = a_task(120), common.load(trained / f"{kind}.pkl")
+    task = np.concatenate([task, task[:30]])
+    labels, confidences, _ = amortised_clustering.label(model, task, 1.0, "fp32")
     for seed in range(3):
-        order = np.random.default_rng(seed).permutation(len(lines)) if seed else np.arange(len(lines))
-        path = tmp_path / f"{seed}.csv"
+        order = np.random.default_rng(seed).permutation(len(task))
+        found = amortised_clustering.label(model, task[order], 1.0, "fp32")
+        assert (found[0] == labels[order]).all() and (found[1] == confidences[order]).all()
+    assert len(np.unique(labels)) > 1  # or the test would show nothing
+
+
+def test_lines_in_another_order_get_the_same_labels(trained: Path, tmp_path: Path) -> None:
+    """Whatever sets they are of, and each beside its point."""
+    table = np.concatenate([a_task(120), a_task(140, 1)])
+    lines = [f"{x!r},{y!r},{i // 120}" for i, (x, y) in enumerate(table.tolist())]
+    found = []
+    for name, order in (("a", np.arange(len(lines))), ("b", np.random.default_rng(0).permutation(len(lines)))):
+        path = tmp_path / f"{name}.csv"
         path.write_text("\n".join(["x,y,set", *(lines[i] for i in order)]))
-        assert run(amortised_clustering, trained / f"{kind}.pkl", "-apply", path) == 0
-        rows = (tmp_path / f"{seed}.labels.csv").read_text().splitlines()
-        assert rows[0] == "x,y,set,label,confidence" and len(rows) == len(lines) + 1
-        found.append({})
-        for i, row in zip(order, rows[1:], strict=True):
-            assert row.startswith(lines[i] + ",")
-            found[-1][int(i)] = row
-    assert found[0] == found[1] == found[2]
-    assert len({row.split(",")[3] for row in found[0].values()}) > 1  # or the test would show nothing
+        assert run(amortised_clustering, trained / "LSTM.pkl", "-apply", path) == 0
+        header, *rows = (tmp_path / f"{name}.labels.csv").read_text().splitlines()
+        assert header == "x,y,set,label,confidence" and len(rows) == len(lines)
+        assert all(row.startswith(lines[i] + ",") for i, row in zip(order, rows, strict=True))
+        found.append(sorted(rows))
+    assert found[0] == found[1]
 
 
 def test_labels_are_those_of_the_model(trained: Path, tmp_path: Path) -> None:
@@ -266,24 +274,26 @@ def test_few_points_get_an_answer(n: int, trained: Path, tmp_path: Path, capsys:
         assert "unlike anything" in printed.err and f"{n} point" in printed.err and printed.err.count("\n") == 1
 
 
-def test_points_unlike_training_sets_are_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    task, model = a_task(), trained / "Swarm.pkl"
-    shapes = {  # points, options: what is odd about them
-        "usual": (task, "", None),
-        "other units": (1000 * task + 7, "", None),
-        "raw": (task, "-raw", None),
-        "other units, raw": (1000 * task + 7, "-raw", "mean of a coordinate"),
-        "few": (task[:50], "", "50 points (training sets: 100 to 1,000)"),
-        "many": (np.concatenate([task] * 5), "", "1,200 points"),
-        "an outlier": (np.concatenate([task, [[1e3, 1e3]]]), "", "farthest coordinate, in deviations"),
-        "a line": (np.column_stack([task[:, 0], 2 * task[:, 0]]), "", "eigenvalue"),
-        "a constant": (task * [1, 0], "", "smallest deviation of a coordinate 0 "),
+def test_points_unlike_training_sets_are_told() -> None:
+    task, ranges = a_task(), {}
+    for deviation in (None, 1.0):
+        ranges[deviation] = points.feature_ranges(amortised_clustering.training_sets(300), deviation)
+    cases = {  # points, deviation that they are scaled to: what is odd about them
+        "usual": (task, 1.0, ""),
+        "other units": (1000 * task + 7, 1.0, ""),
+        "raw": (task, None, ""),
+        "other units, raw": (1000 * task + 7, None, "largest deviation of a coordinate"),
+        "elsewhere, raw": (task + 7, None, "mean of a coordinate"),
+        "few": (task[:50], 1.0, "50 points (training sets: 100 to 1,000)"),
+        "many": (np.concatenate([task] * 5)[:1200], 1.0, "1,200 points"),
+        "an outlier": (np.concatenate([task, [[1e3, 1e3]]]), 1.0, "farthest coordinate, in deviations"),
+        "a line": (np.column_stack([task[:, 0], 2 * task[:, 0]]), 1.0, "eigenvalue"),
+        "a constant": (task * [1, 0] + 0.1, 1.0, "smallest deviation of a coordinate 0 "),
     }
-    for name, (table, option, message) in shapes.items():
-        path = write_csv(tmp_path / "points.csv", table[:1200])
-        assert run(amortised_clustering, model, "-apply", path, "-overwrite", *option.split()) == 0
-        error = capsys.readouterr().err
-        assert (message in error and error.count("\n") == 1) if message else not error, name
+    for name, (table, deviation, message) in cases.items():
+        scaled = points.scaling_to(table, deviation)(table)
+        found = ", ".join(points.oddities(scaled, clustering.N_ENTITIES, ranges[deviation]))
+        assert message in found and bool(message) == bool(found), name
 
 
 def test_typical_deviations() -> None:
@@ -367,8 +377,6 @@ def test_options_that_do_not_go_together(script, line: str, tmp_path: Path, caps
 @pytest.mark.slow
 def test_a_run_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Its directory, its best.pkl, and what common.export makes of them: the same labels."""
-    import common
-
     line = "-type Swarm -n_hidden 4 -n_iter 1 -tasks 10 -bs 5 -max_epochs 1"
     assert exit_status(amortised_clustering.main, [*line.split(), "-results_dir", str(tmp_path / "r")]) == 0
     (run_directory,) = (tmp_path / "r" / "amortised_clustering").iterdir()
