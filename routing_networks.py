@@ -49,6 +49,7 @@ from common.run.run import Run, environment
 from common.run.state import State, check_finite
 from common.seeds import generator_of, seed_everything, seed_of
 
+DECISIONS = tuple(routed.DECISIONS)
 LEARNED = ("routed-all-fc", "dispatched", "single-agent")  # models with decisions
 MAX_NORM = 40.0  # gradient clipping, of modules and routers separately
 NOT_IN_NAME = (*options.RUN_OPTIONS, "data_dir", "compare")  # options that do not make another run
@@ -67,7 +68,7 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("--data", choices=tuple(multitask.N_TASKS), default="CIFAR100-MTL", help="tasks [%(default)s]")
     paper.add_argument("--model", choices=routed.MODELS, default="routed-all-fc", help="[%(default)s]")
     learning = "how routers learn; GumbelSoftmax has a biased gradient, as published [%(default)s]"
-    paper.add_argument("--decision", choices=tuple(routed.DECISIONS), default="WPL", help=learning)
+    paper.add_argument("--decision", choices=DECISIONS, default="WPL", help=learning)
     paper.add_argument("--modules", type=at_least(1, 10**4), metavar="N", help="in each layer [as many as tasks]")
     paper.add_argument("--agents", type=at_least(1, 10**4), metavar="N", help="of dispatched [as many as tasks]")
     paper.add_argument("--depth", type=at_least(1, 100), default=3, metavar="N", help="fully connected layers [%(default)s]")
@@ -140,22 +141,27 @@ class Data:
 # ---- model and loss ------------------------------------------------------------------------------------------------------
 
 
-def describe(args: argparse.Namespace, data: Data) -> dict[str, Any]:
-    """What last.pkl says of the model: see common/trained.py."""
+def arguments_of(args: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """The arguments of `make_routed`, as plain values."""
     _, channels, side, _ = data.train.images.shape
     sizes = [list(size) for size in routed.layer_sizes(side, args.depth, args.width, data.n_labels)]
-    arguments = {"model": args.model, "in_channels": channels, "sizes": sizes, "n_tasks": data.n_tasks}
-    arguments |= {"n_modules": args.modules, "n_agents": args.agents, "decision": args.decision}
-    arguments |= {"exploration": exploration_in(args, args.epochs - 1), "collaboration": args.collaboration}
-    about = {"name": args.data, "n_tasks": data.n_tasks, "n_labels": data.n_labels}
-    about |= {"mean": data.mean.flatten().tolist(), "deviation": data.deviation.flatten().tolist()}
-    return {"constructor": "make_routed", "arguments": arguments, "data": about}
+    numbers = {"n_tasks": data.n_tasks, "n_modules": args.modules, "n_agents": args.agents}
+    # exploration is where it ends: with --exploration-end, each epoch sets its own
+    rewards = {"exploration": exploration_in(args, args.epochs - 1), "collaboration": args.collaboration}
+    return {"model": args.model, "in_channels": channels, "sizes": sizes, **numbers, "decision": args.decision, **rewards}
+
+
+def describe(args: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """What last.pkl says of the model: see common/trained.py."""
+    pixels = {"mean": data.mean.flatten().tolist(), "deviation": data.deviation.flatten().tolist()}
+    about = {"name": args.data, "n_tasks": data.n_tasks, "n_labels": data.n_labels, **pixels}
+    return {"constructor": "make_routed", "arguments": arguments_of(args, data), "data": about}
 
 
 def make_model(args: argparse.Namespace, data: Data) -> RoutedNet | SoftMixture:
     """The network of the options, with weights from the seed."""
     seed_everything(seed_of(args.seed))
-    model = routed.make_routed(**describe(args, data)["arguments"])
+    model = routed.make_routed(**arguments_of(args, data))
     return model.to(data.train.images.device, memory_format=torch.channels_last)
 
 

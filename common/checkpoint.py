@@ -148,6 +148,8 @@ def has_finite_weights(model: torch.nn.Module) -> bool:
 def start_from(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Take weights and moments from a best.pkl, at the optimiser's own learning rate. Raises CheckpointError."""
     state, own = read(path), [{**group} for group in optimizer.param_groups]
+    if isinstance(state, dict) and "model" in state and "optimizer" not in state:
+        raise CheckpointError(f"{path} has weights alone, without the moments of the optimizer: start from a best.pkl")
     if not isinstance(state, dict) or not {"model", "optimizer"} <= state.keys():
         raise CheckpointError(f"{path} is no checkpoint of this suite: it has no model and optimizer")
     load_model(model, state["model"], path)

@@ -70,6 +70,11 @@ def load(path: str | Path, description: Mapping[str, Any] | None = None) -> nn.M
     return build(described, weights, path)
 
 
+def describe(path: str | Path) -> dict[str, Any]:
+    """The description in a checkpoint, or in that of a run's directory. Raises CheckpointError."""
+    return read(file_of(Path(path)))[1]
+
+
 def export(path: str | Path, out: str | Path, description: Mapping[str, Any] | None = None) -> Path:
     """Write the model of a run, or of a checkpoint, to a new file, without heads, optimiser and state of the training.
 
@@ -163,7 +168,7 @@ def describe_member(weights: dict[str, Tensor], path: Path) -> dict[str, Any]:
 
 def difference(weights: dict[str, Tensor], arch: str) -> str:
     """How a state dict differs from that of an architecture, in words; empty if it fits."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # whatever the file is, and so the sizes
         return zoo.difference(weights, zoo.make(arch, *zoo.sizes_of(weights, arch)).state_dict())
 
 
@@ -175,20 +180,18 @@ def build(description: Mapping[str, Any], weights: dict[str, Tensor], path: Path
         known = ", ".join(CONSTRUCTORS)
         raise CheckpointError(f"{path} is of another version, or damaged: a model by {one_line(name, 100)}, not one of {known}")
     try:
-        with torch.device("meta"):  # takes no memory, whatever the sizes
-            shapes = make(**arguments).state_dict()
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            model = make(**arguments)
     except Exception as error:  # arguments of another version or of no sense fail in many ways
         reason = one_line(error, 200) or type(error).__name__
         raise CheckpointError(
             f"{path} is of another version, or damaged: {name} makes no model of its arguments ({reason})"
         ) from None
-    if why_not := zoo.difference(weights, shapes):
+    if why_not := zoo.difference(weights, model.state_dict()):
         raise CheckpointError(f"{path} does not fit its description, of {name}: {why_not}")
     broken = [key for key, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(f"{path} has weights that are not finite, {broken[0]} for one: choose an earlier checkpoint")
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        model = make(**arguments)
     checkpoint.load_model(model, weights, path)
     if name in CONVOLUTIONAL:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -510,7 +510,7 @@ def test_best_model_is_saved_and_returned_to(tmp_path: Path, new_run: Run) -> No
     assert a.best.judge(2.0, last_epoch=False) == " | best so far, saved" and a.best.loss == 2.0
     best, state = a.weights, checkpoint.read(new_run.best)
     assert (state["name"], state["best_val_loss"]) == ("name", 2.0) and state.keys() == {
-        "model", "optimizer", "name", "best_val_loss",
+        "model", "optimizer", "name", "best_val_loss", "description",
     }  # fmt: skip
     for i in (1, 2):  # the rate is that of now, each time, not the one that was saved
         a.step()

@@ -80,10 +80,10 @@ class BestModel:
         optimizer: torch.optim.Optimizer,
         horizon: float,
         alpha: float,
-        description: Mapping[str, Any],
+        description: Mapping[str, Any] | None = None,
     ):
         self.path, self.name, self.model, self.optimizer, self.alpha = run.best, run.name, model, optimizer, alpha
-        self.description = dict(description)
+        self.description = dict(description or {})
         self.backtracking = Backtracking(horizon)
 
     @property
@@ -137,7 +137,7 @@ class BudgetedTraining(State):
         horizon: float,
         alpha: float,
         columns: tuple[str, ...],
-        description: Mapping[str, Any],
+        description: Mapping[str, Any] | None = None,
         data: str = "",
     ):
         self.clock, self.meter, self.traces = Clock(budget), Meter(), Traces(model)
