@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import matching, plotting
-from common.checkpoint import atomic_write
 from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks
 from common.errors import InputError
@@ -398,12 +397,12 @@ def apply_model(args: argparse.Namespace) -> int:
         ranges = feature_ranges(training_sets(1000), deviation)
         labels, confidences = np.empty(len(read), np.int64), np.empty(len(read))
         strange, lines = [], []
-        for index, members in enumerate(bar(args, read.sets(), "sets")):
+        for name, members in zip(read.set_names, bar(args, read.sets(), "sets"), strict=True):
             labels[members], confidences[members], scaled = label(model, read.coordinates[members], deviation, args.precision)
             strange.append(oddities(scaled, clustering.N_ENTITIES, ranges))
-            lines.append(f"{apply.title_of(read, index)}: {clusters_in_words(labels[members], confidences[members])}")
+            lines.append(f"{apply.title_of(name, len(members))}: {clusters_in_words(labels[members], confidences[members])}")
         columns = {"label": map(str, labels), "confidence": (f"{value:.4f}" for value in confidences)}
-        atomic_write(outputs.result, lambda file: write_with_columns(file, read, columns))
+        outputs.write(lambda file: write_with_columns(file, read, columns))
         plot_labels(outputs.picture, read, labels, confidences)
         apply.warn_of_oddities(read, strange)
         echo(f"{apply.about_sets(lines)}\n{apply.scale_in_words(deviation)}\n{outputs}")

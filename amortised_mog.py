@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import plotting
-from common.checkpoint import atomic_write
 from common.datasets import mixtures
 from common.datasets.mixtures import DEVIATION, MixtureSets, draw_sets
 from common.errors import InputError
@@ -341,13 +340,13 @@ def apply_model(args: argparse.Namespace) -> int:
         deviation = None if args.raw else mixtures.typical_deviation(model.n_clust)
         ranges = feature_ranges(training_sets(model, 1000), deviation)
         found, strange, lines = [], [], []
-        for index, members in enumerate(bar(args, read.sets(), "sets")):
+        for name, members in zip(read.set_names, bar(args, read.sets(), "sets"), strict=True):
             points = read.coordinates[members]
             mixture, scaled = mixture_of(model, points, deviation, args.precision)
             found.append(mixture)
             strange.append(oddities(scaled, N_TRAINING, ranges))
-            lines.append(f"{apply.title_of(read, index)}: {likelihood_in_words(points, mixture)}")
-        atomic_write(outputs.result, lambda file: write_mixtures(file, read, found))
+            lines.append(f"{apply.title_of(name, len(members))}: {likelihood_in_words(points, mixture)}")
+        outputs.write(lambda file: write_mixtures(file, read, found))
         plot_sets(outputs.picture, read, found)
         apply.warn_of_oddities(read, strange)
         echo(f"{apply.about_sets(lines)}\n{apply.scale_in_words(deviation)}\n{outputs}")

@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import plotting
-from common.checkpoint import atomic_write
 from common.datasets import images
 from common.datasets.image_files import read_images, to_array
 from common.datasets.images import ImageSet
@@ -449,7 +448,7 @@ def use_model(args: argparse.Namespace) -> int:
         given = None if source is None else read_images(source, model.shape)
         n = args.draw if given is None else len(given)
         drawn = draw_or_complete(args, model.to(options.device_of(args)), n, classes, given)
-        atomic_write(outputs.result, lambda file: np.save(file, to_array(drawn)))
+        outputs.write(lambda file: np.save(file, to_array(drawn)))
         grids = grids_of(drawn, given, classes, names)
         plotting.plot_images(outputs.picture, f"{outputs.result.name}, seed {args.seed}", grids)
         of_classes = f" of the classes, in turn: {', '.join(names[number] for number in classes)}" if classes else ""

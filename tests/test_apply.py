@@ -374,6 +374,12 @@ def test_options_that_do_not_go_together(script, line: str, tmp_path: Path, caps
     assert_refused(exit_status(script.main, line.split()), OPTIONS[script, line], tmp_path, set(), capsys)
 
 
+def test_one_process_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(run(amortised_mog, Path("best.pkl"), "-apply", "p.csv"), "without torchrun", tmp_path, set(), capsys)
+
+
 @pytest.mark.slow
 def test_a_run_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Its directory, its best.pkl, and what common.export makes of them: the same labels."""

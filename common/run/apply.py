@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
-from common import plotting, points, trained
-from common.checkpoint import CheckpointError
+from common import parallel, plotting, points, trained
+from common.checkpoint import CheckpointError, atomic_write
 from common.errors import InputError, one_line, warn
 from common.precision import set_backend_flags
 from common.run import options
@@ -38,23 +38,13 @@ MOST_LINES, MOST_PANELS, MOST_DOTS = 10, 6, 20_000  # printed and drawn: sets, s
 
 def add_points_options(parser: argparse.ArgumentParser, result: str, contents: str) -> None:
     """The options of -apply; `result` ends the name of the file that is written, `contents` says what it holds."""
-    group = parser.add_argument_group(
-        "options of a trained model's use: -apply POINTS -resume FILE (best.pkl, or a run's directory)"
-    )
+    group = parser.add_argument_group("options of a trained model's use, without training")
     add = group.add_argument
-    add(
-        "-apply",
-        metavar="POINTS",
-        help="no training: points of your own, in a CSV or a .npy (points, dimensions), go through it",
-    )
-    add("-o", dest="output", metavar="FILE", help=f"{contents}; the picture is beside it [POINTS.{result}.csv]")
-    add(
-        "-set",
-        metavar="COLUMN",
-        help="column of POINTS, name or number from 1, that tells sets apart [set, if a header has it]",
-    )
-    add("-columns", metavar="X,Y", help="columns of the coordinates, names or numbers from 1 [all but the sets']")
-    add("-raw", action="store_true", help="points have the scale of training sets; otherwise each set is brought to it")
+    add("-apply", metavar="POINTS", help="a CSV or a .npy of your points, for the model of -resume: best.pkl, or its directory")
+    add("-o", dest="output", metavar="FILE", help=f"{contents}; a picture goes beside it [POINTS.{result}.csv]")
+    add("-set", metavar="COLUMN", help="name, or number from 1, of the column that tells sets apart [set, if it is there]")
+    add("-columns", metavar="X,Y", help="names, or numbers from 1, of the columns of coordinates [all but that of the sets]")
+    add("-raw", action="store_true", help="points have the scale of training sets already [each set is brought to it]")
 
 
 def add_images_options(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +79,8 @@ def check_options(
             parser.error(f"-{word} is of use with -{' or -'.join(modes)} alone")
         if asked and name not in belong and name not in useful and name not in ANY_MODE:
             parser.error(f"-{asked[0]} trains nothing, and has no use for -{word}: leave it out")
+    if asked and parallel.launched():
+        parser.error(f"-{asked[0]} runs in one process, without torchrun")
     if asked and args.resume in (None, "auto"):
         parser.error(f"-{asked[0]} needs a trained model: -resume FILE, a best.pkl or a run's directory")
     if asked:
@@ -123,6 +115,10 @@ class Outputs:
 
     result: Path
     picture: Path
+
+    def write(self, write: Callable[[IO[bytes]], object]) -> None:
+        """Write the result, in one step."""
+        atomic_write(self.result, write)
 
     def __str__(self) -> str:
         return f"{self.result}\n{self.picture}"
@@ -185,9 +181,9 @@ def panels_of(read: points.Points, title: str) -> tuple[Figure, list[tuple[Axes,
     figure = Figure(figsize=(max(4.6 * columns, 6), 4.4 * rows + 0.4), layout="constrained")
     plotting.headline(figure, title)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for index, panel in enumerate(panels[: len(shown)]):
+    for panel, name, members in zip(panels, read.set_names, shown, strict=False):
         panel.set(xlabel=read.names[0], ylabel=read.names[1] if len(read.names) > 1 else "")
-        panel.set_title(title_of(read, index), fontsize=9)
+        panel.set_title(title_of(name, len(members)), fontsize=9)
     for panel in panels[len(shown) :]:
         panel.set_axis_off()
     some = [members[:: -(-len(members) // MOST_DOTS)] for members in shown]
@@ -200,9 +196,8 @@ def scale_in_words(deviation: float | None) -> str:
     return f"each set was scaled to mean 0 and deviation {deviation:.2f} in each coordinate, as training sets have on average"
 
 
-def title_of(read: points.Points, index: int) -> str:
-    """A set in words."""
-    name, n = read.set_names[index], int((read.set_of == index).sum())
+def title_of(name: str, n: int) -> str:
+    """A set of n points in words."""
     return (f"set {one_line(name, 60)}, " if name else "") + f"{n:,} point{'s' * (n != 1)}"
 
 
