@@ -280,11 +280,11 @@ def write_with_columns(file: IO[bytes], points: Points, columns: Mapping[str, It
         taken = header.split(separator)
         names = [f"predicted_{name}" if name in taken else name for name in columns]
         file.write((separator.join([header, *names]) + "\n").encode())
-    n = 0
-    for n, (line, *values) in enumerate(zip(lines, *columns.values(), strict=False), 1):  # noqa: B007
-        file.write((separator.join([line.rstrip("\r\n"), *values]) + "\n").encode())
-    if n != len(points) or next(iter(lines), None) is not None:
-        raise InputError(f"{points.path} has changed in the meantime")
+    try:
+        for line, *values in zip(lines, *columns.values(), strict=True):
+            file.write((separator.join([line.rstrip("\r\n"), *values]) + "\n").encode())
+    except ValueError:
+        raise InputError(f"{points.path} has changed in the meantime") from None
 
 
 def _lines_of(points: Points) -> Iterator[str]:
