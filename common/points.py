@@ -39,6 +39,10 @@ class Layout:
             return line.split()
         return next(csv.reader([line], delimiter=self.separator, skipinitialspace=True), [])
 
+    def count(self, line: str) -> int:
+        """The number of fields."""
+        return len(self.fields(line)) if self.separator is None or '"' in line else line.count(self.separator) + 1
+
 
 @dataclass(frozen=True)
 class Points:
@@ -110,7 +114,7 @@ def _read_npy(path: Path, columns: str | None, set_column: str | None) -> Points
     used, ids = _choose_columns(path, [], flat.shape[1], columns, set_column)
     if ids is not None:
         values, set_of = np.unique(flat[:, ids], return_inverse=True)
-        set_names = tuple(f"{value:g}" for value in values)
+        set_names = tuple(f"{value:.17g}" for value in values)
     elif array.ndim == 2:
         set_of, set_names = np.zeros(len(flat), np.int64), ("",)
     coordinates = flat[:, used]
@@ -143,9 +147,8 @@ def _read_table(path: Path, layout: Layout, used: list[int], ids: int | None, se
     def counted() -> Iterator[str]:
         nonlocal n_lines
         for n_lines, (number, line) in enumerate(_lines(path, layout), 1):  # noqa: B007
-            if layout.separator and '"' not in line and line.count(layout.separator) != layout.n_columns - 1:
-                n_fields = line.count(layout.separator) + 1
-                raise InputError(f"{path}: line {number} has {n_fields} columns, the first has {layout.n_columns}")
+            if layout.count(line) != layout.n_columns:
+                raise InputError(f"{path}: line {number} has {layout.count(line)} columns, the first has {layout.n_columns}")
             yield line
 
     number_of_id: dict[int | str, Callable[[str], int]] = {}

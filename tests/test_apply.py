@@ -122,6 +122,8 @@ BAD = {  # content, further options: message
     "three columns": (b"1,2,3\n1,2,3\n", "", "3 columns of coordinates (x1, x2, x3), the model takes 2"),
     "ragged": (b"1,2\n3,4\n5,6,7\n", "", "line 3 has 3 columns, the first has 2"),
     "ragged blanks": (b"1 2\n3 4\n5\n", "", "line 3 has 1 columns, the first has 2"),
+    "more blanks": (b"1 2\n3 4 5\n", "", "line 2 has 3 columns, the first has 2"),
+    "more quotation marks": (b'1,"2"\n"3",4,"5, 6"\n', "", "line 2 has 3 columns, the first has 2"),
     "decimal commas": (b"1,5;2,5\n3,5;4,5\n", "", "is no number"),
     "an open quotation mark": (b'x,y\n1,"2\n3,4"\n', "", "line"),
     "binary": (GARBAGE, "", "neither a .npy nor a text"),
