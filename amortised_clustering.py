@@ -6,7 +6,9 @@ cluster label for every point. The loss is the cross entropy under the best matc
     python -u amortised_clustering.py -type Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0 -bs 50 -wc 60
 
 leaves its run in results/amortised_clustering/: log, metrics.csv, learning curves, weight traces, samples, result.json.
-README.md says what each logged quantity means.
+README.md says what each logged quantity means. A trained model labels points of your own:
+
+    python amortised_clustering.py -apply points.csv -resume results/amortised_clustering/NAME
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ weights. The loss is the negative log-likelihood of the points, without any labe
     python -u amortised_mog.py -p MEAN -wc 60
 
 leaves its run in results/amortised_mog/: log, metrics.csv, learning curves, weight traces, samples, result.json.
-README.md says what each logged quantity means.
+README.md says what each logged quantity means. A trained model finds the mixtures of points of your own:
+
+    python amortised_mog.py -apply points.csv -resume results/amortised_mog/NAME
 """
 
 from __future__ import annotations

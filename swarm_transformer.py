@@ -6,7 +6,10 @@ SWARM layer with causal pooling computes all of them in one pass. The published 
     python -u swarm_transformer.py -data FashionMNIST -n_layers 1 -n_hidden 256 -n_iter 10 -wc 480 -lr 0.001 -bs 50
 
 leaves its run in results/swarm_transformer/: log, metrics.csv, learning curves, weight traces, samples and completions,
-result.json. README.md says what each logged quantity means.
+result.json. README.md says what each logged quantity means. A trained model draws images, and completes yours:
+
+    python swarm_transformer.py -draw 40 -resume results/swarm_transformer/NAME
+    python swarm_transformer.py -complete images.npy -resume results/swarm_transformer/NAME
 """
 
 from __future__ import annotations
