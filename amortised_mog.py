@@ -6,7 +6,8 @@ weights. The loss is the negative log-likelihood of the points, without any labe
     python -u amortised_mog.py -p MEAN -wc 60
 
 leaves its run in results/amortised_mog/: log, metrics.csv, learning curves, weight traces, samples, result.json.
-README.md says what each logged quantity means. A trained model finds the mixtures of points of your own:
+docs/mixture_of_gaussians.md says what each option and each logged quantity means.
+A trained model finds the mixtures of points of your own:
 
     python amortised_mog.py -apply points.csv -resume results/amortised_mog/NAME
 """
@@ -18,6 +19,7 @@ import csv
 import io
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,24 +61,24 @@ COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "lr")
 def get_parser() -> argparse.ArgumentParser:
     """The original's options, then the suite's own."""
     parser = options.OneLineParser(prog="amortised_mog.py", description=__doc__)
-    paper = parser.add_argument_group("options of the original")
+    paper = parser.add_argument_group("options of the original", "example: -n_hidden 64 -n_clust 6 -p POMA -gamma 0.8 -wc 20")
     paper.add_argument("-n_hidden", type=at_least(1), default=128, help="hidden units inside the model [%(default)s]")
     paper.add_argument("-n_layers", type=at_least(1, 1000), default=1, help="SWARM layers [%(default)s]")
     paper.add_argument("-n_iter", type=at_least(1), default=5, help="iterations in SWARM layers [%(default)s]")
     paper.add_argument("-non_lin", choices=NON_LINEARITIES, default="relu", help="non-linearity between layers [%(default)s]")
     paper.add_argument("-n_dim", type=at_least(1, 50), default=2, help="dimensions of the points [%(default)s]")
     paper.add_argument("-n_clust", type=at_least(1, 1000), default=4, help="Gaussians of a mixture [%(default)s]")
-    paper.add_argument("-pma", action="store_true", help="pool the set by attention, with one learned seed a Gaussian")
+    paper.add_argument("-pma", action="store_true", help="pool the set by attention, with one learned seed per Gaussian")
     paper.add_argument("-dropout", type=real(0, 1, below=True), default=0.0, help="dropout rate of SWARM layers [%(default)s]")
-    paper.add_argument("-bs", type=at_least(1), default=10, help="batch size, in sets [%(default)s]")
+    paper.add_argument("-bs", type=at_least(1), default=10, help="sets per batch [%(default)s]")
     add_budget_options(paper, wc=300.0, update_interval=5.0, max_epochs=100, bt_horizon=1.0, bt_alpha=0.8)
     paper.add_argument(
         "-gamma", type=real(0, 1, above=True), help="factor of the learning rate an epoch [a tenth, once, after 70 epochs]"
     )
     paper.add_argument("-p", choices=("MEAN", "POMA"), default="MEAN", help="pooling in SWARM layers [%(default)s]")
-    own = parser.add_argument_group("options of this suite")
-    own.add_argument("-seed", type=at_least(0), default=0, help="seed of data and weights [%(default)s]")
-    own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")
+    own = parser.add_argument_group("options of this suite", "example: -seed 1 -precision bf16")
+    own.add_argument("-seed", type=at_least(0), default=0, metavar="N", help="seed of data and weights [%(default)s]")
+    own.add_argument("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
     options.add_device_options(own, "-")
     own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the model")
     own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
@@ -122,7 +124,7 @@ def mean_baselines(args: argparse.Namespace, device: torch.device, part: int, n_
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 
-def likelihood(args: argparse.Namespace, model: MixtureNetwork, batch: MixtureSets) -> Tensor:
+def likelihood(args: argparse.Namespace, model: Callable[..., Mixture], batch: MixtureSets) -> Tensor:
     """Log-likelihood of each set under the mixture that the model makes of it, in nats per point (N)."""
     with autocast(batch.points, args.precision):
         mixture = model(batch.points, batch.mask)
@@ -130,12 +132,12 @@ def likelihood(args: argparse.Namespace, model: MixtureNetwork, batch: MixtureSe
 
 
 @torch.no_grad()
-def evaluate(args: argparse.Namespace, model: MixtureNetwork, part: int, n_batches: int) -> Tensor:
+def evaluate(args: argparse.Namespace, training: BudgetedTraining, part: int, n_batches: int) -> Tensor:
     """Log-likelihood of each set of a part."""
-    model.eval()
-    device = next(model.parameters()).device
-    values = [likelihood(args, model, batch_of(args, device, part, index)) for index in range(n_batches)]
-    model.train()
+    training.model.eval()
+    device = next(training.model.parameters()).device
+    values = [likelihood(args, training.forward, batch_of(args, device, part, index)) for index in range(n_batches)]
+    training.model.train()
     return torch.cat(values).cpu()
 
 
@@ -158,7 +160,7 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
         decay_learning_rate(args, training)
     while training.batch < STEPS_PER_EPOCH and not training.time_is_up():
         batch = batch_of(args, device, TRAINING, training.epoch, training.batch)
-        loss = -likelihood(args, training.model, batch).mean()
+        loss = -likelihood(args, training.forward, batch).mean()
         if not training.is_finite(loss):
             return False
         training.optimizer.zero_grad()
@@ -174,7 +176,7 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
 
 def validate_epoch(args: argparse.Namespace, baselines: dict[str, float], training: BudgetedTraining, finite: bool) -> None:
     """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
-    val_loss = -evaluate(args, training.model, VALIDATION, VALIDATION_BATCHES).mean().item() if finite else math.nan
+    val_loss = -evaluate(args, training, VALIDATION, VALIDATION_BATCHES).mean().item() if finite else math.nan
     row = {
         "epoch": training.epoch + 1,
         "step": training.step,
@@ -243,7 +245,7 @@ def report(args: argparse.Namespace, training: BudgetedTraining) -> dict[str, An
     """The best model's log-likelihood on sets that it has not seen, beside the baselines on the same sets."""
     training.best.load()
     device = next(training.model.parameters()).device
-    values = evaluate(args, training.model, TEST, TEST_BATCHES)
+    values = evaluate(args, training, TEST, TEST_BATCHES)
     baselines = mean_baselines(args, device, TEST, TEST_BATCHES)
     return {
         "script": "amortised_mog",

@@ -6,7 +6,8 @@ SWARM layer with causal pooling computes all of them in one pass. The published 
     python -u swarm_transformer.py -data FashionMNIST -n_layers 1 -n_hidden 256 -n_iter 10 -wc 480 -lr 0.001 -bs 50
 
 leaves its run in results/swarm_transformer/: log, metrics.csv, learning curves, weight traces, samples and completions,
-result.json. README.md says what each logged quantity means. A trained model draws images, and completes yours:
+result.json. docs/image_transformer.md says what each option and each logged quantity means.
+A trained model draws images, and completes yours:
 
     python swarm_transformer.py -draw 40 -resume results/swarm_transformer/NAME
     python swarm_transformer.py -complete images.npy -resume results/swarm_transformer/NAME
@@ -35,6 +36,7 @@ from common.datasets import images
 from common.datasets.image_files import read_images, to_array
 from common.datasets.images import ImageSet
 from common.errors import InputError, warn
+from common.graphs import GraphedModel
 from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
 from common.models.sets import NON_LINEARITIES
 from common.precision import autocast, set_backend_flags
@@ -63,13 +65,15 @@ DRAWN_AT_ONCE = 100  # images: what is drawn from a seed depends on it
 def get_parser() -> argparse.ArgumentParser:
     """The paper's options, then the suite's own."""
     parser = options.OneLineParser(prog="swarm_transformer.py", description=__doc__)
-    paper = parser.add_argument_group("options of the paper")
+    paper = parser.add_argument_group(
+        "options of the paper", "example: -data FashionMNIST -n_hidden 64 -n_iter 10 -bs 10 -wc 20 -cond"
+    )
     paper.add_argument("-data", choices=DATA, help="data set; BWCIFAR is CIFAR10 in grey, SMALL its central 16x16 pixels")
     paper.add_argument("-n_hidden", type=at_least(4, 2**16), default=128, help="hidden units, a multiple of 4 [%(default)s]")
     paper.add_argument("-n_layers", type=at_least(1, 1000), default=1, help="layers [%(default)s]")
     paper.add_argument("-n_iter", type=at_least(1, 1000), default=5, help="iterations in each layer [%(default)s]")
     paper.add_argument("-non_lin", choices=NON_LINEARITIES, default="relu", help="non-linearity between layers [%(default)s]")
-    paper.add_argument("-bs", type=at_least(1), default=50, help="batch size, in images [%(default)s]")
+    paper.add_argument("-bs", type=at_least(1), default=50, help="images per batch [%(default)s]")
     paper.add_argument(
         "-wc", type=real(0, 1e6, above=True), default=60.0, help="wall clock time for training, in minutes [%(default)s]"
     )
@@ -78,7 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     paper.add_argument("-lr", type=real(0, 1, above=True), default=0.01, help="learning rate of Adam [%(default)s]")
     paper.add_argument("-no_cuda", action="store_true", help="the same as -device cpu")
-    paper.add_argument("-name", help="a model's name, to be parsed into options")
+    paper.add_argument("-name", help="a run's name, in place of -data and the options in it")
     paper.add_argument("-dry_run", action="store_true", help="just print the model name and exit")
     paper.add_argument("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
     paper.add_argument(
@@ -87,25 +91,30 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument(
         "-bt_alpha", type=real(0, 1, above=True), default=0.9, help="learning rate factor of backtracking [%(default)s]"
     )
-    paper.add_argument("-cond", action="store_true", help="do class conditional modeling")
+    paper.add_argument("-cond", action="store_true", help="condition on the class")
     paper.add_argument(
-        "-resume", metavar="FILE|auto", help="start from a best.pkl; auto: go on with this run where it was interrupted"
+        "-resume", metavar="FILE|auto", help="start from a best.pkl; auto: continue this run where it was interrupted"
     )
     paper.add_argument(
         "-learn_loc", type=boolean, default=False, metavar="true|false", help="learn the location features [%(default)s]"
     )
-    own = parser.add_argument_group("options of this suite")
-    own.add_argument("-seed", type=at_least(0), default=0, help="seed of split, weights and order of images [%(default)s]")
-    own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")
-    own.add_argument("-data_dir", help="where the data set lies [data, to which it is downloaded if it is not there]")
+    own = parser.add_argument_group("options of this suite", "example: -seed 1 -epoch_images 11000 -data_dir data")
+    own.add_argument(
+        "-seed", type=at_least(0), default=0, metavar="N", help="seed of split, weights and order of images [%(default)s]"
+    )
+    own.add_argument("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
+    own.add_argument("-data_dir", metavar="DIR", help="directory of image data sets [data; missing files are downloaded to it]")
     options.add_device_options(own, "-")
     own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the layers")
-    own.add_argument("-max_epochs", type=at_least(1), help="largest number of epochs [no limit]")
-    own.add_argument("-epoch_images", type=at_least(1), help="training images drawn for an epoch [all]")
+    own.add_argument("-max_epochs", type=at_least(1), metavar="N", help="largest number of epochs [no limit]")
+    own.add_argument("-epoch_images", type=at_least(1), metavar="N", help="training images of an epoch [all]")
     own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
     options.add_tracker_options(own, "-")
     own.add_argument(
-        "-n_samples", type=at_least(1, 1000), help="images drawn for samples.png [12; two of each class with -cond]"
+        "-n_samples",
+        type=at_least(1, 1000),
+        metavar="N",
+        help="images drawn for samples.png [12; two of each class with -cond]",
     )
     apply.add_images_options(parser)
     return parser
@@ -213,19 +222,25 @@ def position_cross_entropy(table: Tensor, data: ImageSet) -> float:
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 
-def nats(model: ImageTransformer, batch: ImageSet, precision: str) -> Tensor:
-    """Nats per value of each image (N)."""
+def nats(model: ImageTransformer, batch: ImageSet, precision: str, forward: GraphedModel | None = None) -> Tensor:
+    """Nats per value of each image (N); `forward` takes the place of the model's."""
     with autocast(batch.images, precision):
-        logits = model(batch.images, batch.labels if model.n_classes else None)
+        logits = (forward or model)(batch.images, *([batch.labels] if model.n_classes else []))
     return cross_entropy(logits, batch.images)
 
 
-def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: str, size: int) -> Tensor:
-    """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else."""
+def accumulate_gradients(
+    model: ImageTransformer, batch: ImageSet, precision: str, size: int, forward: GraphedModel | None = None
+) -> Tensor:
+    """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else.
+
+    `forward` takes the place of the model's, if all images go through it at a time.
+    """
+    forward = forward if size >= len(batch) else None
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=batch.images.device)
     for start in range(0, len(batch), size):
-        loss = nats(model, batch[start : start + size], precision).sum() / len(batch)
+        loss = nats(model, batch[start : start + size], precision, forward).sum() / len(batch)
         loss.backward()
         total += loss.detach()
     return total
@@ -233,13 +248,21 @@ def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: st
 
 @torch.no_grad()
 def evaluate(
-    model: ImageTransformer, data: ImageSet, precision: str, size: int, check_signal: Callable[[], None] = lambda: None
+    model: ImageTransformer,
+    data: ImageSet,
+    precision: str,
+    size: int,
+    check_signal: Callable[[], None] = lambda: None,
+    forward: GraphedModel | None = None,
 ) -> Tensor:
-    """Nats per value of each image, in float64 (N), `size` images at a time; `check_signal` is called between them."""
+    """Nats per value of each image, in float64 (N), `size` images at a time; `check_signal` is called between them.
+
+    `forward` takes the place of the model's.
+    """
     parts = []
     for start in range(0, len(data), size):
         check_signal()
-        parts.append(nats(model, data[start : start + size], precision).double().cpu())
+        parts.append(nats(model, data[start : start + size], precision, forward).double().cpu())
     return torch.cat(parts)
 
 
@@ -260,7 +283,10 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
     for indices in batches[training.batch :]:
         if training.time_is_up():
             break
-        loss = micro.run_in_parts(partial(accumulate_gradients, training.model, data.training[indices], args.precision))
+        batch = data.training[indices]
+        loss = micro.run_in_parts(
+            partial(accumulate_gradients, training.model, batch, args.precision, forward=training.forward)
+        )
         norm = gradient_norm(training.model)
         if not training.is_finite(loss, norm):
             return False
@@ -277,7 +303,8 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
     """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
     val_loss = math.nan
     if finite:
-        validate = partial(evaluate, training.model, data.validation, args.precision, check_signal=training.check_signal)
+        how = {"check_signal": training.check_signal, "forward": training.forward}
+        validate = partial(evaluate, training.model, data.validation, args.precision, **how)
         val_loss = micro.run_in_parts(validate).mean().item()
     row = {
         "epoch": training.epoch + 1,
@@ -345,7 +372,8 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, mic
     """The metrics of the best model: on the validation images, which chose it, and, once, on the test images."""
     training.best.load()
     validation, test = (
-        micro.run_in_parts(partial(evaluate, training.model, split, args.precision)) for split in (data.validation, data.test)
+        micro.run_in_parts(partial(evaluate, training.model, split, args.precision, forward=training.forward))
+        for split in (data.validation, data.test)
     )
     labels = data.test.labels.cpu()
     by_class = {

@@ -7,6 +7,7 @@ makes them tiny. As a module, this is one of several processes that train networ
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import amortised_clustering
+import amortised_mog
 import routing_networks
 import swarm_transformer
 import train_ssl
@@ -31,10 +33,12 @@ from common import matching
 from common.datasets import augmentation, clustering
 from common.datasets.augmentation import Preprocessing
 from common.datasets.images import ImageSet
+from common.graphs import GraphedModel
 from common.models import zoo
 from common.models.image_transformer import ImageTransformer
 from common.precision import set_backend_flags
 from common.run import dotted
+from common.run.budget import make_adam
 from common.symmetry.measures import features_of
 from common.symmetry.similarity import layer_similarities
 from common.symmetry.stitching import stitch, stitch_points
@@ -53,11 +57,11 @@ SSL = (
 )
 
 
-def measure_kinds(make_step: Callable[[str, bool], Step], n: int, **flags: bool) -> Values:
-    """A training step of each of KINDS; `make_step` takes a precision and whether to compile. `flags`: of set_backend_flags."""
+def measure_kinds(make_step: Callable[[str, bool], Step], n: int) -> Values:
+    """A training step of each of KINDS; `make_step` takes a precision and whether to compile."""
     for kind in KINDS:
         precision, compile = kind.split()[0], "compiled" in kind
-        set_backend_flags(precision, **flags)
+        set_backend_flags(precision)
         if compile:
             gpu.not_simulated(gpu.COMPILE)
         yield kind, measure(make_step(precision, compile), n)
@@ -112,14 +116,14 @@ def clustering_step(precision: str, compile: bool, smoke: bool) -> tuple[Step, t
     words = [*line.split(), "-precision", precision, *(["-compile"] if compile else [])]
     args, _, _ = dotted.parse(amortised_clustering.get_parser(), words, amortised_clustering.NOT_IN_NAME)
     model = amortised_clustering.make_model(args)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    optimizer, forward = make_adam(model, args.lr), GraphedModel(model)
     tasks = clustering.make_tasks(100 if smoke else 2000, args.seed).to(CUDA)
     batches = clustering.batches_by_size(tasks, torch.arange(len(tasks)), args.bs)
     indices = batches[len(batches) // 2]
 
     def step() -> None:
         points, labels, mask = clustering.padded_batch(tasks, indices)
-        log_p = amortised_clustering.log_probs(model, points, mask, args.precision)
+        log_p = amortised_clustering.log_probs(forward, points, mask, args.precision)
         loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -147,13 +151,13 @@ def images_section(smoke: bool) -> Values:
 
     def make_step(precision: str, compile: bool) -> Step:
         args, model = make(precision, compile)
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        optimizer, forward = make_adam(model, args.lr), GraphedModel(model)
         batch = ImageSet(
             torch.randint(0, 256, (args.bs, 1, 28, 28), dtype=torch.uint8).to(CUDA), torch.zeros(args.bs, device=CUDA), ()
         )
 
         def step() -> None:
-            swarm_transformer.accumulate_gradients(model, batch, args.precision, args.bs)
+            swarm_transformer.accumulate_gradients(model, batch, args.precision, args.bs, forward)
             optimizer.step()
 
         return step
@@ -169,13 +173,30 @@ def images_section(smoke: bool) -> Values:
     yield from compare_with_products(make_step, 2 if smoke else 10, *sizes)
 
 
+def mixture_section(smoke: bool) -> Values:
+    """The default line of amortised_mog.py: whole steps, data included."""
+    for kind in ("fp32", "bf16"):
+        set_backend_flags(kind)
+        args, _, _ = dotted.parse(amortised_mog.get_parser(), ["-precision", kind], amortised_mog.NOT_IN_NAME)
+        model = amortised_mog.make_model(args)
+        optimizer, forward, numbers = make_adam(model, args.lr), GraphedModel(model), itertools.count()
+
+        def step(args: Any = args, optimizer: Any = optimizer, forward: Any = forward, numbers: Any = numbers) -> None:
+            batch = amortised_mog.batch_of(args, CUDA, amortised_mog.TRAINING, 0, next(numbers))
+            optimizer.zero_grad()
+            (-amortised_mog.likelihood(args, forward, batch).mean()).backward()
+            optimizer.step()
+
+        yield kind, measure(step, 2 if smoke else 50, warm_up=3 if smoke else 30)
+
+
 # ---- routing, stitching, similarity --------------------------------------------------------------------------------------
 
 
 def routing(smoke: bool) -> Values:
     """A step of routing_networks.py as published (WPL, 20 tasks) against forward and backward of its trunk, by batch."""
     args, _ = routing_networks.parse(routing_networks.get_parser(), [])
-    set_backend_flags("fp32", constant_shapes=True)
+    set_backend_flags("fp32")
     for batch in (10,) if smoke else (10, 512):  # 10 is published
         x = torch.randn(batch, 3, 32, 32, device=CUDA).contiguous(memory_format=torch.channels_last)
         tasks, labels = (torch.randint(0, n, (batch,)).to(CUDA) for n in (20, 5))
@@ -200,7 +221,7 @@ def routing(smoke: bool) -> Values:
 
 def stitching(smoke: bool) -> Values:
     """A step of a Birkhoff layer between two mCNNs, batch 32: as it is, its projection alone, and as a CUDA graph."""
-    set_backend_flags("fp32", constant_shapes=True)
+    set_backend_flags("fp32")
     width, n = (4, 2) if smoke else (64, 50)
     for index, channels in ((3, width),) if smoke else ((3, width), (14, 8 * width)):
         layer = Birkhoff(channels, alpha=0.1)
@@ -314,7 +335,7 @@ def zoo_process(seconds: float) -> None:
 
 def zoo_section(smoke: bool) -> Values:
     """Training mCNNs with the published recipe: how long 100 of them take on this card, training steps alone."""
-    set_backend_flags("fp32", constant_shapes=True)
+    set_backend_flags("fp32")
     steps, n = 100 * 50 * (45_000 // 32), 3 if smoke else 100
 
     def hours(per_second: float) -> dict[str, Any]:
@@ -367,7 +388,7 @@ def duet(smoke: bool) -> Values:
         return step
 
     n, steps = 2 if smoke else 5, {}
-    for kind, measured in measure_kinds(make_step, n, constant_shapes=True):
+    for kind, measured in measure_kinds(make_step, n):
         steps[kind] = measured
         batch = 8 if smoke else 1024
         yield kind, measured | {"images/s": 1000 * batch / measured["ms"]}

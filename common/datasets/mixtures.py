@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from common.graphs import padded_length
 
 N_POINTS = (100, 500)  # the upper end is excluded
 MEAN_RANGE = 4.0
@@ -31,9 +34,11 @@ class MixtureSets:
         return len(self.points)
 
     def to(self, device: torch.device) -> MixtureSets:
-        return MixtureSets(
-            *(tensor.to(device, non_blocking=True) for tensor in (self.points, self.mask, self.means, self.weights))
-        )
+        """On a device, padded to its `padded_length`."""
+        E = self.mask.shape[1]
+        padding = padded_length(E, device) - E
+        points, mask = F.pad(self.points, (0, 0, 0, padding)), F.pad(self.mask, (0, padding))
+        return MixtureSets(*(tensor.to(device, non_blocking=True) for tensor in (points, mask, self.means, self.weights)))
 
 
 def describe(n_dim: int, n_clust: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import checkpoint, plotting
+from common.graphs import GraphedModel
 from common.run.backtracking import Backtracking
 from common.run.clock import Clock
 from common.run.metrics import Meter, Metrics, Traces, read_metrics
@@ -147,6 +148,7 @@ class BudgetedTraining(State):
         parts |= {"meter": self.meter, "metrics": self.metrics, "traces": self.traces}
         super().__init__(run.last, run.options, run, data=data, description=description, model=model, **parts)
         self.run, self.optimizer = run, optimizer
+        self.forward = GraphedModel(model)  # for training steps
 
     def start(self, resume: str | None) -> None:
         """Open the run: continue it, or begin, if `resume` is a file, with the weights and moments in it."""

@@ -1,8 +1,8 @@
 """The state of a training, last.pkl: everything that is needed to continue exactly where it stood.
 
-It holds options, a fingerprint of the data, progress (epoch, batch, step), extra values, the random generators, the model, and
-named parts: optimizer, clock, meter, metrics, traces, best. In runs of many jobs each job has a file NAME.last.pkl of its own,
-and the run's last.pkl only marks that it can be resumed.
+It holds options, a fingerprint of the data, progress (epoch, batch, step), extra values, the random generators, the model, a
+description of it (common/trained.py), and named parts: optimizer, clock, meter, metrics, traces, best. In runs of many jobs each
+job has a file NAME.last.pkl of its own, and the run's last.pkl only marks that it can be resumed.
 
 state = State(run.last, options, run, model=model, optimizer=optimizer, meter=meter, metrics=metrics)
 if run.status == "unfinished":
