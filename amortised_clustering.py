@@ -7,6 +7,9 @@ cluster label for every point. The loss is the cross entropy under the best matc
 
 leaves its run in results/amortised_clustering/: log, metrics.csv, learning curves, weight traces, samples, result.json.
 docs/clustering.md says what each option and each logged quantity means.
+A trained model labels points of your own:
+
+    python amortised_clustering.py -apply points.csv -resume results/amortised_clustering/NAME
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -30,10 +34,12 @@ from tqdm import tqdm
 from common import matching, plotting
 from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks
+from common.errors import InputError
 from common.graphs import GraphedModel
 from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
+from common.points import Points, canonical_order, feature_ranges, oddities, scaling_to, write_with_columns
 from common.precision import autocast, set_backend_flags
-from common.run import dotted, options
+from common.run import apply, dotted, options
 from common.run.budget import BudgetedTraining, add_budget_options, make_adam
 from common.run.command import echo
 from common.run.memory import tune_malloc
@@ -42,7 +48,7 @@ from common.run.progress import bar
 from common.run.run import Run
 from common.seeds import epoch_order, seed_everything
 
-NOT_IN_NAME = options.RUN_OPTIONS  # options that do not make another run
+NOT_IN_NAME = (*options.RUN_OPTIONS, *apply.POINTS_OPTIONS)  # options that do not make another run
 OWN_OPTIONS = {  # what only some types of model have a use for
     "Swarm": {"n_iter", "pooling", "non_lin"},
     "SetLinear": {"non_lin"},
@@ -60,7 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
     """The paper's options, then the suite's own."""
     parser = options.OneLineParser(prog="amortised_clustering.py", description=__doc__)
     paper = parser.add_argument_group("options of the paper", "example: -type Swarm -n_hidden 32 -tasks 6000 -bs 20 -wc 3")
-    paper.add_argument("-type", required=True, choices=MODEL_TYPES, help="type of set-equivariant model")
+    paper.add_argument("-type", choices=MODEL_TYPES, help="type of set-equivariant model")
     paper.add_argument("-n_hidden", type=at_least(1), default=128, help="hidden units inside the model [%(default)s]")
     paper.add_argument("-n_layers", type=at_least(1, 1000), default=1, help="layers [%(default)s]")
     paper.add_argument("-n_iter", type=at_least(1), default=5, help="iterations in Swarm layers [%(default)s]")
@@ -86,11 +92,14 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("-compile", action="store_true", help="torch.compile the model (Swarm: its pointwise part)")
     own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
     options.add_tracker_options(own, "-")
+    apply.add_points_options(parser, "labels", "labels and their probabilities, in columns after those of POINTS")
     return parser
 
 
 def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what no model can do."""
+    if args.type is None:
+        parser.error("which model? -type says it, or for -apply, -resume FILE")
     if args.type == "SetTransformer" and args.n_hidden % args.n_heads:
         parser.error(f"-n_hidden {args.n_hidden} does not split into -n_heads {args.n_heads}: choose a multiple")
     if args.type == "Swarm" and args.pooling == "POMA" and args.n_hidden <= 8:
@@ -273,19 +282,23 @@ def plot_clusterings(
     figure = Figure(figsize=(4.2 * len(tasks), 8.6), layout="constrained")
     plotting.headline(figure, title)
     panels = figure.subplots(2, len(tasks), squeeze=False)
-    colours = np.array(plotting.PALETTE)
     for column, (points, predicted, true, caption) in enumerate(tasks):
-        low, high = np.percentile(points, [0.5, 99.5], axis=0)
-        margin = 0.08 * (high - low)
         for panel, labels in zip(panels[:, column], (predicted, true), strict=True):
-            panel.scatter(points[:, 0], points[:, 1], c=colours[labels], s=9, linewidths=0)
-            panel.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+            draw_clustering(panel, points, labels)
             panel.set_xlabel("first coordinate")
         panels[0, column].set_title(f"predicted: {caption}", fontsize=9)
         panels[1, column].set_title("true clusters", fontsize=9)
     for panel in panels[:, 0]:
         panel.set_ylabel("second coordinate")
     plotting.save_figure(figure, path)
+
+
+def draw_clustering(panel: Axes, points: NDArray[np.floating], labels: NDArray[np.integer], opacity: Any = None) -> None:
+    """Points (E, 2) in the colours of their labels (E); far outliers are left outside the frame."""
+    low, high = np.percentile(points, [0.5, 99.5], axis=0)
+    margin = np.where(high > low, 0.08 * (high - low), 1)
+    panel.scatter(points[:, 0], points[:, 1], c=np.array(plotting.PALETTE)[labels], s=9, linewidths=0, alpha=opacity)
+    panel.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
 
 
 @torch.no_grad()
@@ -370,6 +383,73 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# ---- points of a user -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def label(
+    model: nn.Module, points: NDArray[np.float64], deviation: float | None, precision: str
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Label of each point (E, 2) of a set and its probability (E), and the scaled points. Raises InputError if there is none.
+
+    In whatever order the points come, each gets the same ones: the model sees them sorted, and equal points get the same label.
+    """
+    order, first = canonical_order(points)
+    scaled = scaling_to(points[order], deviation)(points[order])
+    x = torch.from_numpy(scaled).float()[None].to(next(model.parameters()).device)
+    log_p = log_probs(model, x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), precision)[0].double().cpu()
+    if not (x.isfinite().all() and log_p.isfinite().all()):
+        raise InputError(f"coordinates up to {np.abs(scaled).max():.3g} are too large for the model: leave -raw out")
+    best = log_p.max(1)
+    labels, confidences = np.empty(len(points), np.int64), np.empty(len(points))
+    labels[order], confidences[order] = best.indices.numpy()[first], best.values.exp().numpy()[first]
+    return labels, confidences, scaled
+
+
+def training_sets(n: int) -> list[NDArray[np.float64]]:
+    """The points of tasks as they are drawn for training."""
+    tasks = clustering.make_tasks(n, 0)
+    return [points.double().numpy() for points in tasks.points.split(tasks.sizes.tolist())]
+
+
+def plot_labels(path: Path, read: Points, labels: NDArray[np.int64], confidences: NDArray[np.float64]) -> None:
+    """The first sets, up to six, in colours of their labels; the less probable, the fainter."""
+    figure, panels = apply.panels_of(read, f"{read.path.name}: labels; the less probable, the fainter")
+    for panel, members in panels:
+        draw_clustering(panel, read.coordinates[members], labels[members], np.clip(confidences[members], 0.15, 1))
+    plotting.save_figure(figure, path)
+
+
+def clusters_in_words(labels: NDArray[np.int64], confidences: NDArray[np.float64]) -> str:
+    sizes = sorted(np.unique(labels, return_counts=True)[1].tolist(), reverse=True)
+    found = f"{len(sizes)} cluster{'s' * (len(sizes) > 1)} of {', '.join(map(str, sizes))}"
+    return f"{found}; mean confidence {confidences.mean():.3f}"
+
+
+def apply_model(args: argparse.Namespace) -> int:
+    """-apply: labels of a user's points, and a picture of them."""
+    with apply.command("amortised_clustering"):
+        source = Path(args.apply)
+        outputs = apply.outputs_of(args, apply.beside(source, "labels.csv"), [source, Path(args.resume)])
+        model, described = apply.load_model(args.resume, "make_set_model")
+        read = apply.read_points(args, described["arguments"]["n_in"], clustering.N_ENTITIES)
+        model.to(options.device_of(args))
+        deviation = None if args.raw else clustering.typical_deviation()
+        ranges = feature_ranges(training_sets(1000), deviation)
+        labels, confidences = np.empty(len(read), np.int64), np.empty(len(read))
+        strange, lines = [], []
+        for name, members in zip(read.set_names, bar(args, read.sets(), "sets"), strict=True):
+            labels[members], confidences[members], scaled = label(model, read.coordinates[members], deviation, args.precision)
+            strange.append(oddities(scaled, clustering.N_ENTITIES, ranges))
+            lines.append(f"{apply.title_of(name, len(members))}: {clusters_in_words(labels[members], confidences[members])}")
+        columns = {"label": map(str, labels), "confidence": (f"{value:.4f}" for value in confidences)}
+        outputs.write(lambda file: write_with_columns(file, read, columns))
+        plot_labels(outputs.picture, read, labels, confidences)
+        apply.warn_of_oddities(read, strange)
+        echo(f"{apply.about_sets(lines)}\n{apply.scale_in_words(deviation)}\n{outputs}")
+    return 0
+
+
 # ---- one run from start to end -------------------------------------------------------------------------------------------
 
 
@@ -403,6 +483,8 @@ def introduce(args: argparse.Namespace, data: Data, training: BudgetedTraining, 
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args, name, given = dotted.parse(parser, argv, NOT_IN_NAME)
+    if apply.check_options(parser, args, given, ("apply",), apply.POINTS_OPTIONS):
+        return apply_model(args)
     check_combinations(parser, args)
     options.check(parser, args, name)
     if args.dry_run:

@@ -7,32 +7,41 @@ weights. The loss is the negative log-likelihood of the points, without any labe
 
 leaves its run in results/amortised_mog/: log, metrics.csv, learning curves, weight traces, samples, result.json.
 docs/mixture_of_gaussians.md says what each option and each logged quantity means.
+A trained model finds the mixtures of points of your own:
+
+    python amortised_mog.py -apply points.csv -resume results/amortised_mog/NAME
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import plotting
 from common.datasets import mixtures
 from common.datasets.mixtures import DEVIATION, MixtureSets, draw_sets
+from common.errors import InputError
 from common.models.mixture import N_HEADS, Mixture, MixtureNetwork, log_likelihood, single_gaussian_log_likelihood
 from common.models.sets import NON_LINEARITIES
+from common.points import Points, canonical_order, feature_ranges, oddities, scaling_to
 from common.precision import autocast, set_backend_flags
-from common.run import dotted, options
+from common.run import apply, dotted, options
 from common.run.budget import BudgetedTraining, add_budget_options, make_adam
 from common.run.command import echo
 from common.run.memory import tune_malloc
@@ -41,9 +50,10 @@ from common.run.progress import bar
 from common.run.run import Run
 from common.seeds import generator_of, seed_everything
 
-NOT_IN_NAME = options.RUN_OPTIONS  # options that do not make another run
+NOT_IN_NAME = (*options.RUN_OPTIONS, *apply.POINTS_OPTIONS)  # options that do not make another run
 STEPS_PER_EPOCH, VALIDATION_BATCHES, TEST_BATCHES = 500, 100, 1000
 TRAINING, VALIDATION, TEST = 0, 1, 2  # in the keys of random numbers
+N_TRAINING = (mixtures.N_POINTS[0], mixtures.N_POINTS[1] - 1)  # points of a training set
 PUBLISHED_DECAY = (70, 0.1)  # without -gamma: after 70 epochs, the learning rate falls to a tenth
 COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "lr")
 
@@ -73,6 +83,7 @@ def get_parser() -> argparse.ArgumentParser:
     own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the model")
     own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
     options.add_tracker_options(own, "-")
+    apply.add_points_options(parser, "mixture", "weight, means and deviations of each Gaussian of each set, in a line")
     return parser
 
 
@@ -213,6 +224,7 @@ def plot_mixtures(path: Path, title: str, sets: MixtureSets, predicted: Mixture)
         values = log_likelihood(sets.points, mixture, sets.mask).tolist()
         for index, panel in enumerate(panels[:, column]):
             draw_mixture(panel, sets.points[index][sets.mask[index]].cpu(), Mixture(*(part[index].cpu() for part in mixture)))
+            panel.set(xlim=(-5.5, 5.5), ylim=(-5.5, 5.5), aspect="equal")
             panel.set_title(f"{name}: {values[index]:.2f} nats per point", fontsize=9)
     plotting.save_figure(figure, path)
 
@@ -227,7 +239,6 @@ def draw_mixture(panel: Axes, points: Tensor, mixture: Mixture) -> None:
         look = {"fill": False, "edgecolor": plotting.PALETTE[k % len(plotting.PALETTE)], "linewidth": 1.5, "alpha": opacity}
         for n in (1, 2):
             panel.add_patch(Ellipse(mean[:2], 2 * n * deviation[0], 2 * n * deviation[1], **look))
-    panel.set(xlim=(-5.5, 5.5), ylim=(-5.5, 5.5), aspect="equal")
 
 
 def report(args: argparse.Namespace, training: BudgetedTraining) -> dict[str, Any]:
@@ -261,6 +272,91 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
+# ---- points of a user ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def mixture_of(
+    model: MixtureNetwork, points: NDArray[np.float64], deviation: float | None, precision: str
+) -> tuple[Mixture, NDArray[np.float64]]:
+    """The mixture of a set of points (E, D), in float64 and in their own coordinates, and the scaled points.
+
+    It is the same in whatever order the points come. Raises InputError if there is none.
+    """
+    ordered = points[canonical_order(points)[0]]
+    scaling = scaling_to(ordered, deviation)
+    scaled = scaling(ordered)
+    x = torch.from_numpy(scaled).float()[None].to(next(model.parameters()).device)
+    with autocast(x, precision):
+        means, deviations, log_weights = (part.double().cpu() for part in model(x))
+    if not all(part.isfinite().all() for part in (x, means, deviations, log_weights)):
+        raise InputError(f"coordinates up to {np.abs(scaled).max():.3g} are too large for the model: leave -raw out")
+    shift, scale = torch.from_numpy(scaling.shift), torch.from_numpy(scaling.scale)
+    return Mixture(means * scale + shift, deviations * scale, log_weights), scaled
+
+
+def training_sets(model: MixtureNetwork, n: int) -> list[NDArray[np.float64]]:
+    """The points of sets as they are drawn for training."""
+    sets = draw_sets(n, model.n_dim, model.n_clust, torch.Generator().manual_seed(0))
+    return [points[mask].double().numpy() for points, mask in zip(sets.points, sets.mask, strict=True)]
+
+
+def likelihood_in_words(points: NDArray[np.float64], mixture: Mixture) -> str:
+    """The log-likelihood of a set, in its own units, beside that of the best single Gaussian."""
+    x = torch.from_numpy(points)[None]
+    single = single_gaussian_log_likelihood(x, torch.ones(x.shape[:2], dtype=torch.bool)).item()
+    beside = f"{single:.4f}" if math.isfinite(single) else "has no bound"
+    return f"log-likelihood {log_likelihood(x, mixture).item():.4f} nats per point (best single Gaussian {beside})"
+
+
+def write_mixtures(file: IO[bytes], read: Points, found: list[Mixture]) -> None:
+    """A line for each set and Gaussian, those of large weights first."""
+    rows = io.StringIO()
+    table, several = csv.writer(rows, lineterminator="\n"), len(read.set_names) > 1
+    columns = ["gaussian", "weight", *(f"{what}_{name}" for what in ("mean", "deviation") for name in read.names)]
+    table.writerow([*(["set"] if several else []), *columns])
+    for name, mixture in zip(read.set_names, found, strict=True):
+        numbers = torch.cat([mixture.log_weights[0].exp()[:, None], mixture.means[0], mixture.deviations[0]], 1)
+        for k, row in enumerate(sorted(numbers.tolist(), reverse=True), 1):
+            table.writerow([*([name] if several else []), k, *(f"{number:.9g}" for number in row)])
+    file.write(rows.getvalue().encode())
+
+
+def plot_sets(path: Path, read: Points, found: list[Mixture]) -> None:
+    """The first sets, up to six, with the Gaussians of their mixtures."""
+    title = f"{read.path.name}: Gaussians at one and two deviations, the heavier, the more opaque"
+    figure, panels = apply.panels_of(read, title)
+    for index, (panel, members) in enumerate(panels):
+        mixture = Mixture(*(part[0] for part in found[index]))
+        draw_mixture(panel, torch.from_numpy(read.coordinates[members]), mixture)
+    plotting.save_figure(figure, path)
+
+
+def apply_model(args: argparse.Namespace) -> int:
+    """-apply: mixtures of a user's sets of points, and a picture of them."""
+    with apply.command("amortised_mog"):
+        source = Path(args.apply)
+        outputs = apply.outputs_of(args, apply.beside(source, "mixture.csv"), [source, Path(args.resume)])
+        model, _ = apply.load_model(args.resume, "MixtureNetwork")
+        assert isinstance(model, MixtureNetwork)
+        read = apply.read_points(args, model.n_dim, N_TRAINING)
+        model.to(options.device_of(args))
+        deviation = None if args.raw else mixtures.typical_deviation(model.n_clust)
+        ranges = feature_ranges(training_sets(model, 1000), deviation)
+        found, strange, lines = [], [], []
+        for name, members in zip(read.set_names, bar(args, read.sets(), "sets"), strict=True):
+            points = read.coordinates[members]
+            mixture, scaled = mixture_of(model, points, deviation, args.precision)
+            found.append(mixture)
+            strange.append(oddities(scaled, N_TRAINING, ranges))
+            lines.append(f"{apply.title_of(name, len(members))}: {likelihood_in_words(points, mixture)}")
+        outputs.write(lambda file: write_mixtures(file, read, found))
+        plot_sets(outputs.picture, read, found)
+        apply.warn_of_oddities(read, strange)
+        echo(f"{apply.about_sets(lines)}\n{apply.scale_in_words(deviation)}\n{outputs}")
+    return 0
+
+
 # ---- one run from start to end -------------------------------------------------------------------------------------------
 
 
@@ -280,7 +376,9 @@ def make_model(args: argparse.Namespace) -> MixtureNetwork:
 
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
-    args, name, _ = dotted.parse(parser, argv, NOT_IN_NAME)
+    args, name, given = dotted.parse(parser, argv, NOT_IN_NAME)
+    if apply.check_options(parser, args, given, ("apply",), apply.POINTS_OPTIONS):
+        return apply_model(args)
     name = name or "default"  # the original's name is then empty
     check_combinations(parser, args)
     options.check(parser, args, name)

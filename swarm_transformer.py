@@ -7,6 +7,10 @@ SWARM layer with causal pooling computes all of them in one pass. The published 
 
 leaves its run in results/swarm_transformer/: log, metrics.csv, learning curves, weight traces, samples and completions,
 result.json. docs/image_transformer.md says what each option and each logged quantity means.
+A trained model draws images, and completes yours:
+
+    python swarm_transformer.py -draw 40 -resume results/swarm_transformer/NAME
+    python swarm_transformer.py -complete images.npy -resume results/swarm_transformer/NAME
 """
 
 from __future__ import annotations
@@ -19,21 +23,24 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from common import plotting
 from common.datasets import images
+from common.datasets.image_files import read_images, to_array
 from common.datasets.images import ImageSet
-from common.errors import warn
+from common.errors import InputError, warn
 from common.graphs import GraphedModel
 from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
 from common.models.sets import NON_LINEARITIES
 from common.precision import autocast, set_backend_flags
-from common.run import dotted, options
+from common.run import apply, dotted, options
 from common.run.budget import BudgetedTraining, make_adam
 from common.run.command import echo
 from common.run.memory import MicroBatches, tune_malloc
@@ -43,7 +50,8 @@ from common.run.run import Run
 from common.seeds import epoch_order, seed_everything
 
 DATA = tuple(images.SHAPES)
-NOT_IN_NAME = (*options.RUN_OPTIONS, "name", "data_dir", "to_stdout")  # options that do not make another run
+# options that do not make another run
+NOT_IN_NAME = (*options.RUN_OPTIONS, "name", "data_dir", "to_stdout", *apply.IMAGES_OPTIONS)
 # the published name has these fields alone; other options that are not at their defaults follow, as -option.value
 NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 NAME = re.compile(
@@ -51,6 +59,7 @@ NAME = re.compile(
     rf"-(?P<n_iter>\d+)-wc(?P<wc>{NUMBER})-lr(?P<lr>{NUMBER})-bs(?P<bs>\d+)(?P<more>(?:-.*)?)"
 )
 COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "val_bits", "lr")
+DRAWN_AT_ONCE = 100  # images: what is drawn from a seed depends on it
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -107,6 +116,7 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images drawn for samples.png [12; two of each class with -cond]",
     )
+    apply.add_images_options(parser)
     return parser
 
 
@@ -122,6 +132,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
             parser.error(
                 f"-name says -{option} {getattr(of_name, option)}, the command line {getattr(args, option)}: leave one out"
             )
+    if apply.check_options(
+        parser, args, {token[0].lstrip("-") for token in tokens}, ("draw", "complete"), apply.IMAGES_OPTIONS, ("seed",)
+    ):
+        return args
     if args.data is None:
         parser.error("which images? -data says it, or -name")
     if args.n_hidden % 4:
@@ -396,6 +410,83 @@ def report_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# ---- images of a trained model -------------------------------------------------------------------------------------------
+
+
+def class_names(described: dict[str, Any], n_classes: int | None) -> list[str]:
+    """The names of a model's classes, in lower case; their numbers where a checkpoint does not name them."""
+    names = described.get("data", {}).get("classes", [])
+    return [str(name).lower() for name in names] if len(names) == n_classes else [str(i) for i in range(n_classes or 0)]
+
+
+def classes_of(args: argparse.Namespace, names: list[str]) -> list[int]:
+    """The classes that images have in turn, by their numbers; none for a model without. Raises InputError."""
+    if args.classes is None:
+        if args.complete is not None and names:
+            raise InputError(f"the model was trained with -cond: -classes says what the images show, of {', '.join(names)}")
+        return list(range(len(names)))
+    if not names:
+        raise InputError("the model was trained without -cond, it knows no classes: leave -classes out")
+    number_of = {str(number): number for number in range(len(names))} | {name: number for number, name in enumerate(names)}
+    words = [word.strip().lower() for word in args.classes.split(",")]
+    for word in words:
+        if word not in number_of:
+            raise InputError(f"-classes: there is no class {word!r}: choose from {', '.join(names)}, or their numbers from 0")
+    return [number_of[word] for word in words]
+
+
+def draw_or_complete(
+    args: argparse.Namespace, model: ImageTransformer, n: int, classes: list[int], given: Tensor | None
+) -> Tensor:
+    """n images (n, C, H, W) from the seed, of the classes in turn; with the top halves of `given` images, if there are some."""
+    device = next(model.parameters()).device
+    gen = torch.Generator(device).manual_seed(args.seed)
+    labels = torch.tensor(classes, device=device)[torch.arange(n, device=device) % len(classes)] if classes else None
+    n_rows, parts = model.shape[1] // 2 if given is not None else 0, []
+    for start in bar(args, range(0, n, DRAWN_AT_ONCE), "images, by the hundred"):
+        part = slice(start, min(start + DRAWN_AT_ONCE, n))
+        about = {"given": None if given is None else given[part].to(device), "n_rows": n_rows, "generator": gen}
+        parts.append(model.sample(part.stop - start, None if labels is None else labels[part], **about).cpu())
+    return torch.cat(parts)
+
+
+def grids_of(drawn: Tensor, given: Tensor | None, classes: list[int], names: Sequence[str]) -> list[plotting.ImageGrid]:
+    """The picture of the first images, a class a column; of completions, below what they complete."""
+    if given is not None:
+        n = min(len(drawn), 20)
+        pairs = torch.cat([given[:n], drawn[:n]]).numpy()
+        title = "given images (above), and the model's completions of their top half (below)"
+        return [plotting.ImageGrid(title, pairs, n, line=given.shape[2] // 2)]
+    columns = 10
+    if 1 < len(classes) <= 20:
+        columns = len(classes) * max(1, 10 // len(classes))  # each of one class
+    columns = min(columns, len(drawn))
+    of_columns = [names[classes[i % len(classes)]] for i in range(columns)] if 1 < len(classes) <= 20 else None
+    return [plotting.ImageGrid("drawn images", drawn[: 10 * columns].numpy(), columns, of_columns)]
+
+
+def use_model(args: argparse.Namespace) -> int:
+    """-draw, -complete: images of a trained model, as an array and a picture."""
+    with apply.command("swarm_transformer"):
+        source = None if args.complete is None else Path(args.complete)
+        default = Path("drawn.npy") if source is None else apply.beside(source, "completed.npy")
+        inputs = [Path(args.resume), *([] if source is None else [source])]
+        outputs = apply.outputs_of(args, default, inputs)
+        model, described = apply.load_model(args.resume, "ImageTransformer")
+        assert isinstance(model, ImageTransformer)
+        names = class_names(described, model.n_classes)
+        classes = classes_of(args, names)
+        given = None if source is None else read_images(source, model.shape)
+        n = args.draw if given is None else len(given)
+        drawn = draw_or_complete(args, model.to(options.device_of(args)), n, classes, given)
+        outputs.write(lambda file: np.save(file, to_array(drawn)))
+        grids = grids_of(drawn, given, classes, names)
+        plotting.plot_images(outputs.picture, f"{outputs.result.name}, seed {args.seed}", grids)
+        of_classes = f" of the classes, in turn: {', '.join(names[number] for number in classes)}" if classes else ""
+        echo(f"{len(drawn):,} image{'s' * (len(drawn) != 1)}{of_classes}\n{outputs}")
+    return 0
+
+
 # ---- one run from start to end -------------------------------------------------------------------------------------------
 
 
@@ -431,6 +522,8 @@ def introduce(args: argparse.Namespace, data: Data, training: BudgetedTraining) 
 def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args = parse(parser, argv)
+    if args.draw is not None or args.complete is not None:
+        return use_model(args)
     name = name_of(parser, args)
     if args.dry_run:
         echo(name)

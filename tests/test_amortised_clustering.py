@@ -17,7 +17,7 @@ from PIL import Image
 import amortised_clustering as script
 from common import checkpoint
 from common.models.sets import MODEL_TYPES
-from common.run import clock
+from common.run import apply, clock
 from common.run.budget import BudgetedTraining
 from common.run.metrics import read_metrics
 from tests.command_lines import assert_help_shows_the_papers_options_first, assert_one_line_and_nothing_made, exit_status
@@ -60,6 +60,7 @@ def test_options_and_defaults_are_the_published_ones() -> None:
         "device",
         "tensorboard",
         "wandb_project",
+        *apply.POINTS_OPTIONS,
     }
     assert args.keys() - published.keys() == own
 

@@ -14,7 +14,7 @@ from PIL import Image
 import swarm_transformer as script
 from common.datasets.images import ImageSet
 from common.models.image_transformer import ImageTransformer
-from common.run import options
+from common.run import apply, options
 from common.run.budget import BudgetedTraining
 from common.run.memory import MicroBatches
 from common.run.metrics import read_metrics
@@ -64,7 +64,7 @@ def test_options_and_defaults() -> None:
     assert {name: args[name] for name in published} == published
     own = {
         "seed", "results_dir", "data_dir", "precision", "deterministic", "compile", "max_epochs", "epoch_images", "overwrite",
-        "n_samples", "device", "tensorboard", "wandb_project",
+        "n_samples", "device", "tensorboard", "wandb_project", *apply.IMAGES_OPTIONS,
     }  # fmt: skip
     assert args.keys() - published.keys() == own
 

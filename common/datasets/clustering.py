@@ -78,6 +78,13 @@ def describe() -> dict[str, Any]:
     return {"name": "clustering", "n_dim": 2, "n_labels": N_LABELS, **sizes, "mean": 0.0, "deviation": math.sqrt(variance)}
 
 
+def typical_deviation() -> float:
+    """Root mean square, over tasks, of the deviation of a coordinate within a task."""
+    low, high = N_CLUSTERS
+    of_means = sum(1 - 1 / k for k in range(low, high + 1)) / (high - low + 1)  # K equally heavy means from N(0, 1)
+    return math.sqrt(of_means + SCALE / (DEGREES_OF_FREEDOM - 3))
+
+
 def split(n_tasks: int) -> tuple[Tensor, Tensor]:
     """Indices of the training tasks, and of the validation tasks: the last 10 %, at least one."""
     n_validation = max(1, n_tasks // 10)

@@ -6,6 +6,7 @@ distribution, all independent.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,13 @@ def describe(n_dim: int, n_clust: int) -> dict[str, Any]:
     """The distribution of sets, as plain values."""
     ranges = {"n_points": [N_POINTS[0], N_POINTS[1] - 1], "mean_range": MEAN_RANGE, "deviation": DEVIATION}
     return {"name": "mixtures", "n_dim": n_dim, "n_clust": n_clust, **ranges}
+
+
+def typical_deviation(n_clust: int) -> float:
+    """Root mean square, over sets, of the deviation of a coordinate within a set."""
+    # weights w of a flat Dirichlet distribution have E[sum w^2] = 2 / (K + 1)
+    of_means = (n_clust - 1) / (n_clust + 1) * MEAN_RANGE**2 / 3
+    return math.sqrt(of_means + DEVIATION**2)
 
 
 def draw_sets(n: int, n_dim: int, n_clust: int, gen: torch.Generator) -> MixtureSets:
