@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import plotting
+from common import parallel, plotting
 from common.datasets import images
 from common.datasets.images import ImageSet
-from common.errors import warn
+from common.errors import InputError, warn
 from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
 from common.models.sets import NON_LINEARITIES
 from common.precision import autocast, set_backend_flags
@@ -169,9 +169,12 @@ class Data:
 
 def load_data(name: str, data_dir: str | None, seed: int, device: torch.device) -> Data:
     """All splits; validation takes 5,000 of the training images (a tenth of fewer), drawn by the seed. Raises DataError."""
-    everything, test = (
-        images.load(name, split, data_dir or "data", download=data_dir is None).to(device) for split in images.SPLITS
-    )
+
+    def fetch() -> list[ImageSet]:
+        return [images.load(name, split, data_dir or "data", download=data_dir is None) for split in images.SPLITS]
+
+    parallel.main_first(fetch, InputError, OSError)
+    everything, test = (split.to(device) for split in fetch())
     training, validation = images.split_validation(everything, seed)
     table = log_histograms(training)
     baselines = {
@@ -208,11 +211,15 @@ def nats(model: ImageTransformer, batch: ImageSet, precision: str) -> Tensor:
 
 
 def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: str, size: int) -> Tensor:
-    """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else."""
+    """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else.
+
+    Of several processes, each goes through its own images: the sum of their results is the batch's.
+    """
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=batch.images.device)
-    for start in range(0, len(batch), size):
-        loss = nats(model, batch[start : start + size], precision).sum() / len(batch)
+    own = batch[parallel.shard(len(batch))]
+    for start in range(0, len(own), size):
+        loss = nats(model, own[start : start + size], precision).sum() / len(batch)
         loss.backward()
         total += loss.detach()
     return total
@@ -223,11 +230,13 @@ def evaluate(
     model: ImageTransformer, data: ImageSet, precision: str, size: int, check_signal: Callable[[], None] = lambda: None
 ) -> Tensor:
     """Nats per value of each image, in float64 (N), `size` images at a time; `check_signal` is called between them."""
-    parts = []
-    for start in range(0, len(data), size):
-        check_signal()
-        parts.append(nats(model, data[start : start + size], precision).double().cpu())
-    return torch.cat(parts)
+    starts, parts = range(0, len(data), size), []
+    n = parallel.world_size()
+    for first in range(0, len(starts), n):
+        check_signal()  # in all processes
+        for start in parallel.own(starts[first : first + n]):
+            parts.append(nats(model, data[start : start + size], precision).double().cpu())
+    return torch.cat(parallel.collect(parts))
 
 
 def gradient_norm(model: ImageTransformer) -> Tensor:
@@ -248,6 +257,7 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
         if training.time_is_up():
             break
         loss = micro.run_in_parts(partial(accumulate_gradients, training.model, data.training[indices], args.precision))
+        loss = training.sum_over_processes(loss)
         norm = gradient_norm(training.model)
         if not training.is_finite(loss, norm):
             return False
@@ -265,7 +275,7 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
     val_loss = math.nan
     if finite:
         validate = partial(evaluate, training.model, data.validation, args.precision, check_signal=training.check_signal)
-        val_loss = micro.run_in_parts(validate).mean().item()
+        val_loss = micro.run_in_parts(validate, together=True).mean().item()
     row = {
         "epoch": training.epoch + 1,
         "step": training.step,
@@ -289,6 +299,8 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
 
 def draw(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> None:
     """metrics.png, weights.png, samples.png."""
+    if not parallel.is_main():
+        return
     run, steps_per_epoch = training.run, -(-epoch_size(args, data) // args.bs)
     baselines = {"by position": data.baselines["validation"]["by position"]}  # beside chance the curve would look flat
     training.draw(steps_per_epoch, {"val_loss": baselines}, "nats per value")
@@ -332,7 +344,8 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, mic
     """The metrics of the best model: on the validation images, which chose it, and, once, on the test images."""
     training.best.load()
     validation, test = (
-        micro.run_in_parts(partial(evaluate, training.model, split, args.precision)) for split in (data.validation, data.test)
+        micro.run_in_parts(partial(evaluate, training.model, split, args.precision), together=True)
+        for split in (data.validation, data.test)
     )
     labels = data.test.labels.cpu()
     by_class = {
@@ -410,10 +423,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     tune_malloc()
     set_backend_flags(args.precision, deterministic=args.deterministic)
-    with Run("swarm_transformer", name, args, another="-seed N", may_change=NOT_IN_NAME, quiet=True) as run:
+    run = Run("swarm_transformer", name, args, another="-seed N", may_change=NOT_IN_NAME, quiet=True)
+    with parallel.process_group(options.device_of(args).type), run:
         model = make_model(args)
         optimizer = make_adam(model, args.lr)
         data = load_data(args.data, args.data_dir, args.seed, next(model.parameters()).device)
+        parallel.check_batches(map(len, torch.arange(epoch_size(args, data)).split(args.bs)), "images")
         limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
         training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, data=data.fingerprint, **limits)
         training.start(args.resume)
