@@ -67,8 +67,10 @@ class MicroBatches:
         `compute` ends with `parallel.collect`, by which all learn that they are to begin again with a smaller one.
         Raises Failed if not even one sample fits.
         """
-        if together:
-            self.sizes = self.sizes[-min(-parallel.largest(-len(self.sizes)), len(self.sizes)) :]
+        smaller = parallel.largest(-len(self.sizes)) + len(self.sizes) if together else 0  # steps that another has taken
+        if smaller:
+            self.sizes = self.sizes[smaller:]
+            self.log(f"out of memory in another process: batches go in parts of {self.size} from now on")
         while True:
             try:
                 return compute(self.size)
