@@ -6,6 +6,7 @@ cluster label for every point. The loss is the cross entropy under the best matc
     python -u amortised_clustering.py -type Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0 -bs 50 -wc 60
 
 leaves its run in results/amortised_clustering/: log, metrics.csv, learning curves, weight traces, samples, result.json.
+With several GPUs: torchrun --nproc-per-node=N amortised_clustering.py ... (-bs is the batch of all of them).
 README.md says what each logged quantity means.
 """
 

@@ -6,6 +6,7 @@ weights. The loss is the negative log-likelihood of the points, without any labe
     python -u amortised_mog.py -p MEAN -wc 60
 
 leaves its run in results/amortised_mog/: log, metrics.csv, learning curves, weight traces, samples, result.json.
+With several GPUs: torchrun --nproc-per-node=N amortised_mog.py ... (-bs is the batch of all of them).
 README.md says what each logged quantity means.
 """
 

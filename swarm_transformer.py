@@ -6,7 +6,8 @@ SWARM layer with causal pooling computes all of them in one pass. The published 
     python -u swarm_transformer.py -data FashionMNIST -n_layers 1 -n_hidden 256 -n_iter 10 -wc 480 -lr 0.001 -bs 50
 
 leaves its run in results/swarm_transformer/: log, metrics.csv, learning curves, weight traces, samples and completions,
-result.json. README.md says what each logged quantity means.
+result.json. With several GPUs: torchrun --nproc-per-node=N swarm_transformer.py ... (-bs is the batch of all of them).
+README.md says what each logged quantity means.
 """
 
 from __future__ import annotations

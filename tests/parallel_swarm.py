@@ -112,11 +112,15 @@ class Looks:
         command.__dict__["_came"] = name
 
 
-def stop_again_and_again(kind: str, folder: Path) -> list[int]:
-    """One of the processes gets a signal at its first look, in the resumed run at its second, ...: statuses of all starts."""
+def stop_again_and_again(kind: str, folder: Path, name: str, fetch_every: int = 1) -> list[int]:
+    """One of the processes gets a signal at its first look, in the resumed run at its second, ...: statuses of all starts.
+
+    `fetch_every`: steps between two looks at what is on the device, as on a GPU.
+    """
     statuses: list[int] = []
-    case = make_case(kind, folder / "data", folder / "stopped" / kind)
+    case = make_case(kind, folder / "data", folder / "stopped" / name)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(State, "fetch_every", property(lambda _: fetch_every, lambda *_: None), raising=False)
         looks = Looks(patch)
         for start in range(40):
             looks.left = 1 + start if parallel.rank() == start % 2 else -1
@@ -176,7 +180,8 @@ def main(folder: Path) -> None:
         left: dict[str, Any] = {"steps": all_steps(folder)}
         left["whole"] = {kind: make_case(kind, folder / "data", folder / "whole" / kind).run() for kind in KINDS}
         left["killed"] = make_case("clustering", folder / "data", folder / "killed").run()
-        left["stopped"] = {kind: stop_again_and_again(kind, folder) for kind in KINDS}
+        left["stopped"] = {kind: stop_again_and_again(kind, folder, kind) for kind in KINDS}
+        left["stopped"]["late"] = stop_again_and_again("clustering", folder, "late", fetch_every=3)
         with short_of_memory():
             steps_of("images", False, folder / "data", folder / "short")
         left["refused"] = refuse_all(folder)

@@ -98,13 +98,13 @@ def test_two_processes_compute_what_one_does(kind: str, precision: str, folder: 
         assert math.isclose(of_two[key], value, rel_tol=2e-7 if precision == "double" else 2e-3, abs_tol=1e-9), key
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "late"])
 def test_signals_to_one_of_two_stop_both_and_change_nothing(kind: str, folder: Path, left: list[dict[str, Any]]) -> None:
     """At every place in turn: what is left at the end is that of an undisturbed run, bit by bit, with dropout."""
-    statuses = left[0]["stopped"][kind]
+    statuses, whole = left[0]["stopped"][kind], "clustering" if kind == "late" else kind  # looks as rarely as on a GPU
     assert statuses == left[1]["stopped"][kind] == [75] * (len(statuses) - 1) + [0] and len(statuses) > 3
-    assert left[0]["whole"][kind] == left[1]["whole"][kind] == 0
-    assert_equal(outcome(folder / "stopped" / kind), outcome(folder / "whole" / kind))
+    assert left[0]["whole"][whole] == left[1]["whole"][whole] == 0
+    assert_equal(outcome(folder / "stopped" / kind), outcome(folder / "whole" / whole))
     (log,) = (folder / "stopped" / kind).rglob("log")
     assert "stopped by SIGTERM after step" in log.read_text()
     assert "stopped by a signal to another process after step" in log.read_text()
