@@ -154,7 +154,7 @@ def other_tasks(make_tasks: Callable) -> Callable:
 def refuse_all(folder: Path) -> dict[str, Any]:
     """Statuses, and what both processes have said, of lines that are refused."""
     said = {}
-    one = make_case("clustering", folder / "data", folder / "of one")  # of one process, interrupted
+    one = make_case("clustering", folder / "data", folder / "of_one")  # of one process, interrupted
     lines = {**REFUSED, " ".join([one.script, *one.line]): ""}
     for number, line in enumerate(lines):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number + 1)  # torchrun itself starts none twice

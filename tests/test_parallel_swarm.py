@@ -22,6 +22,8 @@ from tests.parallel_swarm import KINDS, REFUSED
 from tests.small_images import smooth, write_mnist
 from tests.stopping import signal_at
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -45,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_often_draw_nothing(patch)
         torch.save(parallel_swarm.all_steps(folder), folder / "of one.pt")
         patch.setattr(state.State, "check_signal", signal_at(2))
-        assert make_case("clustering", folder / "data", folder / "of one").run() == 75
+        assert make_case("clustering", folder / "data", folder / "of_one").run() == 75
     torch.set_num_threads(threads)
     done = torchrun(folder)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
@@ -102,7 +104,7 @@ def test_two_processes_compute_what_one_does(kind: str, precision: str, folder: 
 def test_signals_to_one_of_two_stop_both_and_change_nothing(kind: str, folder: Path, left: list[dict[str, Any]]) -> None:
     """At every place in turn: what is left at the end is that of an undisturbed run, bit by bit, with dropout."""
     statuses, whole = left[0]["stopped"][kind], "clustering" if kind == "late" else kind  # looks as rarely as on a GPU
-    assert statuses == left[1]["stopped"][kind] == [75] * (len(statuses) - 1) + [0] and len(statuses) > 3
+    assert statuses == left[1]["stopped"][kind] == [75] * (len(statuses) - 1) + [0] and len(statuses) >= 3
     assert left[0]["whole"][whole] == left[1]["whole"][whole] == 0
     assert_equal(outcome(folder / "stopped" / kind), outcome(folder / "whole" / whole))
     (log,) = (folder / "stopped" / kind).rglob("log")
@@ -149,7 +151,7 @@ def test_sets_are_dealt_out_by_entities(monkeypatch: pytest.MonkeyPatch) -> None
         dealt.append(parallel.deal(sizes))
     assert sorted(torch.cat(dealt).tolist()) == list(range(50)) and all(torch.equal(d, d.sort().values) for d in dealt)
     entities = [int(sizes[d].sum()) for d in dealt]
-    assert max(entities) - min(entities) <= 100  # the smallest set
+    assert max(entities) - min(entities) < 0.03 * max(entities)
     sets = draw_sets(5, 2, 3, generator_of(0))
     some = sets[torch.tensor([1, 3])]
     assert some.points.shape[1] == int(some.mask.sum(1).max())

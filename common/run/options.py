@@ -71,7 +71,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) 
     if getattr(args, "precision", None) == "tf32" and device_of(args).type == "cpu" and not args.dry_run:
         parser.error(f"{dash}precision tf32 is a format of NVIDIA GPUs, and this would run on a CPU: leave it out")
     try:
-        if hasattr(args, "device") and not args.dry_run:
+        if hasattr(args, "device"):
             parallel.local_device(device_of(args).type)
         trackers.check(args, dash)
     except InputError as error:
