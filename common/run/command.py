@@ -63,10 +63,6 @@ class Command:
             sys.exit(RESUMABLE)
         if isinstance(error, InputError):
             self._refuse(error)
-        if parallel.is_lost(error):
-            if self.begun:
-                self.log(f"stopped, as another process has gone: {self.next}")
-            sys.exit(RESUMABLE if self.begun else REFUSED)  # before, it has said why
         if isinstance(error, Failed):
             if parallel.speaks():
                 warn(f"{self.script}.py: failed: {one_line(error)}")
@@ -80,6 +76,10 @@ class Command:
         if is_out_of_memory(error) and self.begun:
             warn(f"{self.script}.py: failed: out of memory; less is needed with {self.saves_memory}")
             sys.exit(1)
+        if parallel.is_lost(error) and not is_out_of_memory(error):
+            if self.begun:
+                self.log(f"stopped, as another process has gone: {self.next}")
+            sys.exit(RESUMABLE if self.begun else REFUSED)  # before, it has said why
         too_large = is_out_of_memory(error) or "overflow" in str(error)  # of a size in bytes
         if isinstance(error, MemoryError | RuntimeError) and too_large and not self.begun:
             first, *_ = str(error).splitlines() or [type(error).__name__]

@@ -94,9 +94,10 @@ class Run(Command):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        expected = isinstance(error, Interrupted | OSError) or parallel.is_lost(error)
+        short = error is not None and is_out_of_memory(error)
+        expected = isinstance(error, Interrupted | OSError) or (parallel.is_lost(error) and not short)
         if isinstance(error, Exception) and not expected and self._log is not None:
-            reason = "out of memory" if is_out_of_memory(error) else " ".join(str(error).split()) or type(error).__name__
+            reason = "out of memory" if short else " ".join(str(error).split()) or type(error).__name__
             self._write(FAILED_LINE + reason)  # for readers of the directory
         try:
             super().__exit__(kind, error, trace)
