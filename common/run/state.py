@@ -105,7 +105,7 @@ class State:
     def save(self) -> None:
         """Write last.pkl. Skipped if a loss or a weight is not finite: the file then keeps the last finite ones."""
         self.saved_at = time.monotonic()
-        if not self.fetch_losses() or not parallel.is_main() or not checkpoint.has_finite_weights(self.model):
+        if not parallel.is_main() or not self.fetch_losses() or not checkpoint.has_finite_weights(self.model):
             return
         state = {
             "options": self.options,
