@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from common import matching, parallel, plotting
 from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks
+from common.graphs import GraphedModel
 from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
 from common.precision import autocast, set_backend_flags
 from common.run import dotted, options
@@ -51,6 +53,7 @@ OWN_OPTIONS = {  # what only some types of model have a use for
     "LSTMS": set(),
 }
 MEASURES = {"cross_entropy": "cross entropy", "accuracy": "accuracy", "rand_index": "adj. Rand index"}
+K_MEANS_TASKS = 1000  # at most, that k-means clusters for a report: 2 ms each
 COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "val_accuracy", "val_rand_index", "lr")
 
 
@@ -98,7 +101,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f"-type {args.type} drops out between layers: -dropout {args.dropout:g} needs -n_layers 2 or more")
 
 
-def log_probs(model: nn.Module, points: Tensor, mask: Tensor, precision: str) -> Tensor:
+def log_probs(model: Callable[..., Tensor], points: Tensor, mask: Tensor, precision: str) -> Tensor:
     """Log-probability of each label for each point: (N, E, 2), (N, E) -> (N, E, 10)."""
     with autocast(points, precision):
         logits = model(points, mask)
@@ -123,13 +126,15 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, tasks: ClusteringTasks, batches: list[Tensor], precision: str) -> dict[str, Tensor]:
-    """The model's measures of every validation task, in the order of the batches."""
+def validate(
+    model: nn.Module, tasks: ClusteringTasks, batches: list[Tensor], precision: str, forward: GraphedModel | None = None
+) -> dict[str, Tensor]:
+    """The model's measures of every validation task, in the order of the batches. `forward` takes the place of its calls."""
     model.eval()
     parts = []
     for indices in parallel.own(batches):
         points, labels, mask = clustering.padded_batch(tasks, indices)
-        parts.append(measure(log_probs(model, points, mask, precision), labels, mask))
+        parts.append(measure(log_probs(forward or model, points, mask, precision), labels, mask))
     model.train()
     return joined(parallel.collect(parts))
 
@@ -140,10 +145,23 @@ def measure_baselines(tasks: ClusteringTasks, batches: list[Tensor], seed: int) 
     parts: dict[str, list[dict[str, Tensor]]] = {"chance": [], "oracle": []}
     for indices in batches:
         points, labels, mask = clustering.padded_batch(tasks, indices)
-        noise = 1e-6 * torch.rand(*mask.shape, N_LABELS, generator=gen).to(points.device)
+        noise = 1e-6 * torch.rand(len(mask), int(tasks.sizes[indices].max()), N_LABELS, generator=gen)
+        noise = F.pad(noise, (0, 0, 0, mask.shape[1] - noise.shape[1])).to(points.device)
         parts["chance"].append(measure(noise.log_softmax(2), labels, mask))
         parts["oracle"].append(measure(clustering.log_posterior(tasks, indices, points), labels, mask))
     return {name: joined(measures) for name, measures in parts.items()}
+
+
+def measure_k_means(tasks: ClusteringTasks, seed: int) -> dict[str, float]:
+    """Mean adjusted Rand index of k-means, which is told the number of clusters, on (the first 1,000) validation tasks."""
+    validation = clustering.split(len(tasks))[1][:K_MEANS_TASKS]
+    values = []
+    for task in validation.split(1):
+        _, labels, mask = clustering.padded_batch(tasks, task)
+        predicted = clustering.k_means(tasks, int(task), seed).to(labels.device)
+        values.append(matching.adjusted_rand_index(matching.contingency(predicted[None], labels, mask, N_LABELS)))
+    index = torch.cat(values).mean().item()
+    return {"adjusted_rand_index": index, "tasks": len(validation), "starts": clustering.K_MEANS_STARTS}
 
 
 def means(measured: dict[str, Tensor]) -> dict[str, float]:
@@ -174,8 +192,14 @@ def make_data(n_tasks: int, batch_size: int, seed: int, device: torch.device) ->
     return Data(tasks, training, validation, by_task, {name: means(measures) for name, measures in by_task.items()})
 
 
+def forward_of(args: argparse.Namespace, training: BudgetedTraining) -> Any:
+    """The model's calls, as CUDA graphs on a GPU; cuDNN's recurrent networks are launched as they are."""
+    return training.model if args.type.startswith("LSTM") else training.forward
+
+
 def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, progress: tqdm) -> bool:
     """Train on the batches of an epoch that are left, until the time is up; False if the loss diverged."""
+    forward = forward_of(args, training)
     for index in epoch_order(len(data.training), args.seed, training.epoch)[training.batch :].tolist():
         if training.time_is_up():
             break
@@ -183,7 +207,7 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
         parallel.seed_step(args.seed, training.step)  # for dropout
         own = batch[parallel.deal(data.tasks.sizes[batch])]
         points, labels, mask = clustering.padded_batch(data.tasks, own)
-        log_p = log_probs(training.model, points, mask, args.precision)
+        log_p = log_probs(forward, points, mask, args.precision)
         loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).sum() / len(batch)
         training.optimizer.zero_grad()
         loss.backward()
@@ -203,7 +227,7 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
     """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
     values = dict.fromkeys(MEASURES, math.nan)
     if finite:
-        values = means(validate(training.model, data.tasks, data.validation, args.precision))
+        values = means(validate(training.model, data.tasks, data.validation, args.precision, forward_of(args, training)))
     row = {
         "epoch": training.epoch + 1,
         "step": training.step,
@@ -315,11 +339,12 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> 
         "validation_tasks": len(n_clusters),
         **{name: means(values) for name, values in measured.items()},
         "by_clusters": by_clusters,
+        "k_means": measure_k_means(data.tasks, args.seed),
     }
 
 
 def report_table(result: dict[str, Any]) -> str:
-    """The final metrics as text: a row for each number of clusters."""
+    """The final metrics as text: a row for each number of clusters, and k-means."""
     names = ("model", "chance", "oracle")
     lines = [
         " " * 16 + "".join(f"| {title:^23}" for title in MEASURES.values()),
@@ -329,6 +354,11 @@ def report_table(result: dict[str, Any]) -> str:
     for number, row in rows.items():
         cells = ("| " + "".join(f"{row[name][measure]:z7.3f}" for name in names) + "  " for measure in MEASURES)
         lines.append(f"{number:>8} {row['tasks']:>6} " + "".join(cells))
+    k_means = result["k_means"]
+    lines.append(
+        f"adj. Rand index of k-means, which is told the number of clusters: {k_means['adjusted_rand_index']:.3f} "
+        f"({k_means['tasks']} of these tasks, the best of {k_means['starts']} starts)"
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -338,6 +368,8 @@ def summary(result: dict[str, Any]) -> str:
     for measure, title in MEASURES.items():
         model, chance, oracle = (result[name][measure] for name in ("model", "chance", "oracle"))
         lines.append(f"{title:>16}: {model:z.3f} (chance {chance:z.3f}, oracle {oracle:z.3f})")
+    k_means = result["k_means"]["adjusted_rand_index"]
+    lines.append(f"{'... of k-means':>16}: {k_means:z.3f} (it is told the number of clusters, the network is not)")
     return "\n".join(lines)
 
 

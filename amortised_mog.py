@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def mean_baselines(args: argparse.Namespace, device: torch.device, part: int, n_
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 
-def likelihood(args: argparse.Namespace, model: MixtureNetwork, batch: MixtureSets) -> Tensor:
+def likelihood(args: argparse.Namespace, model: Callable[..., Mixture], batch: MixtureSets) -> Tensor:
     """Log-likelihood of each set under the mixture that the model makes of it, in nats per point (N)."""
     with autocast(batch.points, args.precision):
         mixture = model(batch.points, batch.mask)
@@ -120,12 +121,13 @@ def likelihood(args: argparse.Namespace, model: MixtureNetwork, batch: MixtureSe
 
 
 @torch.no_grad()
-def evaluate(args: argparse.Namespace, model: MixtureNetwork, part: int, n_batches: int) -> Tensor:
+def evaluate(args: argparse.Namespace, training: BudgetedTraining, part: int, n_batches: int) -> Tensor:
     """Log-likelihood of each set of a part."""
-    model.eval()
-    device = next(model.parameters()).device
-    values = [likelihood(args, model, batch_of(args, device, part, index)) for index in parallel.own(range(n_batches))]
-    model.train()
+    training.model.eval()
+    device = next(training.model.parameters()).device
+    batches = (batch_of(args, device, part, index) for index in parallel.own(range(n_batches)))
+    values = [likelihood(args, training.forward, batch) for batch in batches]
+    training.model.train()
     return torch.cat(parallel.collect([value.cpu() for value in values]))
 
 
@@ -150,7 +152,7 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
         batch = batch_of(args, torch.device("cpu"), TRAINING, training.epoch, training.batch)
         parallel.seed_step(args.seed, training.step)  # for dropout
         own = batch[parallel.deal(batch.mask.sum(1))].to(device)
-        loss = -likelihood(args, training.model, own).sum() / len(batch)
+        loss = -likelihood(args, training.forward, own).sum() / len(batch)
         training.optimizer.zero_grad()
         loss.backward()
         loss = training.sum_over_processes(loss)
@@ -167,7 +169,7 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
 
 def validate_epoch(args: argparse.Namespace, baselines: dict[str, float], training: BudgetedTraining, finite: bool) -> None:
     """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
-    val_loss = -evaluate(args, training.model, VALIDATION, VALIDATION_BATCHES).mean().item() if finite else math.nan
+    val_loss = -evaluate(args, training, VALIDATION, VALIDATION_BATCHES).mean().item() if finite else math.nan
     row = {
         "epoch": training.epoch + 1,
         "step": training.step,
@@ -238,7 +240,7 @@ def report(args: argparse.Namespace, training: BudgetedTraining) -> dict[str, An
     """The best model's log-likelihood on sets that it has not seen, beside the baselines on the same sets."""
     training.best.load()
     device = next(training.model.parameters()).device
-    values = evaluate(args, training.model, TEST, TEST_BATCHES)
+    values = evaluate(args, training, TEST, TEST_BATCHES)
     baselines = mean_baselines(args, device, TEST, TEST_BATCHES)
     return {
         "script": "amortised_mog",

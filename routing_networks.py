@@ -85,6 +85,8 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("--batch-size", type=at_least(2, 10**6), default=10, metavar="N", help="[%(default)s]")
     own = parser.add_argument_group("options of this suite")
     own.add_argument("--seed", type=at_least(0), default=0, help="of data, weights, order, draws [%(default)s]")
+    per_task = "training images of a one-against-rest task's class, and as many of others [1000]"
+    own.add_argument("--task-images", type=at_least(1, 10**4), metavar="N", help=per_task)
     own.add_argument("--width", type=at_least(1, 10**4), default=48, metavar="N", help="of the hidden layers [%(default)s]")
     drops = "epochs until the rates fall to a third; after twice as many, to a tenth [%(default)s]"
     own.add_argument("--drop-after", type=at_least(1), default=5, metavar="N", help=drops)
@@ -108,6 +110,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         parser.error(f"--modules {args.modules}: {args.model} has one for each of the {n_tasks} tasks")
     if args.agents is not None and args.model != "dispatched":
         parser.error(f"--agents {args.agents}: {args.model} has no choice of agents, dispatched has")
+    if args.task_images is not None and args.data == "CIFAR100-MTL":
+        parser.error(f"--task-images {args.task_images}: CIFAR100-MTL has all images of its classes, the others draw theirs")
     for name in ("decision", "exploration", "exploration_end", "collaboration", "reward"):
         if args.model not in LEARNED and getattr(args, name) != parser.get_default(name):
             option = f"--{name.replace('_', '-')}"
@@ -129,7 +133,7 @@ class Data:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         """Read or download the data set. Raises DataError."""
-        train, test, self.fingerprint = multitask.load(args.data, args.data_dir, args.seed)
+        train, test, self.fingerprint = multitask.load(args.data, args.data_dir, args.seed, args.task_images)
         self.train, self.test = train.to(device), test.to(device)
         pixels = self.train.images.float() / 255
         self.mean, self.deviation = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)

@@ -30,6 +30,7 @@ from common import parallel, plotting
 from common.datasets import images
 from common.datasets.images import ImageSet
 from common.errors import InputError, warn
+from common.graphs import GraphedModel
 from common.models.image_transformer import N_VALUES, ImageTransformer, cross_entropy
 from common.models.sets import NON_LINEARITIES
 from common.precision import autocast, set_backend_flags
@@ -204,23 +205,27 @@ def position_cross_entropy(table: Tensor, data: ImageSet) -> float:
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 
-def nats(model: ImageTransformer, batch: ImageSet, precision: str) -> Tensor:
-    """Nats per value of each image (N)."""
+def nats(model: ImageTransformer, batch: ImageSet, precision: str, forward: GraphedModel | None = None) -> Tensor:
+    """Nats per value of each image (N); `forward` takes the place of the model's."""
     with autocast(batch.images, precision):
-        logits = model(batch.images, batch.labels if model.n_classes else None)
+        logits = (forward or model)(batch.images, *([batch.labels] if model.n_classes else []))
     return cross_entropy(logits, batch.images)
 
 
-def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: str, size: int) -> Tensor:
+def accumulate_gradients(
+    model: ImageTransformer, batch: ImageSet, precision: str, size: int, forward: GraphedModel | None = None
+) -> Tensor:
     """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else.
 
-    Of several processes, each goes through its own images: the sum of their results is the batch's.
+    `forward` takes the place of the model's, if all images go through it at a time. Of several processes, each goes through
+    its own images: the sum of their results is the batch's.
     """
+    own = batch[parallel.shard(len(batch))]
+    forward = forward if size >= len(own) else None
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=batch.images.device)
-    own = batch[parallel.shard(len(batch))]
     for start in range(0, len(own), size):
-        loss = nats(model, own[start : start + size], precision).sum() / len(batch)
+        loss = nats(model, own[start : start + size], precision, forward).sum() / len(batch)
         loss.backward()
         total += loss.detach()
     return total
@@ -228,15 +233,23 @@ def accumulate_gradients(model: ImageTransformer, batch: ImageSet, precision: st
 
 @torch.no_grad()
 def evaluate(
-    model: ImageTransformer, data: ImageSet, precision: str, size: int, check_signal: Callable[[], None] = lambda: None
+    model: ImageTransformer,
+    data: ImageSet,
+    precision: str,
+    size: int,
+    check_signal: Callable[[], None] = lambda: None,
+    forward: GraphedModel | None = None,
 ) -> Tensor:
-    """Nats per value of each image, in float64 (N), `size` images at a time; `check_signal` is called between them."""
+    """Nats per value of each image, in float64 (N), `size` images at a time; `check_signal` is called between them.
+
+    `forward` takes the place of the model's.
+    """
     starts, parts = range(0, len(data), size), []
     n = parallel.world_size()
     for first in range(0, len(starts), n):
         check_signal()  # in all processes
         for start in parallel.own(starts[first : first + n]):
-            parts.append(nats(model, data[start : start + size], precision).double().cpu())
+            parts.append(nats(model, data[start : start + size], precision, forward).double().cpu())
     return torch.cat(parallel.collect(parts))
 
 
@@ -257,7 +270,10 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
     for indices in batches[training.batch :]:
         if training.time_is_up():
             break
-        loss = micro.run_in_parts(partial(accumulate_gradients, training.model, data.training[indices], args.precision))
+        batch = data.training[indices]
+        loss = micro.run_in_parts(
+            partial(accumulate_gradients, training.model, batch, args.precision, forward=training.forward)
+        )
         loss = training.sum_over_processes(loss)
         norm = gradient_norm(training.model)
         if not training.is_finite(loss, norm):
@@ -275,7 +291,8 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
     """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
     val_loss = math.nan
     if finite:
-        validate = partial(evaluate, training.model, data.validation, args.precision, check_signal=training.check_signal)
+        how = {"check_signal": training.check_signal, "forward": training.forward}
+        validate = partial(evaluate, training.model, data.validation, args.precision, **how)
         val_loss = micro.run_in_parts(validate, together=True).mean().item()
     row = {
         "epoch": training.epoch + 1,
@@ -345,7 +362,7 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, mic
     """The metrics of the best model: on the validation images, which chose it, and, once, on the test images."""
     training.best.load()
     validation, test = (
-        micro.run_in_parts(partial(evaluate, training.model, split, args.precision), together=True)
+        micro.run_in_parts(partial(evaluate, training.model, split, args.precision, forward=training.forward), together=True)
         for split in (data.validation, data.test)
     )
     labels = data.test.labels.cpu()

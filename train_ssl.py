@@ -359,9 +359,12 @@ def report(args: argparse.Namespace, data: Data, training: Training) -> dict[str
     result |= {"seconds": training.clock.used(), "training_images": len(train_set), "test_images": len(test_set)}
     result |= {"test": training.extra["tested"], "chance_top_1": 100 / args.num_classes, "marginals": marginals}
     walk = partial(bar, args, title="measuring the encoder")
-    splits = evaluation.represent_splits(encoder, train_set, test_set, size, walk)
-    result["linear_probe"] = evaluation.linear_probe(*splits, args.num_classes, args.seed, walk)
-    result["knn"] = evaluation.nearest_neighbours(*splits, args.num_classes)
+    classes = train_set, test_set, size, args.num_classes, args.seed, walk
+    result |= evaluation.measure_classes(encoder, *classes)
+    # whoever is not ahead of both has learned nothing about content
+    untrained = make_model(argparse.Namespace(**{**vars(args), "compile": False}), data.test.images.device).base_network
+    for name, baseline in {"raw_pixels": evaluation.raw_pixels(size), "untrained": untrained}.items():
+        result[name] = evaluation.measure_classes(baseline, *classes)
     if "rot" in (*args.tx, args.equi_tx):
         bins = args.duet_bins if marginals is not None and code == "rot" else 0
         rotated = train_set.images[:10_000], test_set.images, size

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from common import graphs
+
 Step = Callable[[], object]
 Values = Iterator[tuple[str, Any]]  # of a section, by name
 
@@ -65,18 +67,7 @@ def measure(step: Step, n: int, warm_up: int = 3) -> dict[str, float]:
 
 def capture(step: Step) -> Step:
     """Record a step of constant shapes as a CUDA graph; the result launches all its kernels at once."""
-    if not_simulated(GRAPHS):
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return step if not_simulated(GRAPHS) else graphs.record(step, warm_up=3)
 
 
 def count_waits(run: Step) -> dict[str, Any]:
@@ -105,7 +96,9 @@ def _warned_steps(run: Step) -> list[collections.Counter[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
 
-        def end_step(*_: object) -> None:
+        def end_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            if isinstance(optimizer, torch.optim.LBFGS):  # of a linear probe, after training
+                return
             places = (f"{seen.filename}:{seen.lineno}" for seen in caught if "synchronizing" in str(seen.message))
             steps.append(collections.Counter(places))
             caught.clear()

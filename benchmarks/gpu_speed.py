@@ -7,6 +7,7 @@ makes them tiny. As a module, this is one of several processes that train networ
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import amortised_clustering
+import amortised_mog
 import routing_networks
 import swarm_transformer
 import train_ssl
@@ -31,10 +33,12 @@ from common import matching
 from common.datasets import augmentation, clustering
 from common.datasets.augmentation import Preprocessing
 from common.datasets.images import ImageSet
+from common.graphs import GraphedModel
 from common.models import zoo
 from common.models.image_transformer import ImageTransformer
 from common.precision import set_backend_flags
 from common.run import dotted
+from common.run.budget import make_adam
 from common.symmetry.measures import features_of
 from common.symmetry.similarity import layer_similarities
 from common.symmetry.stitching import stitch, stitch_points
@@ -112,14 +116,14 @@ def clustering_step(precision: str, compile: bool, smoke: bool) -> tuple[Step, t
     words = [*line.split(), "-precision", precision, *(["-compile"] if compile else [])]
     args, _, _ = dotted.parse(amortised_clustering.get_parser(), words, amortised_clustering.NOT_IN_NAME)
     model = amortised_clustering.make_model(args)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    optimizer, forward = make_adam(model, args.lr), GraphedModel(model)
     tasks = clustering.make_tasks(100 if smoke else 2000, args.seed).to(CUDA)
     batches = clustering.batches_by_size(tasks, torch.arange(len(tasks)), args.bs)
     indices = batches[len(batches) // 2]
 
     def step() -> None:
         points, labels, mask = clustering.padded_batch(tasks, indices)
-        log_p = amortised_clustering.log_probs(model, points, mask, args.precision)
+        log_p = amortised_clustering.log_probs(forward, points, mask, args.precision)
         loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -147,13 +151,13 @@ def images_section(smoke: bool) -> Values:
 
     def make_step(precision: str, compile: bool) -> Step:
         args, model = make(precision, compile)
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        optimizer, forward = make_adam(model, args.lr), GraphedModel(model)
         batch = ImageSet(
             torch.randint(0, 256, (args.bs, 1, 28, 28), dtype=torch.uint8).to(CUDA), torch.zeros(args.bs, device=CUDA), ()
         )
 
         def step() -> None:
-            swarm_transformer.accumulate_gradients(model, batch, args.precision, args.bs)
+            swarm_transformer.accumulate_gradients(model, batch, args.precision, args.bs, forward)
             optimizer.step()
 
         return step
@@ -167,6 +171,23 @@ def images_section(smoke: bool) -> Values:
     n = args.bs * 28 * 28
     sizes = (n, args.n_hidden, args.n_hidden, 256, args.n_iter, n)
     yield from compare_with_products(make_step, 2 if smoke else 10, *sizes)
+
+
+def mixture_section(smoke: bool) -> Values:
+    """The default line of amortised_mog.py: whole steps, data included."""
+    for kind in ("fp32", "bf16"):
+        set_backend_flags(kind)
+        args, _, _ = dotted.parse(amortised_mog.get_parser(), ["-precision", kind], amortised_mog.NOT_IN_NAME)
+        model = amortised_mog.make_model(args)
+        optimizer, forward, numbers = make_adam(model, args.lr), GraphedModel(model), itertools.count()
+
+        def step(args: Any = args, optimizer: Any = optimizer, forward: Any = forward, numbers: Any = numbers) -> None:
+            batch = amortised_mog.batch_of(args, CUDA, amortised_mog.TRAINING, 0, next(numbers))
+            optimizer.zero_grad()
+            (-amortised_mog.likelihood(args, forward, batch).mean()).backward()
+            optimizer.step()
+
+        yield kind, measure(step, 2 if smoke else 50, warm_up=3 if smoke else 30)
 
 
 # ---- routing, stitching, similarity --------------------------------------------------------------------------------------

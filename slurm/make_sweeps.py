@@ -1,6 +1,8 @@
-"""Writes slurm/sweeps/*.txt: the sweeps that the papers need, one command line a run.
+"""Writes slurm/sweeps/*.txt: the sweeps that the papers need, and those of the tables in results/, one command line a run.
 
     python slurm/make_sweeps.py
+
+A table of results/ is repeated on one machine by slurm/local.sh slurm/sweeps/NAME.txt -j RUNS_AT_ONCE.
 
 The files are committed as made; a test compares. Edit a file for a sweep of your own, or better a copy under another name.
 """
@@ -116,12 +118,102 @@ def routing() -> Iterator[str]:
             yield f"routing_networks.py --data CIFAR100-MTL {kind} --seed {seed}"
 
 
+# ---- what one machine can do: the tables of results/ -----------------------------------------------------------------------
+
+
+def clustering_hour() -> Iterator[str]:
+    """The published line as printed, and other models with about as many parameters (135,178): 139,758, 135,020, 137,738."""
+    models = (
+        "Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0", "SetTransformer -n_hidden 92 -lr 0.003",
+        "SetLinear -n_hidden 180 -n_layers 4 -lr 0.003", "LSTM -n_hidden 128",
+    )  # fmt: skip
+    for model in models:
+        yield f"amortised_clustering.py -type {model} -bs 50 -wc 60"
+
+
+def clustering_small() -> Iterator[str]:
+    """A SWARM layer of a size at which one thread takes thousands of steps, until it passes k-means."""
+    for seed in range(3):
+        yield f"amortised_clustering.py -type Swarm -n_hidden 32 -n_iter 10 -lr 0.01 -bs 20 -wc 120 -seed {seed}"
+
+
+def images_small() -> Iterator[str]:
+    """A fifth of the images an epoch, so that 20 minutes hold several."""
+    for data in ("FashionMNIST", "MNIST"):
+        for seed in range(3):
+            yield (
+                f"swarm_transformer.py -data {data} -n_hidden 64 -n_iter 10 -bs 10 -lr 0.006 -wc 20 -epoch_images 11000 -cond "
+                f"-update_interval 5 -seed {seed}"
+            )
+
+
+def ssl_fashion() -> Iterator[str]:
+    """All images at their full size, turned or mirrored; DUET's and ESSL's options as in the published lines."""
+    for code, target in (("rot", "vm"), ("fli", "ga")):
+        for method in (
+            f"duet --tx sca {code} --equi-tx {code} --duet-target {target} --duet-lambda 1000",
+            f"simclr --tx sca {code}",
+            f"essl --tx sca --equi-tx {code}",
+        ):
+            for seed in range(2):
+                yield (
+                    "train_ssl.py --dataset fashionmnist --image-size 28 --encoder cifar10_resnet20 --encoder-width 32 "
+                    "--precision bf16 --batch-size 256 --lr 0.001 --epochs 20 --warmup-epochs 1 --test-every 10 "
+                    f"--model {method} --seed {seed}"
+                )
+
+
+def routing_mnist() -> Iterator[str]:
+    """Ten tasks of 2,000 images; then ten tasks of 100 images, for as many steps of 640, and three modules for all of them."""
+    common = "routing_networks.py --data MNIST-MTL --optimizer adam --loss cross-entropy --batch-size 64 --lr 2e-3"
+    learned = ("--decision AAC --routing-lr 0.1", "--decision WPL")
+    fixed = ("--model per-task-all-fc", "--model per-task-1-fc --width 176", "--model soft-mixture")
+    agents = [f"--model {model} --decision AAC --routing-lr 0.1" for model in ("dispatched", "single-agent")]
+    sharing = [f"{decision} --modules 3" for decision in learned]
+    for kinds, budget in (
+        ((*learned, *agents, *fixed), "--epochs 4"),
+        ((*sharing, *learned, *fixed), "--epochs 40 --drop-after 20 --task-images 50"),
+    ):
+        for kind in kinds:
+            for seed in range(1, 6):
+                yield f"{common} {budget} {kind} --seed {seed}"
+
+
+FASHION_ZOO = "--dataset fashionmnist --subset 12000"
+FASHION_ARCHS = {"mCNN": " --width 16", "cwCNN": " --width 64", "cct_2_3x2_32": ""}
+
+
+def zoo_fashion() -> Iterator[str]:
+    """Four small networks of three architectures."""
+    for arch, width in FASHION_ARCHS.items():
+        yield (
+            f"train_zoo.py --arch {arch} {FASHION_ZOO}{width} --recipe fast --epochs 8 --num_models 4 "
+            f"--out results/zoo/fashion-{arch}"
+        )
+
+
+def stitching_fashion() -> Iterator[str]:
+    """Cross-validated permutations of mCNNs, any matrix and permutations of the other two: two pairs each."""
+    recipes = {"mCNN": ("crossval",), "cwCNN": ("standard", "Grelu"), "cct_2_3x2_32": ("standard", "Grelu")}
+    rates = {"crossval": "--stitch_lr 0.2 --bn_batches 50", "standard": "--stitch_epochs 2 --stitch_lr 0.1"}
+    rates["Grelu"] = f"--stitch_epochs 4 {rates['crossval']}"
+    for arch, own in recipes.items():
+        for recipe in own:
+            yield (
+                f"cifar10_stitching.py --arch {arch} {FASHION_ZOO} --zoo results/zoo/fashion-{arch} --retrain_repeats 2 "
+                f"--recipe {recipe} {rates[recipe]}"
+            )
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------
+
+
 def sweep(comment: str, lines: Iterable[str]) -> str:
     return "".join(f"# {text}\n" for text in comment.split("\n")) + "\n" + "".join(f"{line}\n" for line in lines)
 
 
-def sweeps() -> dict[str, str]:
-    """The content of every file, by its name. A new sweep is a function above and an entry here (and in reproduce.sh)."""
+def published() -> dict[str, str]:
+    """The content of the papers' files, by name. A new sweep is a function above and an entry here and in reproduce.sh."""
     of_ssl = "Each transformation by DUET, SimCLR and ESSL"
     return {
         "amortised_clustering.txt": sweep(
@@ -143,6 +235,29 @@ def sweeps() -> dict[str, str]:
         "projections.txt": sweep("The rotation test", projections()),
         "routing.txt": sweep("Routing by decision, and its baselines, five seeds each", routing()),
     }
+
+
+def of_one_machine() -> dict[str, str]:
+    """The content of the files of results/, by name."""
+    return {
+        "clustering_hour.txt": sweep("Amortised clustering: the published line and its peers, an hour each", clustering_hour()),
+        "clustering_small.txt": sweep("Amortised clustering: a small model, two hours, three seeds", clustering_small()),
+        "images_small.txt": sweep("SWARM image transformer: small, 20 minutes, three seeds", images_small()),
+        "ssl_fashion.txt": sweep(
+            "DUET, SimCLR and ESSL on Fashion-MNIST, two seeds: for a GPU, several at once", ssl_fashion()
+        ),
+        "routing_mnist.txt": sweep(
+            "Routing on MNIST in ten tasks, five seeds: many images, and few with few modules", routing_mnist()
+        ),
+        "zoo_fashion.txt": sweep("Small networks of three architectures on Fashion-MNIST", zoo_fashion()),
+        "stitching_fashion.txt": sweep(
+            "Stitching of small networks on Fashion-MNIST. Needs the networks of zoo_fashion.txt", stitching_fashion()
+        ),
+    }
+
+
+def sweeps() -> dict[str, str]:
+    return published() | of_one_machine()
 
 
 def main() -> None:

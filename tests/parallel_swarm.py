@@ -75,7 +75,7 @@ def steps_of(kind: str, double: bool, data: Path, results: Path) -> torch.Tensor
     return torch.stack(steps)
 
 
-def nats(model: torch.nn.Module, batch: Any, _: str) -> torch.Tensor:
+def nats(model: torch.nn.Module, batch: Any, *_: Any) -> torch.Tensor:
     log_p, values = model(batch.images).log_softmax(4), batch.images.permute(0, 2, 3, 1).long()
     return -log_p.gather(4, values.unsqueeze(4)).mean((1, 2, 3, 4))
 
@@ -137,10 +137,10 @@ def short_of_memory() -> Iterator[None]:
     script = importlib.import_module("swarm_transformer")
     nats = script.nats
 
-    def short(model: torch.nn.Module, batch: Any, precision: str) -> torch.Tensor:
+    def short(model: torch.nn.Module, batch: Any, *more: Any) -> torch.Tensor:
         if len(batch) > ((9, 2) if torch.is_grad_enabled() else (1, 9))[parallel.rank()]:
             raise torch.OutOfMemoryError
-        return nats(model, batch, precision)
+        return nats(model, batch, *more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "nats", short)

@@ -165,10 +165,14 @@ def test_report(finished: Path, capsys: pytest.CaptureFixture) -> None:
     assert oracle["accuracy"] > model["accuracy"] > chance["accuracy"]
     assert abs(chance["rand_index"]) < 0.02 < model["rand_index"] < oracle["rand_index"]
     assert sum(row["tasks"] for row in result["by_clusters"].values()) == result["validation_tasks"] == 4
+    k_means = result["k_means"]
+    assert chance["rand_index"] < k_means["adjusted_rand_index"] < 1 and k_means["tasks"] == 4
     mean = sum(row["tasks"] * row["model"]["accuracy"] for row in result["by_clusters"].values()) / 4
     assert mean == pytest.approx(model["accuracy"])
     log = (directory(finished) / "log").read_text()
     assert f"oracle {oracle['cross_entropy']:.4f}, chance 2.3026" in log and log.endswith(script.report_table(result) + "\n")
+    for text in (log, script.summary(result)):
+        assert f"{k_means['adjusted_rand_index']:.3f} (" in text and "told the number of clusters" in text
 
 
 def test_same_seed_same_run_other_seed_another(finished: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
 
 from common.datasets import clustering
 from common.datasets.clustering import ClusteringTasks, make_tasks
@@ -110,6 +112,22 @@ def test_oracle_is_bayes_rule() -> None:
         expected = density.log_prob(x[n].double().unsqueeze(1)).log_softmax(1)
         torch.testing.assert_close(log_p[n, :, :K], expected, rtol=1e-6, atol=1e-6)
         assert (log_p[n, :, K:] < -9000).all()
+
+
+def test_k_means_is_as_good_as_scikit_learns(tasks: ClusteringTasks) -> None:
+    """On 60 tasks, whose mean differs by some hundredths between good starts and bad ones."""
+    own, other = [], []
+    for task in range(60):
+        labels = clustering.k_means(tasks, task, seed=0)
+        points = tasks.points[tasks.starts[task] :][: tasks.sizes[task]]
+        true = tasks.labels[tasks.starts[task] :][: tasks.sizes[task]]
+        assert labels.shape == true.shape and labels.max() < tasks.n_clusters[task]
+        own.append(adjusted_rand_score(true, labels))
+        other.append(
+            adjusted_rand_score(true, KMeans(int(tasks.n_clusters[task]), n_init=4, random_state=0).fit_predict(points))
+        )
+    assert sum(own) / 60 == pytest.approx(sum(other) / 60, abs=0.015)
+    assert torch.equal(clustering.k_means(tasks, 59, seed=0), labels)
 
 
 def test_too_few_tasks() -> None:

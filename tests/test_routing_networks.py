@@ -84,6 +84,14 @@ def test_one_against_rest() -> None:
         multitask.one_against_rest(data, 41, seed=0)
 
 
+def test_small_training_sets(grey: str) -> None:
+    """Of as many images as asked for; test images stay as many as they are."""
+    args, name = script.parse(script.get_parser(), f"{SHORT} {grey} --task-images 3".split())
+    assert "task-images.3" in name
+    data = script.Data(args, torch.device("cpu"))
+    assert len(data.train) == 10 * 2 * 3 and len(data.test) == 10 * 2 * multitask.PER_TASK["test"]
+
+
 def test_superclasses() -> None:
     """20 tasks of five different labels; the rest of a division by 5, as the original has it, merges them."""
     fine = torch.arange(100)
@@ -237,6 +245,7 @@ BAD = {
     "--model per-task-all-fc --modules 3": "--modules 3: per-task-all-fc has one for each of the 10 tasks",
     "--agents 3": "--agents 3: routed-all-fc has no choice of agents",
     "--model soft-mixture --decision AAC": "--decision AAC: soft-mixture decides nothing",
+    "--task-images 20 --data CIFAR100-MTL": "--task-images 20: CIFAR100-MTL has all images of its classes",
     "--resume --overwrite": "choose one",
     "--module 3": "unrecognized arguments",
     "--compare nowhere": "nowhere is no finished run",

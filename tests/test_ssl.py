@@ -18,7 +18,7 @@ from common.ssl import transformations as tf
 from common.ssl.duet import DUET
 from common.ssl.essl import ESSL
 from common.ssl.simclr import SimCLR, nt_xent
-from common.ssl.steps import classification_loss
+from common.ssl.steps import as_floats, classification_loss
 from common.ssl.views import Stack
 from tests.small_images import smooth
 
@@ -338,6 +338,15 @@ def test_probes() -> None:
     halves = z[:200], shuffled[:200], z[200:], shuffled[200:], 2
     assert 35 < evaluation.linear_probe(*halves, seed=0)["top_1"] < 65
     assert 35 < evaluation.nearest_neighbours(*halves)["top_1"] < 65
+
+
+def test_raw_pixels_are_the_centre_of_the_image() -> None:
+    images = smooth(3, (2, 10, 10)).images
+    z = evaluation.represent(evaluation.raw_pixels(8), images, 8)
+    assert torch.equal(z, (as_floats(images)[:, :, 1:9, 1:9] - 0.5).flatten(1))
+    enlarged = smooth(3, (1, 32, 32)).images.repeat_interleave(2, 2).repeat_interleave(2, 3)  # no more pixels than before
+    z = evaluation.represent(evaluation.raw_pixels(64), enlarged, 64)
+    torch.testing.assert_close(z, (as_floats(smooth(3, (1, 32, 32)).images) - 0.5).flatten(1))
 
 
 def test_encoding_moves_no_statistics() -> None:

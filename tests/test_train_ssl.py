@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from common.models.resnet import CifarResNet
 from common.run import trackers
 from common.run.metrics import read_metrics
 from common.run.state import State
-from common.ssl import duet
+from common.ssl import duet, evaluation
 from common.ssl.models import load_encoder, read_saved
 from common.ssl.simclr import SimCLR
 from tests.command_lines import Terminal, exit_status
@@ -194,7 +195,8 @@ def test_what_a_run_leaves(kind: str, grey: tuple[str, str], tmp_path: Path, cap
     result = json.loads((path / "result.json").read_text())
     assert result["epochs"] == 3 and result["steps"] == 12  # 3 batches of 16, one of 2
     assert result["test"] and all(math.isfinite(value) for value in result["test"].values())
-    assert 0 <= result["linear_probe"]["top_1"] <= 100 and 0 <= result["knn"]["top_1"] <= 100
+    for of in (result, result["raw_pixels"], result["untrained"]):
+        assert 0 <= of["linear_probe"]["top_1"] <= 100 and 0 <= of["knn"]["top_1"] <= 100
     metrics = read_metrics(path / "metrics.csv")
     assert metrics["epoch"] == [0, 1, 2]
     assert metrics["lr"] == pytest.approx([0.0004 * m for m in (0.001, 1, 0.5)])
@@ -204,7 +206,15 @@ def test_what_a_run_leaves(kind: str, grey: tuple[str, str], tmp_path: Path, cap
     assert pictures >= {"metrics.png", "weights.png", "samples.png"}
     assert ("marginals.png" in pictures) == (kind != "no bins")
     out, log = capsys.readouterr().out, (path / "log").read_text()
-    for text in ("Training starts!", "[Train epoch 0 in ", "[Test  epoch 2 in ", f"{metric}: ", "(chance 10)", "lr: 0.0004"):
+    for text in (
+        "Training starts!",
+        "[Train epoch 0 in ",
+        "[Test  epoch 2 in ",
+        f"{metric}: ",
+        "(chance 10)",
+        "lr: 0.0004",
+        "(chance 10, raw pixels ",
+    ):
         assert text in out and text in log
     # a second start
     assert run(line, tmp_path, *grey, "--save-dir", str(saved)) == 2
@@ -308,6 +318,32 @@ def test_a_run_without_epochs_is_stopped_in_its_test(
         assert run(line, tmp_path, *grey) == 75
     assert run(line, tmp_path, *grey) == 0
     assert not (directory(tmp_path) / "metrics.csv").exists()
+
+
+def test_probes_of_raw_pixels_and_of_the_initial_weights(
+    grey: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The baselines of a run are those of its seed's first weights, also if it was resumed."""
+    line, measured, measure = f"{DUET} --epochs 2 --center-crop --resume auto", [], evaluation.measure_classes
+
+    def noted(encoder: torch.nn.Module, *how: Any) -> dict[str, dict[str, float]]:
+        measured.append((encoder, measure(encoder, *how)))
+        return measured[-1][1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "check_signal", signal_at(5))
+        assert run(line, tmp_path, *grey) == 75
+    monkeypatch.setattr(evaluation, "measure_classes", noted)
+    assert run(line, tmp_path, *grey) == 0
+    result = json.loads((directory(tmp_path) / "result.json").read_text())
+    (trained, own), (pixels, of_pixels), (untrained, of_untrained) = measured
+    assert {probe: result[probe] for probe in own} == own
+    assert result["raw_pixels"] == of_pixels and not list(pixels.parameters())
+    assert result["untrained"] == of_untrained
+    args, _ = script.parse(script.get_parser(), line.split())
+    first = script.make_model(args, torch.device("cpu")).base_network.state_dict()
+    assert_equal(dict(untrained.state_dict()), dict(first))
+    assert not torch.equal(trained.conv1.weight, first["conv1.weight"])
 
 
 # ---- saved encoders ------------------------------------------------------------------------------------------------------

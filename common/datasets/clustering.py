@@ -7,16 +7,22 @@ mixture weights; means from N(0, I); covariances from an inverse Wishart distrib
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
+
+from common.graphs import padded_length
 
 N_CLUSTERS = (3, 10)
 N_ENTITIES = (100, 1000)
 DEGREES_OF_FREEDOM = 4
 SCALE = 0.05
 N_LABELS = N_CLUSTERS[1]
+K_MEANS_STARTS = 4  # of which the one with the smallest distances counts
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,12 @@ def batches_by_size(tasks: ClusteringTasks, indices: Tensor, batch_size: int) ->
 
 
 def padded_batch(tasks: ClusteringTasks, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Collect tasks, padded to the largest: points (N, E, 2) and labels (N, E), zero at padding, and the mask (N, E)."""
+    """Collect tasks, padded to the largest: points (N, E, 2) and labels (N, E), zero at padding, and the mask (N, E).
+
+    On a GPU they are padded to a multiple of 64 entities (common/graphs.py).
+    """
     device, sizes = tasks.points.device, tasks.sizes[indices]
-    offsets = torch.arange(int(sizes.max()), device=device)
+    offsets = torch.arange(padded_length(int(sizes.max()), device), device=device)
     mask = offsets < sizes.to(device, non_blocking=True)[:, None]
     entity = torch.where(mask, tasks.starts[indices.to(device, non_blocking=True)][:, None] + offsets, 0)
     return tasks.points[entity] * mask.unsqueeze(2), tasks.labels[entity] * mask, mask
@@ -96,3 +105,18 @@ def log_posterior(tasks: ClusteringTasks, indices: Tensor, points: Tensor) -> Te
     log_density = -0.5 * whitened.square().sum(2) - factors.diagonal(dim1=2, dim2=3).log().sum(2, keepdim=True)  # (N, 10, E)
     absent = torch.arange(N_LABELS, device=points.device) >= tasks.n_clusters[indices][:, None]
     return log_density.masked_fill(absent.unsqueeze(2), -1e4).log_softmax(1).mT
+
+
+def k_means(tasks: ClusteringTasks, task: int, seed: int) -> Tensor:
+    """Labels (E) of a task by k-means, which is told the number of clusters: what one would use without a network.
+
+    On the CPU, seeded: a task gets the same labels whichever other tasks are clustered.
+    """
+    points = tasks.points[tasks.starts[task] :][: tasks.sizes[task]].double().cpu().numpy()
+    rng, starts = np.random.default_rng((seed, task)), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a cluster has become empty: other starts have none
+        for _ in range(K_MEANS_STARTS):
+            centres, labels = kmeans2(points, int(tasks.n_clusters[task]), minit="++", rng=rng)
+            starts.append((((points - centres[labels]) ** 2).sum(), labels))
+    return torch.from_numpy(min(starts, key=lambda start: start[0])[1]).long()

@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from common.graphs import padded_length
 
 N_POINTS = (100, 500)  # the upper end is excluded
 MEAN_RANGE = 4.0
@@ -35,9 +38,11 @@ class MixtureSets:
         return MixtureSets(self.points[sets, :E], mask[:, :E], self.means[sets], self.weights[sets])
 
     def to(self, device: torch.device) -> MixtureSets:
-        return MixtureSets(
-            *(tensor.to(device, non_blocking=True) for tensor in (self.points, self.mask, self.means, self.weights))
-        )
+        """On a device, padded to its `padded_length`."""
+        E = self.mask.shape[1]
+        padding = padded_length(E, device) - E
+        points, mask = F.pad(self.points, (0, 0, 0, padding)), F.pad(self.mask, (0, padding))
+        return MixtureSets(*(tensor.to(device, non_blocking=True) for tensor in (points, mask, self.means, self.weights)))
 
 
 def draw_sets(n: int, n_dim: int, n_clust: int, gen: torch.Generator) -> MixtureSets:

@@ -39,13 +39,19 @@ class MultitaskSet:
         return MultitaskSet(self.images.to(device), self.tasks.to(device), self.labels.to(device), self.task_names)
 
 
-def load(name: str, data_dir: str | Path, seed: int) -> tuple[MultitaskSet, MultitaskSet, str]:
-    """Training and test split of one of N_TASKS, read or downloaded, and a fingerprint of the images. Raises DataError."""
+def load(name: str, data_dir: str | Path, seed: int, per_task: int | None = None) -> tuple[MultitaskSet, MultitaskSet, str]:
+    """Training and test split of one of N_TASKS, read or downloaded, and a fingerprint of the images. Raises DataError.
+
+    One-against-rest tasks have `per_task` training images of their class [1,000], and as many of others.
+    """
     train, test = (images.load(name.removesuffix("-MTL"), split, data_dir, download=True) for split in images.SPLITS)
     if name == "CIFAR100-MTL":
         return superclasses(train), superclasses(test), train.fingerprint()
-    sizes = [PER_TASK[split] for split in images.SPLITS]
-    return one_against_rest(train, sizes[0], seed), one_against_rest(test, sizes[1], seed), train.fingerprint()
+    training, test_set = (
+        one_against_rest(train, per_task or PER_TASK["train"], seed),
+        one_against_rest(test, PER_TASK["test"], seed),
+    )
+    return training, test_set, train.fingerprint()
 
 
 def one_against_rest(data: ImageSet, per_task: int, seed: int) -> MultitaskSet:

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import graphs
 from common.models.sets import NON_LINEARITIES
 from common.models.swarm import IncrementalSwarm, SwarmLayer
 
 N_VALUES = 256
+NOTHING = N_VALUES  # the "value" before the first position
 
 
 class ImageTransformer(nn.Module):
@@ -124,7 +126,7 @@ class ImageTransformer(nn.Module):
         with torch.autocast(device.type, enabled=False):  # it would cast the weights again for every value
             steps = IncrementalImages(self, n, classes)
             for e in range(H * W * C):
-                logits = steps.logits(values[:, e - 1].int() if e else None)
+                logits = steps.logits(values[:, e - 1] if e else None)
                 if e >= n_given:
                     # the largest of logits plus Gumbel noise is a draw from their softmax
                     uniform = torch.rand(logits.shape, generator=generator, device=device)
@@ -136,7 +138,8 @@ class IncrementalImages:
     """An ImageTransformer over n images that become known value by value: each costs n_iter cell steps per layer.
 
     All it keeps of the earlier values is a sum of h for each iteration and layer: n_layers n_iter n_hidden numbers an image.
-    What the first layer makes of its input, Wih x + b, is a sum of three terms, all of which are computed at the start.
+    What the first layer makes of its input, Wih x + b, is a sum of three terms, all of which are computed at the start. On a
+    GPU a step is a CUDA graph.
     """
 
     @torch.no_grad()
@@ -146,19 +149,36 @@ class IncrementalImages:
         self.first = IncrementalSwarm(first, n)
         self.others = [IncrementalSwarm(cell, n) if isinstance(cell, SwarmLayer) else cell for cell in others]
         Wih, bias = self.first.Wih, self.first.bias
-        self.values = F.linear(model.input_embedding.weight, Wih)  # (256, 4H)
-        self.positions = iter(F.linear(model.positions(), Wih))  # (E, 4H)
+        values = F.linear(model.input_embedding.weight, Wih)
+        self.values = F.pad(values, (0, 0, 0, 1))  # (257, 4H), zero for NOTHING
+        self.positions = F.linear(model.positions(), Wih)  # (E, 4H)
         self.context = F.linear(model.context(n, classes), Wih, bias)  # (n, 4H)
+        self.before = torch.full((n,), NOTHING, device=bias.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=bias.device)
+        self.step = self._step
+        if bias.is_cuda:
+            self.step = graphs.record(self._step)
+            for part in (self.first, *self.others):
+                if isinstance(part, IncrementalSwarm):
+                    part.reset()
+            self.position.zero_()
 
     @torch.no_grad()
     def logits(self, before: Tensor | None) -> Tensor:
-        """Logits (n, 256) at the next position, given the value (n) at the one before: None at the first position."""
-        x_term = self.context + next(self.positions)
+        """Logits (n, 256) at the next position, given the value (n) at the one before: None at the first position.
+
+        On a GPU they are overwritten by the next call.
+        """
         if before is not None:
-            x_term += self.values[before]
-        x = self.first.step(x_term)
+            self.before.copy_(before)
+        return self.step()
+
+    def _step(self) -> Tensor:
+        x_term = self.context + self.positions.index_select(0, self.position)
+        x = self.first.step(x_term.add_(self.values.index_select(0, self.before)))
         for cell in self.others:
             x = cell(x)
+        self.position += 1
         return x
 
 

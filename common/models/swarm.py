@@ -165,16 +165,21 @@ class IncrementalSwarm:
         self.gates = self.Whh.new_empty(layer.n_iter, n, 4 * H)
         self.parts = [(gates[:, : 3 * H], *gates.chunk(4, 1)) for gates in self.gates]  # of each iteration: ifo, i, f, o, d
         self.sums = torch.zeros_like(self.h[1:])
-        self.count = 0
+        self.count = self.Whh.new_zeros(())  # a tensor: steps may be replayed as a CUDA graph
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.step(F.linear(x, self.Wih, self.bias))
+
+    def reset(self) -> None:
+        """Forget all entities."""
+        self.sums.zero_()
+        self.count.zero_()
 
     @torch.no_grad()
     def step(self, x_term: Tensor) -> Tensor:
         """The same, given Wih x + b of the next entity (N, 4H)."""
         self.count += 1
-        torch.add(self.Whh, self.Whp, alpha=1 / self.count, out=self.W)
+        torch.addcdiv(self.Whh, self.Whp, self.count, out=self.W)
         self.gates[:] = x_term
         self.gates[1:] += product((self.sums / self.count).flatten(0, 1), self.Whp.T).view_as(self.gates[1:])
         self.c.zero_()

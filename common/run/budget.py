@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from common import checkpoint, parallel, plotting
 from common.checkpoint import CheckpointError
+from common.graphs import GraphedModel
 from common.run.backtracking import Backtracking
 from common.run.clock import Clock
 from common.run.metrics import Meter, Metrics, Traces, read_metrics
@@ -138,6 +139,7 @@ class BudgetedTraining(State):
         parts |= {"meter": self.meter, "metrics": self.metrics, "traces": self.traces}
         super().__init__(run.last, run.options, run, data=data, model=model, **parts)
         self.run, self.optimizer = run, optimizer
+        self.forward = GraphedModel(model)  # for training steps
 
     def start(self, resume: str | None) -> None:
         """Open the run: continue it, or begin, if `resume` is a file, with the weights and moments in it."""

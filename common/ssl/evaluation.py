@@ -110,6 +110,22 @@ def nearest_neighbours(z: Tensor, labels: Tensor, z_test: Tensor, labels_test: T
     return {"top_1": 100 * right / len(z_test), "neighbours": k}
 
 
+def measure_classes(
+    encoder: nn.Module, training: ImageSet, test: ImageSet, size: int, n_classes: int, seed: int, walk: Walk = iter
+) -> dict[str, dict[str, float]]:
+    """Linear probe and nearest neighbours of an encoder, as result.json has them."""
+    splits = represent_splits(encoder, training, test, size, walk)
+    return {"linear_probe": linear_probe(*splits, n_classes, seed, walk), "knn": nearest_neighbours(*splits, n_classes)}
+
+
+def raw_pixels(size: int) -> nn.Module:
+    """The encoder that returns the pixels themselves, (B, C, H, H) -> (B, C H H), as a baseline.
+
+    Views are averaged down to 32x32: no image set here has more pixels, and thousands of enlarged ones would fill the memory.
+    """
+    return nn.Sequential(nn.AdaptiveAvgPool2d(min(size, 32)), nn.Flatten())
+
+
 # ---- transformations -----------------------------------------------------------------------------------------------------
 
 
@@ -182,12 +198,17 @@ def ridge(z: Tensor, y: Tensor, penalty: float = 1e-3) -> Tensor:
 
 def as_table(result: dict[str, Any]) -> str:
     """The metrics of an encoder as text: those in the result.json of its run."""
-    chance = f"(chance {result['chance_top_1']:.3g})"
+    chance = f"chance {result['chance_top_1']:.3g}"
+
+    def beside(probe: str) -> str:
+        pixels, untrained = (result[name][probe]["top_1"] for name in ("raw_pixels", "untrained"))
+        return f"{result[probe]['top_1']:.2f} % ({chance}, raw pixels {pixels:.2f}, untrained encoder {untrained:.2f})"
+
     rows = {
         "test images": result["test_images"],
-        "online linear head, top-1": f"{result['test']['track_head_top_1_mean']:.2f} % {chance}",
-        "linear probe, top-1": f"{result['linear_probe']['top_1']:.2f} % {chance}",
-        "nearest neighbours, top-1": f"{result['knn']['top_1']:.2f} % {chance}",
+        "online linear head, top-1": f"{result['test']['track_head_top_1_mean']:.2f} % ({chance})",
+        "linear probe, top-1": beside("linear_probe"),
+        "nearest neighbours, top-1": beside("knn"),
     }
     for how, error in result.get("rotation_error_degrees", {}).items():
         means = f"{error['mean']:.1f} degrees in the mean, {error['median']:.1f} in the median (chance 90)"
