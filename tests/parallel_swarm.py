@@ -7,6 +7,7 @@ torchrun --nproc-per-node=2 tests/parallel_swarm.py FOLDER                   # a
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import signal
 import sys
@@ -21,10 +22,11 @@ import torch.distributed as dist
 from common import parallel
 from common.datasets import clustering
 from common.models.mixture import log_likelihood
+from common.run.clock import Clock
 from common.run.command import Command
 from common.run.state import State
 from tests.command_lines import exit_status
-from tests.interruptions.cases import make_case, save_often_draw_nothing
+from tests.interruptions.cases import Case, make_case, save_often_draw_nothing
 
 KINDS = ("clustering", "mixture", "images")
 # batches that do not halve, no dropout
@@ -131,6 +133,15 @@ def stop_again_and_again(kind: str, folder: Path, name: str, fetch_every: int = 
     return statuses
 
 
+def run_out_of_time(folder: Path) -> int:
+    """The clock of the first process says in its third step that the time is up, that of the second never."""
+    script, *words = LINES["clustering"].split()
+    calls = itertools.count(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Clock, "is_up", lambda _: parallel.rank() == 0 and next(calls) >= 3)
+        return Case(script, [word.replace("RESULTS", str(folder / "out of time")) for word in words], folder).run()
+
+
 @contextlib.contextmanager
 def short_of_memory() -> Iterator[None]:
     """Process 1 has memory for 2 images in training, and process 0 for one in validation."""
@@ -182,6 +193,7 @@ def main(folder: Path) -> None:
         left["killed"] = make_case("clustering", folder / "data", folder / "killed").run()
         left["stopped"] = {kind: stop_again_and_again(kind, folder, kind) for kind in KINDS}
         left["stopped"]["late"] = stop_again_and_again("clustering", folder, "late", fetch_every=3)
+        left["out of time"] = run_out_of_time(folder)
         with short_of_memory():
             steps_of("images", False, folder / "data", folder / "short")
         left["refused"] = refuse_all(folder)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -31,7 +32,13 @@ def torchrun(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     line = [*command, str(ROOT / "tests" / "parallel_swarm.py"), str(folder), *words]
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    with subprocess.Popen(line, cwd=folder, env=environment, stdout=PIPE, stderr=PIPE, text=True) as process:
+        try:
+            out, error = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # which ends the processes, too
+            raise
+        return subprocess.CompletedProcess(line, process.returncode, out, error)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +124,13 @@ def test_after_kills_of_either_process_the_run_goes_on(folder: Path, left: list[
     assert_equal(outcome(folder / "killed"), outcome(folder / "whole" / "clustering"))
     (log,) = (folder / "killed").rglob("log")
     assert "failed" not in log.read_text()
+
+
+def test_the_first_process_says_when_the_time_is_up(folder: Path, left: list[dict[str, Any]]) -> None:
+    """To both after the same step; the model is validated and saved."""
+    assert [of_rank["out of time"] for of_rank in left] == [0, 0]
+    found = numbers(folder / "out of time")
+    assert found["/steps"] == found["row 0/step"] == 3 and found["/epochs"] == 1
 
 
 def test_processes_that_are_short_of_memory_agree_on_a_size(folder: Path) -> None:
