@@ -43,7 +43,7 @@ bench-quick: .venv/installed
 bench-precision: .venv/installed
 	$(BIN)/python -m benchmarks.precision --save
 
-# on a machine with a GPU, into results/gpu/CARD.json and the table of cards there: 5 minutes (docs/gpu.md)
+# on a machine with a GPU, into results/gpu/CARD.json and the table of cards there: 10 minutes (docs/gpu.md)
 gpu: .venv/installed
 	$(BIN)/python -m benchmarks.gpu
 

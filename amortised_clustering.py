@@ -7,7 +7,7 @@ cluster label for every point. The loss is the cross entropy under the best matc
 
 leaves its run in results/amortised_clustering/: log, metrics.csv, learning curves, weight traces, samples, result.json.
 With several GPUs: torchrun --nproc-per-node=N amortised_clustering.py ... (-bs is the batch of all of them).
-README.md says what each logged quantity means.
+docs/clustering.md says what each option and each logged quantity means.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "val_accuracy",
 def get_parser() -> argparse.ArgumentParser:
     """The paper's options, then the suite's own."""
     parser = options.OneLineParser(prog="amortised_clustering.py", description=__doc__)
-    paper = parser.add_argument_group("options of the paper")
+    paper = parser.add_argument_group("options of the paper", "example: -type Swarm -n_hidden 32 -tasks 6000 -bs 20 -wc 3")
     paper.add_argument("-type", required=True, choices=MODEL_TYPES, help="type of set-equivariant model")
     paper.add_argument("-n_hidden", type=at_least(1), default=128, help="hidden units inside the model [%(default)s]")
     paper.add_argument("-n_layers", type=at_least(1, 1000), default=1, help="layers [%(default)s]")
@@ -69,14 +69,20 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("-n_heads", type=at_least(1), default=4, help="attention heads in SetTransformer [%(default)s]")
     paper.add_argument("-n_ind_points", type=at_least(1), default=10, help="inducing points in SetTransformer [%(default)s]")
     paper.add_argument("-dropout", type=real(0, 1, below=True), default=0.0, help="dropout rate [%(default)s]")
-    paper.add_argument("-tasks", type=at_least(10), default=10000, help="tasks, training and validation together [%(default)s]")
-    paper.add_argument("-bs", type=at_least(1), default=100, help="batch size, in tasks [%(default)s]")
+    paper.add_argument(
+        "-tasks", type=at_least(10), default=10000, help="number of tasks; the last tenth is for validation [%(default)s]"
+    )
+    paper.add_argument("-bs", type=at_least(1), default=100, help="tasks per batch [%(default)s]")
     add_budget_options(paper, wc=60.0, update_interval=10.0, max_epochs=1000, bt_horizon=0.2, bt_alpha=0.9)
-    own = parser.add_argument_group("options of this suite")
-    own.add_argument("-seed", type=at_least(0), default=0, help="seed of data, weights and order of batches [%(default)s]")
-    own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")
+    own = parser.add_argument_group("options of this suite", "example: -seed 1 -pooling POMA -precision bf16")
+    own.add_argument(
+        "-seed", type=at_least(0), default=0, metavar="N", help="seed of data, weights and order of batches [%(default)s]"
+    )
+    own.add_argument("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
     own.add_argument("-pooling", choices=("MEAN", "POMA"), default="MEAN", help="pooling in Swarm layers [%(default)s]")
-    own.add_argument("-loss", choices=matching.LOSSES, default="hungarian", help="matching that is trained for [%(default)s]")
+    own.add_argument(
+        "-loss", choices=matching.LOSSES, default="hungarian", help="matching of clusters to labels in the loss [%(default)s]"
+    )
     options.add_device_options(own, "-")
     own.add_argument("-compile", action="store_true", help="torch.compile the model (Swarm: its pointwise part)")
     own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
@@ -154,11 +160,11 @@ def measure_baselines(tasks: ClusteringTasks, batches: list[Tensor], seed: int) 
 
 def measure_k_means(tasks: ClusteringTasks, seed: int) -> dict[str, float]:
     """Mean adjusted Rand index of k-means, which is told the number of clusters, on (the first 1,000) validation tasks."""
+    tasks, values = tasks.to(torch.device("cpu")), []
     validation = clustering.split(len(tasks))[1][:K_MEANS_TASKS]
-    values = []
     for task in validation.split(1):
         _, labels, mask = clustering.padded_batch(tasks, task)
-        predicted = clustering.k_means(tasks, int(task), seed).to(labels.device)
+        predicted = clustering.k_means(tasks, int(task), seed)
         values.append(matching.adjusted_rand_index(matching.contingency(predicted[None], labels, mask, N_LABELS)))
     index = torch.cat(values).mean().item()
     return {"adjusted_rand_index": index, "tasks": len(validation), "starts": clustering.K_MEANS_STARTS}

@@ -7,7 +7,7 @@ weights. The loss is the negative log-likelihood of the points, without any labe
 
 leaves its run in results/amortised_mog/: log, metrics.csv, learning curves, weight traces, samples, result.json.
 With several GPUs: torchrun --nproc-per-node=N amortised_mog.py ... (-bs is the batch of all of them).
-README.md says what each logged quantity means.
+docs/mixture_of_gaussians.md says what each option and each logged quantity means.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "lr")
 def get_parser() -> argparse.ArgumentParser:
     """The original's options, then the suite's own."""
     parser = options.OneLineParser(prog="amortised_mog.py", description=__doc__)
-    paper = parser.add_argument_group("options of the original")
+    paper = parser.add_argument_group("options of the original", "example: -n_hidden 64 -n_clust 6 -p POMA -gamma 0.8 -wc 20")
     paper.add_argument("-n_hidden", type=at_least(1), default=128, help="hidden units inside the model [%(default)s]")
     paper.add_argument("-n_layers", type=at_least(1, 1000), default=1, help="SWARM layers [%(default)s]")
     paper.add_argument("-n_iter", type=at_least(1), default=5, help="iterations in SWARM layers [%(default)s]")
     paper.add_argument("-non_lin", choices=NON_LINEARITIES, default="relu", help="non-linearity between layers [%(default)s]")
     paper.add_argument("-n_dim", type=at_least(1, 50), default=2, help="dimensions of the points [%(default)s]")
     paper.add_argument("-n_clust", type=at_least(1, 1000), default=4, help="Gaussians of a mixture [%(default)s]")
-    paper.add_argument("-pma", action="store_true", help="pool the set by attention, with one learned seed a Gaussian")
+    paper.add_argument("-pma", action="store_true", help="pool the set by attention, with one learned seed per Gaussian")
     paper.add_argument("-dropout", type=real(0, 1, below=True), default=0.0, help="dropout rate of SWARM layers [%(default)s]")
-    paper.add_argument("-bs", type=at_least(1), default=10, help="batch size, in sets [%(default)s]")
+    paper.add_argument("-bs", type=at_least(1), default=10, help="sets per batch [%(default)s]")
     add_budget_options(paper, wc=300.0, update_interval=5.0, max_epochs=100, bt_horizon=1.0, bt_alpha=0.8)
     paper.add_argument(
         "-gamma", type=real(0, 1, above=True), help="factor of the learning rate an epoch [a tenth, once, after 70 epochs]"
     )
     paper.add_argument("-p", choices=("MEAN", "POMA"), default="MEAN", help="pooling in SWARM layers [%(default)s]")
-    own = parser.add_argument_group("options of this suite")
-    own.add_argument("-seed", type=at_least(0), default=0, help="seed of data and weights [%(default)s]")
-    own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")
+    own = parser.add_argument_group("options of this suite", "example: -seed 1 -precision bf16")
+    own.add_argument("-seed", type=at_least(0), default=0, metavar="N", help="seed of data and weights [%(default)s]")
+    own.add_argument("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
     options.add_device_options(own, "-")
     own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the model")
     own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")

@@ -1,7 +1,7 @@
 """Alignment (Godfrey et al., NeurIPS 2022, section 5): how similar the layers of two networks of a zoo are.
 
-Up to permutations and scales, the symmetries of ReLU (procrustes, cka), or up to rotations (ortho_procrustes, ortho_cka). The
-published runs, on test images and random pairs of a zoo (train_zoo.py):
+Similarity is up to permutations and scales, the symmetries of ReLU (procrustes, cka), or up to rotations (ortho_procrustes,
+linear_cka). The published runs, on test images and random pairs of a zoo (train_zoo.py):
 
     python cifar10_alignment.py --repeats=16 --arch=mCNN --similarity=cka
 
@@ -9,7 +9,7 @@ leave their results in results/cifar10_alignment/, and
 
     python cifar10_alignment.py --compare results/cifar10_alignment/*
 
-draws the diagonals of several beside each other. README.md says what each metric means.
+draws the diagonals of several next to each other. docs/alignment_and_rotations.md says what each option and metric means.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,15 @@ from common.datasets.images import DataError, ImageSet
 from common.errors import Failed, InputError
 from common.models import zoo
 from common.precision import set_backend_flags
-from common.run import options
+from common.run import options, progress
 from common.run.clock import Clock
 from common.run.command import Command, echo
-from common.run.jobs import Job, pending
+from common.run.jobs import pending
 from common.run.memory import tune_malloc
 from common.run.options import at_least
-from common.run.records import read_results, write_table
+from common.run.records import read_json, read_results, write_table
 from common.run.run import Run
+from common.run.workers import Worker, share
 from common.seeds import seed_of
 from common.symmetry import pictures
 from common.symmetry.measures import ESTIMATORS, features_of
@@ -69,20 +70,23 @@ VALUES = ("published", "live")  # with dead channels, as published, and without
 def get_parser() -> argparse.ArgumentParser:
     """The original's options, then the suite's own."""
     parser = options.OneLineParser(prog="cifar10_alignment.py", description=__doc__)
-    paper = parser.add_argument_group("options of the original")
-    paper.add_argument("--repeats", type=at_least(1), help="pairs of networks [32 for Procrustes, 16 for CKA]")
-    paper.add_argument("--progress", action="store_true", help="show bars")
-    paper.add_argument("--batched", action="store_true", help="features come in blocks of images; always so here")
-    paper.add_argument("--arch", choices=zoo.ARCHITECTURES, metavar="ARCH", help=f"{', '.join(zoo.ARCHITECTURES)}")
-    paper.add_argument("--similarity", choices=tuple(MEASURES), help="[procrustes]")
-    own = parser.add_argument_group("options of this suite")
-    own.add_argument("--estimator", choices=ESTIMATORS, default="max", help="of cka, over channels [%(default)s]")
+    paper = parser.add_argument_group("options of the original", "example: --arch mCNN --similarity cka --repeats 16")
+    paper.add_argument("--repeats", type=at_least(1), metavar="N", help="pairs of networks [Procrustes: 32, CKA: 16]")
+    paper.add_argument("--progress", action="store_true", help="show progress bars also where there is no terminal")
+    paper.add_argument("--batched", action="store_true", help="no effect: features always come in blocks of images")
+    paper.add_argument("--arch", choices=zoo.ARCHITECTURES, metavar="ARCH", help=f"one of {', '.join(zoo.ARCHITECTURES)}")
+    paper.add_argument("--similarity", choices=tuple(MEASURES), help="similarity of two layers [procrustes]")
+    own = parser.add_argument_group("options of this suite", "example: --zoo results/zoo/mCNN --images 2000 --resume")
+    own.add_argument("--estimator", choices=ESTIMATORS, default="max", help="cka: over channels [%(default)s]")
     zoo_pairs.add_options(own, "run", layers="layers [all]")
-    own.add_argument("--name", type=options.run_id, help="of the run [architecture and similarity]")
+    own.add_argument("--name", type=options.run_id, help="name of the run [architecture and similarity]")
     own.add_argument("--images", type=at_least(4), metavar="N", help="compare on the first N test images [all]")
-    own.add_argument("--block", type=at_least(1), default=400, help="images whose features are held at a time [%(default)s]")
-    own.add_argument("--seed", type=at_least(0), default=0, help="of pairs, and of untrained networks [%(default)s]")
-    own.add_argument("--device", choices=("cpu", "cuda"), help="[cuda when available]")
+    own.add_argument("--block", type=at_least(1), default=400, metavar="N", help="images in memory at a time [%(default)s]")
+    own.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of pairs and untrained networks [%(default)s]"
+    )
+    own.add_argument("--device", choices=("cpu", "cuda"), help="processor [cuda when available]")
+    options.add_jobs_option(own, "pairs")
     return parser
 
 
@@ -143,8 +147,9 @@ def make_jobs(folder: Path, pairs: list[Pair], n_layers: int) -> list[PairJob]:
 
 
 def run_job(
-    args: argparse.Namespace, job: PairJob, networks: dict[int, nn.Module], points: list[StitchPoint], test: ImageSet, run: Run
-) -> dict[str, Any]:
+    args: argparse.Namespace, job: PairJob, networks: dict[int, nn.Module], points: list[StitchPoint], test: ImageSet,
+    run: Run | Worker,
+) -> dict[str, Any]:  # fmt: skip
     """Compare a job's networks and write their matrix; the job's record."""
     clock, some = Clock(), next(iter(networks.values()))
     both = [networks[n] for n in job.pair] if job.pair else [untrained(args, some, number) for number in (1, 2)]
@@ -154,8 +159,9 @@ def run_job(
 
 
 def compare_networks(
-    args: argparse.Namespace, job: PairJob, networks: list[nn.Module], points: list[StitchPoint], test: ImageSet, run: Run
-) -> dict[str, Any]:
+    args: argparse.Namespace, job: PairJob, networks: list[nn.Module], points: list[StitchPoint], test: ImageSet,
+    run: Run | Worker,
+) -> dict[str, Any]:  # fmt: skip
     """All layers of one network with all of the other. Raises Interrupted if a signal comes, Failed if they do not compare."""
     names, device = [point.name for point in points], test.labels.device
     preprocessing = Preprocessing(images.BY_OPTION[args.dataset], device)
@@ -166,7 +172,7 @@ def compare_networks(
         return [tokens_as_maps(maps) for maps in features_of(network, x, names)]
 
     first, second = (partial(features, network.to(device)) for network in networks)
-    settings = {"estimator": args.estimator, "block": args.block, "progress": True if args.progress else None}
+    settings = {"estimator": args.estimator, "block": args.block, "progress": progress.wanted(args)}
     try:
         similarities = layer_similarities(MEASURES[args.similarity], first, second, len(test), **settings)
     except ValueError as error:
@@ -183,16 +189,36 @@ def tokens_as_maps(features: Tensor) -> Tensor:
     return features.transpose(1, 2).unflatten(2, (side, side))
 
 
+def compare_all(
+    args: argparse.Namespace, networks: dict[int, nn.Module], points: list[StitchPoint], test: ImageSet, run: Run | Worker,
+    jobs: Iterable[tuple[int, PairJob]], n_pairs: int,
+) -> None:  # fmt: skip
+    """Compare the networks of jobs that are locked."""
+    for i, job in jobs:
+        with job:
+            record = run_job(args, job, networks, points, test, run)
+            job.finish(record)
+            run.log(f"[{i - 1}/{n_pairs}] {describe(args, job, record)}")
+
+
+def work(worker: Worker, args: argparse.Namespace, pairs: list[Pair]) -> None:
+    """Compare networks in one of several processes."""
+    set_backend_flags("fp32")
+    networks, points = zoo_pairs.load(args, pairs)
+    compare_all(args, networks, points, load_images(args), worker, worker.jobs(), len(pairs))
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------------
 
 
-def describe(args: argparse.Namespace, job: PairJob, record: dict[str, Any], reference: Job) -> str:
+def describe(args: argparse.Namespace, job: PairJob, record: dict[str, Any]) -> str:
     """The diagonal of a pair for the log, beside that of the untrained networks, if they could be compared."""
 
     def diagonal(record: dict[str, Any]) -> str:
         return ", ".join(f"{value:.3f}" for value in diagonal_of(record, "published"))
 
-    beside = f" (untrained {diagonal(reference.read())})" if reference.done and job is not reference else ""
+    reference = job.folder / "untrained.json"
+    beside = f" (untrained {diagonal(read_json(reference))})" if job.pair is not None and reference.exists() else ""
     dead = sum(map(sum, record["dead"]))
     return f"{job.title}: {args.similarity} of layers with themselves {diagonal(record)}{beside}; dead channels {dead}"
 
@@ -321,11 +347,11 @@ def main(argv: list[str] | None = None) -> int:
         made_from = {"drawn_pairs": pairs, "networks": zoo.fingerprint(networks), "data": test.fingerprint()}
         jobs = open_run(run, lambda folder: make_jobs(folder, pairs, len(points)), **made_from)
         run.log(f"{len(pairs)} pairs, {len(points)} layers, {len(test)} images on {test.labels.device}: {args.similarity}")
-        for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
-            with job:
-                record = run_job(args, job, networks, points, test, run)
-                job.finish(record)
-                run.log(f"[{i - 1}/{len(pairs)}] {describe(args, job, record, reference=jobs[0])}")
+        if args.jobs > 1:
+            share(run, jobs, args, work, pairs, retry_failed=args.retry_failed)
+        else:
+            left = pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress)
+            compare_all(args, networks, points, test, run, left, len(pairs))
         result = report(args, jobs, points, run)
         if result["pairs"]:
             draw(result, run.part)

@@ -1,4 +1,4 @@
-"""The rotation test (Godfrey et al., NeurIPS 2022): channels are mixed behind a frozen front, and the rest is trained anew.
+"""The rotation test (Godfrey et al., NeurIPS 2022): channels are mixed behind a frozen front, and the rest is trained again.
 
 The layers behind a ReLU can undo a permutation with positive scales before it, but not a rotation. So the accuracy lost to a
 rotation, and not to a permutation with scales, shows that the channels of a ReLU network are a basis of its own. The published
@@ -6,14 +6,14 @@ run, an mCNN without batch norm and its twin with sigmoids, ten elements of eith
 
     python cifar10_projections.py --repeats=10
 
-leaves its results in results/cifar10_projections/. README.md says what each metric means.
+leaves its results in results/cifar10_projections/. docs/alignment_and_rotations.md says what each option and metric means.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from common.run.options import at_least
 from common.run.records import RecordError, read_json, read_results, write_table
 from common.run.run import Run
 from common.run.state import State
+from common.run.workers import Worker, share
 from common.seeds import generator_of, seed_of
 from common.symmetry import pictures
 from common.symmetry.rotations import GROUPS, random_element, transform_layer
@@ -54,25 +55,38 @@ FILES = ("cells/*", "penalties.csv", "penalties.png")
 def get_parser() -> argparse.ArgumentParser:
     """The original's options, then the suite's own."""
     parser = options.OneLineParser(prog="cifar10_projections.py", description=__doc__)
-    paper = parser.add_argument_group("options of the original")
-    paper.add_argument("--repeats", type=at_least(1), default=10, help="random elements of each group and layer [%(default)s]")
-    paper.add_argument("--progress", action="store_true", help="show a bar")
-    own = parser.add_argument_group("options of this suite")
-    own.add_argument("--activations", nargs="+", choices=tuple(ARCHITECTURES), default=["relu", "sigmoid"], help="[both]")
-    own.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="of matrices [all]")
+    paper = parser.add_argument_group("options of the original", "example: --repeats 10")
+    paper.add_argument(
+        "--repeats", type=at_least(1), default=10, metavar="N", help="random matrices of each group and layer [%(default)s]"
+    )
+    paper.add_argument("--progress", action="store_true", help="show progress bars also where there is no terminal")
+    own = parser.add_argument_group("options of this suite", "example: --activations relu --layers 5 --recipe fast")
+    own.add_argument(
+        "--activations",
+        nargs="+",
+        choices=tuple(ARCHITECTURES),
+        default=["relu", "sigmoid"],
+        help="activation functions [both]",
+    )
+    own.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups of matrices [all]")
     own.add_argument("--layers", nargs="+", type=int, choices=LAYERS, default=[0, 2, 5], help="convolutions [0 2 5]")
     training.add_data_options(own)
-    own.add_argument("--name", type=options.run_id, help="of the run [projections]")
+    own.add_argument("--name", type=options.run_id, help="name of the run [projections]")
     training.add_recipe_options(own)
-    own.add_argument("--width", type=at_least(1, 4096), default=64, help="channels of the first layer [%(default)s]")
-    own.add_argument("--seed", type=at_least(0), default=0, help="of weights, split, order and matrices [%(default)s]")
+    own.add_argument(
+        "--width", type=at_least(1, 4096), default=64, metavar="N", help="channels of the first convolution [%(default)s]"
+    )
+    own.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of all random draws [%(default)s]")
     own.add_argument("--subset", type=at_least(20), metavar="N", help="use N training images, chosen by the seed [all]")
-    own.add_argument("--select", choices=("validation", "test"), default="validation", help="which images choose the epoch")
+    own.add_argument(
+        "--select", choices=("validation", "test"), default="validation", help="images that choose the epoch [%(default)s]"
+    )
     options.add_device_options(own)
+    options.add_jobs_option(own, "trainings")
     options.add_tracker_options(own)
-    own.add_argument("--retry-failed", action="store_true", help="repeat jobs that failed")
+    own.add_argument("--retry-failed", action="store_true", help="train again what has failed")
     options.add_run_options(own, "test")
-    own.add_argument("--draw", metavar="RUN", help="instead: figure and table of a finished test, from its result.json")
+    own.add_argument("--draw", metavar="RUN", help="train nothing: figure and table of a finished test")
     return parser
 
 
@@ -133,7 +147,7 @@ def make_network(args: argparse.Namespace, job: RotationJob, device: torch.devic
     return network.to(device, memory_format=torch.channels_last)
 
 
-def train(args: argparse.Namespace, data: Splits, run: Run, job: RotationJob) -> None:
+def train(args: argparse.Namespace, data: Splits, run: Run | Worker, job: RotationJob) -> None:
     """Train the parameters that are not frozen; write the record of the best epoch and, of a network, the weights.
 
     Raises Interrupted, Failed, CheckpointError.
@@ -176,6 +190,22 @@ def describe(job: RotationJob, chance: float) -> str:
         f"{job.activation}, {change}: {accuracy:.2f} % of test images (untouched {baseline:.2f}, chance {chance:.3g}), "
         f"penalty {baseline - accuracy:.2f}"
     )
+
+
+def train_all(
+    args: argparse.Namespace, data: Splits, run: Run | Worker, jobs: Iterable[tuple[int, RotationJob]], n: int
+) -> None:  # fmt: skip
+    """Train the networks of jobs that are locked, some of n."""
+    for i, job in jobs:
+        with job:
+            train(args, data, run, job)
+            run.log(f"[{i}/{n}] {describe(job, 100 / len(data.test.classes))}")
+
+
+def work(worker: Worker, args: argparse.Namespace, n: int) -> None:
+    """Train networks in one of several processes."""
+    set_backend_flags(args.precision, deterministic=args.deterministic)
+    train_all(args, splits_of(args, options.device_of(args)), worker, worker.jobs(), n)
 
 
 # ---- the test --------------------------------------------------------------------------------------------------------------
@@ -264,15 +294,16 @@ def main(argv: list[str] | None = None) -> int:
         echo(name)
         return 0
     tune_malloc()
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     with Run("cifar10_projections", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:
         data = splits_of(args, options.device_of(args))
         jobs = open_run(run, lambda folder: make_jobs(args, folder / "cells"), data=data.fingerprint)
         run.log(f"{len(jobs)} trainings on {len(data.training)} images, device {data.device}, seed {args.seed}")
-        for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
-            with job:
-                train(args, data, run, job)
-                run.log(f"[{i}/{len(jobs)}] {describe(job, 100 / len(data.test.classes))}")
+        if args.jobs > 1:
+            share(run, jobs, args, work, len(jobs), retry_failed=args.retry_failed)
+        else:
+            left = pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress)
+            train_all(args, data, run, left, len(jobs))
         result = report(args, jobs, data, run)
         if result["penalties"]:
             draw(result, run.part)

@@ -1,7 +1,7 @@
 """Stitching (Godfrey et al., NeurIPS 2022, section 4): the front of one network, a learned layer, the back of another.
 
-The accuracy that is lost tells how much the two networks differ beyond what the stitching layer can undo. The published runs on
-a zoo of networks (train_zoo.py), with stitching layers of permutations and scales, and with any linear map:
+The lost accuracy shows how much the two networks differ beyond what the stitching layer can undo. The published runs on a zoo
+of networks (train_zoo.py), with permutations times scales and with any linear map as stitching layers:
 
     python cifar10_stitching.py --recipe Grelu --arch mCNN
     python cifar10_stitching.py --recipe standard --arch mCNN
@@ -10,7 +10,7 @@ leave their results in results/cifar10_stitching/, and
 
     python cifar10_stitching.py --compare results/cifar10_stitching/*
 
-draws them beside each other. README.md says what each metric means.
+draws them next to each other. docs/zoo_and_stitching.md says what each option and each metric means.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 import copy
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from common.run.records import read_results, write_table
 from common.run.run import Run
 from common.run.schedule import halving
 from common.run.state import State, check_finite, rng_state, set_rng_state
+from common.run.workers import Worker, share
 from common.seeds import generator_of, seed_of
 from common.symmetry import pictures
 from common.symmetry.penalties import best_runs, by_layer, merge_chunks, penalty_table
@@ -79,40 +80,62 @@ def alpha(text: str) -> float | str:
 def get_parser() -> argparse.ArgumentParser:
     """The original's options, then the suite's own."""
     parser = options.OneLineParser(prog="cifar10_stitching.py", description=__doc__)
-    paper = parser.add_argument_group("options of the original")
-    paper.add_argument("--arch", choices=zoo.ARCHITECTURES, metavar="ARCH", help=f"{', '.join(zoo.ARCHITECTURES)}")
-    paper.add_argument("--name", type=options.run_id, help="of the run [architecture and kind of stitching layer]")
-    paper.add_argument("--retrain_repeats", type=at_least(1), help="pairs of networks [32 for mCNN, 16 for others]")
-    paper.add_argument("--stitch_repeats", type=at_least(1), default=1, help="runs of a layer, or alphas [%(default)s]")
-    paper.add_argument("--stitch_epochs", type=at_least(1), default=20, help="of a run, both halves together [%(default)s]")
-    paper.add_argument("--progress", action="store_true", help="show a bar")
-    paper.add_argument("--wreath", action="store_true", help="layer: softly sorted permutation times scales")
-    paper.add_argument("--birkhoff", action="store_true", help="layer: doubly stochastic matrix times scales")
-    paper.add_argument("--lowrank", action="store_true", help="layer: matrix of --rank [of neither kind: any matrix]")
-    paper.add_argument("--lasso", action="store_true", help="layer: matrix with a penalty of --multiplier times sum |w|")
-    paper.add_argument("--rank", type=at_least(1), help="of --lowrank")
-    paper.add_argument("--multiplier", type=real(0), default=0.1, help="of --lasso [%(default)s]")
-    paper.add_argument("--alpha", type=alpha, default=1e-3, help="weight of Birkhoff's penalty; crossval: chosen [%(default)s]")
-    paper.add_argument("--nopermwarmup", action="store_true", help="train at once, not first without scales")
-    paper.add_argument("--noschedule", action="store_true", help="keep the rate constant")
-    paper.add_argument("--alternating", action="store_true", help="Birkhoff: each step moves the matrix or the scales")
-    paper.add_argument("--pgd_hook", action="store_true", help="Birkhoff: fit gradients to the projection")
+    paper = parser.add_argument_group("options of the original", "example: --arch mCNN --birkhoff --alpha 0.1 --bn_epoch")
+    paper.add_argument("--arch", choices=zoo.ARCHITECTURES, metavar="ARCH", help=f"one of {', '.join(zoo.ARCHITECTURES)}")
+    paper.add_argument("--name", type=options.run_id, help="name of the run [architecture and kind of stitching layer]")
+    paper.add_argument("--retrain_repeats", type=at_least(1), metavar="N", help="pairs of networks [mCNN: 32, others: 16]")
+    paper.add_argument(
+        "--stitch_repeats",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="runs of a layer; crossval: values of alpha [%(default)s]",
+    )
+    paper.add_argument("--stitch_epochs", type=at_least(1), default=20, metavar="N", help="epochs of a run [%(default)s]")
+    paper.add_argument("--progress", action="store_true", help="show progress bars also where there is no terminal")
+    paper.add_argument("--wreath", action="store_true", help="stitching layer: softly sorted permutation times scales")
+    paper.add_argument("--birkhoff", action="store_true", help="stitching layer: doubly stochastic matrix times scales")
+    paper.add_argument("--lowrank", action="store_true", help="stitching layer: matrix of --rank [without a kind: any matrix]")
+    paper.add_argument("--lasso", action="store_true", help="stitching layer: matrix with penalty --multiplier times sum |w|")
+    paper.add_argument("--rank", type=at_least(1), metavar="R", help="rank of --lowrank")
+    paper.add_argument("--multiplier", type=real(0), default=0.1, metavar="M", help="weight of the lasso penalty [%(default)s]")
+    paper.add_argument(
+        "--alpha", type=alpha, default=1e-3, metavar="A", help="weight of the Birkhoff penalty, or crossval [%(default)s]"
+    )
+    paper.add_argument("--nopermwarmup", action="store_true", help="no warm-up (half of the epochs without scales)")
+    paper.add_argument("--noschedule", action="store_true", help="constant learning rate")
+    paper.add_argument("--alternating", action="store_true", help="Birkhoff: each step updates the matrix or the scales")
+    paper.add_argument("--pgd_hook", action="store_true", help="Birkhoff: project gradients, too")
     paper.add_argument("--bn_epoch", action="store_true", help="re-estimate batch statistics before validation")
-    paper.add_argument("--stitch_lr", type=real(0, 100, above=True), help="[0.01 for permutations, else 0.001]")
-    paper.add_argument("--sr_offset", type=at_least(0), default=0, help="number of the first run of a layer [%(default)s]")
-    paper.add_argument("--num_chunks", type=at_least(1), default=1, help="parts that the pairs are cut into [%(default)s]")
-    paper.add_argument("--chunk", type=at_least(0), default=0, help="which of them, from 0 [%(default)s]")
-    own = parser.add_argument_group("options of this suite")
-    text = "options of a published batch file for stitching (not train_zoo.py's recipe); typed options override them"
+    paper.add_argument(
+        "--stitch_lr", type=real(0, 100, above=True), metavar="LR", help="learning rate [permutations: 0.01, others: 0.001]"
+    )
+    paper.add_argument("--sr_offset", type=at_least(0), default=0, metavar="N", help="first run of a layer [%(default)s]")
+    paper.add_argument("--num_chunks", type=at_least(1), default=1, metavar="N", help="jobs that share the pairs [%(default)s]")
+    paper.add_argument("--chunk", type=at_least(0), default=0, metavar="N", help="number of this job, from 0 [%(default)s]")
+    own = parser.add_argument_group("options of this suite", "example: --recipe Grelu --zoo results/zoo/mCNN --resume")
+    text = "options of a published batch file of stitching (not train_zoo.py's recipes); typed options override them"
     own.add_argument("--recipe", choices=tuple(RECIPES), help=text)
     zoo_pairs.add_options(own, "sweep", layers="stitch points [all, the last first]")
-    own.add_argument("--batch-size", type=at_least(2), default=32, help="[%(default)s]")
-    own.add_argument("--bn_batches", "--bn-batches", type=at_least(0), default=100, help="of --bn_epoch; 0: all [%(default)s]")
-    own.add_argument("--threshold", type=real(0), default=1e-3, help="of --lasso: smaller weights round to 0 [%(default)s]")
-    own.add_argument("--seed", type=at_least(0), default=0, help="of pairs, split, stitching layers and order [%(default)s]")
-    own.add_argument("--subset", type=at_least(50), metavar="N", help="training images, as for a zoo of this seed [all]")
-    own.add_argument("--select", choices=("validation", "test"), default="validation", help="chooses the epoch [%(default)s]")
+    own.add_argument("--batch-size", type=at_least(2), default=32, metavar="N", help="images per step [%(default)s]")
+    own.add_argument(
+        "--bn_batches",
+        "--bn-batches",
+        type=at_least(0),
+        default=100,
+        metavar="N",
+        help="batches of --bn_epoch; 0: all [%(default)s]",
+    )
+    own.add_argument(
+        "--threshold", type=real(0), default=1e-3, metavar="W", help="lasso: smaller weights are rounded to 0 [%(default)s]"
+    )
+    own.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of all random draws [%(default)s]")
+    own.add_argument("--subset", type=at_least(50), metavar="N", help="use N training images, as the zoo of this seed [all]")
+    own.add_argument(
+        "--select", choices=("validation", "test"), default="validation", help="images that choose the epoch [%(default)s]"
+    )
     options.add_device_options(own)
+    options.add_jobs_option(own, "stitching layers")
     options.add_tracker_options(own)
     return parser
 
@@ -234,7 +257,7 @@ def make_layer(args: argparse.Namespace, channels: int, run: int) -> StitchingLa
     return Full(channels)
 
 
-def train(args: argparse.Namespace, job: StitchJob, stitched: StitchedModel, data: Splits, run: Run) -> dict[str, Any]:
+def train(args: argparse.Namespace, job: StitchJob, stitched: StitchedModel, data: Splits, run: Run | Worker) -> dict[str, Any]:
     """Train a stitching layer, or resume; leaves the best epoch's weights, with the statistics of its validation.
 
     With a warm-up, the first half of the epochs is without scales. Returns the metrics.
@@ -333,8 +356,9 @@ def validate(args: argparse.Namespace, job: StitchJob, data: Splits, state: Stat
 
 
 def run_job(
-    args: argparse.Namespace, job: StitchJob, networks: dict[int, nn.Module], parents: dict[int, float], data: Splits, run: Run
-) -> dict[str, Any]:
+    args: argparse.Namespace, job: StitchJob, networks: dict[int, nn.Module], parents: dict[int, float], data: Splits,
+    run: Run | Worker,
+) -> dict[str, Any]:  # fmt: skip
     """Train a job's stitching layer and write its state; the job's record."""
     torch.manual_seed(seed_of(args.seed, *job.key))
     point = job.point
@@ -348,6 +372,28 @@ def run_job(
     record = {**job.fields, **metrics, **layer.learned(), "joint_parameters": sum(p.numel() for p in layer.parameters())}
     record |= {"parents": accuracies, "penalty": sum(accuracies) / 2 - metrics["accuracy"]}
     return record | {"val_accuracy": metrics["best"]["val_accuracy"]}
+
+
+def run_all(
+    args: argparse.Namespace, networks: dict[int, nn.Module], parents: dict[int, float], data: Splits, run: Run | Worker,
+    jobs: Iterable[tuple[int, StitchJob]], n: int,
+) -> None:  # fmt: skip
+    """Train the stitching layers of jobs that are locked, some of n."""
+    for i, job in jobs:
+        with job:
+            record = run_job(args, job, networks, parents, data, run)
+            job.finish(record)
+            run.log(f"[{i}/{n}] {describe(job, record, len(data.test.classes))}")
+
+
+def work(worker: Worker, args: argparse.Namespace, pairs: list[Pair], parents: dict[int, float], n: int) -> None:
+    """Train stitching layers in one of several processes."""
+    set_backend_flags(args.precision, deterministic=args.deterministic)
+    networks, _ = zoo_pairs.load(args, pairs)
+    data = splits_of(args, options.device_of(args), validation_share(args))
+    for network in networks.values():
+        network.to(data.device, memory_format=torch.channels_last)
+    run_all(args, networks, parents, data, worker, worker.jobs(), n)
 
 
 # ---- the sweep -----------------------------------------------------------------------------------------------------------
@@ -424,7 +470,7 @@ def main(argv: list[str] | None = None) -> int:
         echo(name)
         return 0
     tune_malloc()
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     with Run("cifar10_stitching", name, args, another="--name NAME", may_change=MAY_CHANGE_ON_RESUME, files=FILES) as run:
         pairs = zoo_pairs.pairs_of(args, args.retrain_repeats)
         pairs = pairs[chunk_of(args, len(pairs))]
@@ -435,11 +481,11 @@ def main(argv: list[str] | None = None) -> int:
         jobs = open_run(run, lambda folder: make_jobs(args, folder / "cells", pairs, points), **made_from)
         run.log(f"{len(pairs)} pairs, {len(points)} layers, {len(jobs)} stitchings to train: {kind_of(args)}, seed {args.seed}")
         parents = measure_parents(networks, data, run)
-        for i, job in pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress):
-            with job:
-                record = run_job(args, job, networks, parents, data, run)
-                job.finish(record)
-                run.log(f"[{i}/{len(jobs)}] {describe(job, record, len(data.test.classes))}")
+        if args.jobs > 1:
+            share(run, jobs, args, work, pairs, parents, len(jobs), retry_failed=args.retry_failed)
+        else:
+            left = pending(run, jobs, retry_failed=args.retry_failed, bar=args.progress)
+            run_all(args, networks, parents, data, run, left, len(jobs))
         result = report(args, jobs, data, run)
         run.log(penalty_table(result))
         status = run.finish(result)

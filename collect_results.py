@@ -4,7 +4,9 @@
     python collect_results.py DIR --watch     # again every 30 seconds, until Ctrl-C
 
 writes DIR/index.html, which a browser opens as it is, and for each experiment DIR/tables/<script>.csv, .md and .png. Runs
-that differ by their seed alone are one row: mean, standard deviation (n - 1) and n of each key metric. README.md says more.
+that differ by their seed alone are one row: mean, standard deviation (n - 1) and n of each key metric.
+
+    python collect_results.py --published     # results/README.md: the figures that results/published.toml names
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from typing import Any
 from common.errors import one_line
 from common.gallery.page import address, entry, write_page
 from common.gallery.pictures import draw
+from common.gallery.published import SPEC, published_page
 from common.gallery.runs import Run, find_runs, is_run
 from common.gallery.tables import file_stem, metric_names, rows_over_seeds, varying_options, write_tables
 from common.run.command import Command, echo
 from common.run.lock import release_lock, take_lock
 from common.run.options import OneLineParser, at_least
+from common.run.records import write_text
 from common.run.run import RunError
 
 # of the page's table of runs
@@ -41,6 +45,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--watch", nargs="?", type=at_least(1), const=30, metavar="SECONDS", help="again and again, until Ctrl-C [%(const)s]"
     )
+    text = f"instead, write the tables that DIR/{SPEC} describes, into DIR/README.md"
+    parser.add_argument("--published", action="store_true", help=text)
     return parser
 
 
@@ -114,11 +120,17 @@ def main(argv: list[str] | None = None) -> int:
     root, out = Path(args.place), Path(args.out or args.place)
     if not os.path.isdir(root):
         parser.error(f"{root} is no directory: name the one that runs are in, as --results-dir did")
+    if args.published and (args.out or args.watch):
+        parser.error("--published writes DIR/README.md, once: leave --out and --watch out")
     collection = Collection(root, out)
     command = Command("collect_results")
     if args.watch is None:
         command.signals = ()  # they end it as they end any program
     with command:
+        if args.published:
+            write_text(root / "README.md", published_page(root))
+            echo(one_line(root / "README.md"))
+            return 0
         if is_run(root, os.listdir(root)):
             parser.error(f"{root} is a run itself: name the directory above it")
         if args.watch is None:

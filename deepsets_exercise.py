@@ -1,6 +1,7 @@
-"""The DeepSets exercise: a network that knows that its input is a set, beside one that does not.
+"""The DeepSets exercise: a network that knows that its input is a set, next to one that does not.
 
-    python deepsets_exercise.py            # a minute on two CPU cores
+    python deepsets_exercise.py                            # a minute on two CPU cores
+    python deepsets_exercise.py --steps 500 --no-sweep     # a few seconds
 
 An instance is a bag of 10 objects with one number each. In class 0, three of them (any three) are 1/3 and the rest 0; in
 class 1, five are 1/5. Sum and size are the same in both classes, so neither gives the class away: a network has to look at
@@ -10,6 +11,7 @@ single objects, and then to forget which one was which. That is what a DeepSet d
 
 The sum does not know the order of its terms, so y cannot depend on it either, whatever the weights are. The script goes through
 the exercise sheet step by step, prints what it finds, and leaves its pictures in results/deepsets_exercise/.
+docs/deepsets.md discusses them.
 """
 
 from __future__ import annotations
@@ -46,15 +48,27 @@ SWEEP_WIDTHS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 
 def get_parser() -> argparse.ArgumentParser:
     parser = options.OneLineParser(prog="deepsets_exercise.py", description=__doc__)
-    parser.add_argument("--steps", type=at_least(1), default=4000, help="training steps of each model [%(default)s]")
-    parser.add_argument("--batch-size", type=at_least(2), default=128, help="instances a step, an even number [%(default)s]")
-    parser.add_argument("--hidden", type=at_least(1, 4096), default=5, help="hidden units a layer of the DeepSet [%(default)s]")
-    parser.add_argument("--lr", type=real(0, 1, above=True), default=0.005, help="learning rate of Adam [%(default)s]")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of data, weights and permutations [%(default)s]")
-    parser.add_argument("--seeds", type=at_least(1, 100), default=5, help="models of each width in the sweep [%(default)s]")
-    parser.add_argument("--results-dir", default="results", help="where the run directory is made [%(default)s]")
-    parser.add_argument("--no-sweep", action="store_true", help="leave the MLPs of growing width out")
-    parser.add_argument("--show", action="store_true", help="show the pictures in windows, too")
+    parser.add_argument(
+        "--steps", type=at_least(1), default=4000, metavar="N", help="training steps of each model [%(default)s]"
+    )
+    parser.add_argument(
+        "--batch-size", type=at_least(2), default=128, metavar="N", help="instances per step, an even number [%(default)s]"
+    )
+    parser.add_argument(
+        "--hidden", type=at_least(1, 4096), default=5, metavar="N", help="hidden units per layer of the DeepSet [%(default)s]"
+    )
+    parser.add_argument(
+        "--lr", type=real(0, 1, above=True), default=0.005, metavar="LR", help="learning rate of Adam [%(default)s]"
+    )
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of data, weights and permutations [%(default)s]"
+    )
+    parser.add_argument(
+        "--seeds", type=at_least(1, 100), default=5, metavar="N", help="models of each width in the sweep [%(default)s]"
+    )
+    parser.add_argument("--results-dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
+    parser.add_argument("--no-sweep", action="store_true", help="leave out the MLPs of growing width")
+    parser.add_argument("--show", action="store_true", help="also show the pictures in windows")
     parser.add_argument("--overwrite", action="store_true", help="replace a run of the same options")
     parser.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
     parser.add_argument(

@@ -9,7 +9,7 @@ common/models/routed.py the networks. The experiment as published, on CIFAR-100 
 
     python routing_networks.py --compare results/routing_networks/*      # accuracy of finished runs over seeds
 
-README.md says what each logged quantity means.
+docs/routing.md says what each option and each logged quantity means.
 """
 
 from __future__ import annotations
@@ -67,38 +67,50 @@ N_SHOWN = 12  # parameters in weights.png: there may be hundreds
 def get_parser() -> argparse.ArgumentParser:
     """The paper's options, then the suite's own."""
     parser = options.OneLineParser(prog="routing_networks.py", description=__doc__)
-    paper = parser.add_argument_group("options of the paper")
-    paper.add_argument("--data", choices=tuple(multitask.N_TASKS), default="CIFAR100-MTL", help="tasks [%(default)s]")
-    paper.add_argument("--model", choices=routed.MODELS, default="routed-all-fc", help="[%(default)s]")
-    learning = "how routers learn; GumbelSoftmax has a biased gradient, as published [%(default)s]"
+    paper = parser.add_argument_group("options of the paper", "example: --data MNIST-MTL --decision AAC --epochs 4")
+    paper.add_argument("--data", choices=tuple(multitask.N_TASKS), default="CIFAR100-MTL", help="data and tasks [%(default)s]")
+    paper.add_argument(
+        "--model", choices=routed.MODELS, default="routed-all-fc", help="which tasks share which modules [%(default)s]"
+    )
+    learning = "learning rule of routers; GumbelSoftmax has a biased gradient, as published [%(default)s]"
     paper.add_argument("--decision", choices=DECISIONS, default="WPL", help=learning)
-    paper.add_argument("--modules", type=at_least(1, 10**4), metavar="N", help="in each layer [as many as tasks]")
-    paper.add_argument("--agents", type=at_least(1, 10**4), metavar="N", help="of dispatched [as many as tasks]")
+    paper.add_argument("--modules", type=at_least(1, 10**4), metavar="N", help="modules per layer [as many as tasks]")
+    paper.add_argument("--agents", type=at_least(1, 10**4), metavar="N", help="agents of dispatched [as many as tasks]")
     paper.add_argument("--depth", type=at_least(1, 100), default=3, metavar="N", help="fully connected layers [%(default)s]")
-    exploring = "of epsilon-greedy decisions; temperature of GumbelSoftmax; others ignore it [%(default)s]"
+    exploring = "epsilon of epsilon-greedy decisions, temperature of GumbelSoftmax; others ignore it [%(default)s]"
     paper.add_argument("--exploration", type=real(0, 1), default=0.1, metavar="E", help=exploring)
-    popular = "share of reward for popular modules [%(default)s]"
+    popular = "weight of the reward for modules that many samples use [%(default)s]"
     paper.add_argument("--collaboration", type=real(0, 1), default=0.3, metavar="R", help=popular)
-    paper.add_argument("--lr", type=real(0, 10, above=True), default=0.003, help="of trunk and modules [%(default)s]")
-    paper.add_argument("--routing-lr", type=real(0, 10, above=True), metavar="LR", help="of routers [0.3 --lr]")
-    paper.add_argument("--epochs", type=at_least(1, 10**6), default=50, metavar="N", help="[%(default)s]")
-    paper.add_argument("--batch-size", type=at_least(2, 10**6), default=10, metavar="N", help="[%(default)s]")
-    own = parser.add_argument_group("options of this suite")
-    own.add_argument("--seed", type=at_least(0), default=0, help="of data, weights, order, draws [%(default)s]")
+    paper.add_argument(
+        "--lr",
+        type=real(0, 10, above=True),
+        default=0.003,
+        metavar="LR",
+        help="learning rate of trunk and modules [%(default)s]",
+    )
+    paper.add_argument(
+        "--routing-lr", type=real(0, 10, above=True), metavar="LR", help="learning rate of routers [0.3 times --lr]"
+    )
+    paper.add_argument("--epochs", type=at_least(1, 10**6), default=50, metavar="N", help="epochs of training [%(default)s]")
+    paper.add_argument("--batch-size", type=at_least(2, 10**6), default=10, metavar="N", help="images per step [%(default)s]")
+    own = parser.add_argument_group("options of this suite", "example: --seed 1 --optimizer adam --loss cross-entropy --resume")
+    own.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of all random draws [%(default)s]")
     per_task = "training images of a one-against-rest task's class, and as many of others [1000]"
     own.add_argument("--task-images", type=at_least(1, 10**4), metavar="N", help=per_task)
-    own.add_argument("--width", type=at_least(1, 10**4), default=48, metavar="N", help="of the hidden layers [%(default)s]")
-    drops = "epochs until the rates fall to a third; after twice as many, to a tenth [%(default)s]"
+    own.add_argument("--width", type=at_least(1, 10**4), default=48, metavar="N", help="units of a hidden layer [%(default)s]")
+    drops = "epochs until both learning rates fall to a third; after 2 N, to a tenth [%(default)s]"
     own.add_argument("--drop-after", type=at_least(1), default=5, metavar="N", help=drops)
-    own.add_argument("--exploration-end", type=real(0, 1), metavar="E", help="approached in a line over the epochs [constant]")
-    own.add_argument("--loss", choices=("mse", "cross-entropy"), default="mse", help="mse: of one-hot labels [%(default)s]")
-    own.add_argument("--reward", choices=("loss", "correct"), default="loss", help="-loss, or +1 and -1 [%(default)s]")
-    own.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd", help="[%(default)s]")
+    own.add_argument(
+        "--exploration-end", type=real(0, 1), metavar="E", help="exploration of the last epoch, reached linearly [constant]"
+    )
+    own.add_argument("--loss", choices=("mse", "cross-entropy"), default="mse", help="mse is of one-hot labels [%(default)s]")
+    own.add_argument("--reward", choices=("loss", "correct"), default="loss", help="minus the loss, or +1 and -1 [%(default)s]")
+    own.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd", help="optimiser [%(default)s]")
     options.add_device_options(own)
     options.add_tracker_options(own)
-    own.add_argument("--data-dir", metavar="PATH", default="data", help="where the data set lies, or is saved [%(default)s]")
+    own.add_argument("--data-dir", metavar="PATH", default="data", help="directory of image data sets [%(default)s]")
     options.add_run_options(own)
-    own.add_argument("--compare", nargs="+", metavar="RUN", help="instead of training: a table of finished runs")
+    own.add_argument("--compare", nargs="+", metavar="RUN", help="train nothing: a table of finished runs")
     return parser
 
 
@@ -414,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         echo(name)
         return 0
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     with Run("routing_networks", name, args, another="--seed N", may_change=NOT_IN_NAME, files=("routing.png",)) as run:
         data = Data(args, options.device_of(args))
         model = make_model(args, data)

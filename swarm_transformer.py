@@ -7,7 +7,7 @@ SWARM layer with causal pooling computes all of them in one pass. The published 
 
 leaves its run in results/swarm_transformer/: log, metrics.csv, learning curves, weight traces, samples and completions,
 result.json. With several GPUs: torchrun --nproc-per-node=N swarm_transformer.py ... (-bs is the batch of all of them).
-README.md says what each logged quantity means.
+docs/image_transformer.md says what each option and each logged quantity means.
 """
 
 from __future__ import annotations
@@ -57,13 +57,15 @@ COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "val_bits", "lr
 def get_parser() -> argparse.ArgumentParser:
     """The paper's options, then the suite's own."""
     parser = options.OneLineParser(prog="swarm_transformer.py", description=__doc__)
-    paper = parser.add_argument_group("options of the paper")
+    paper = parser.add_argument_group(
+        "options of the paper", "example: -data FashionMNIST -n_hidden 64 -n_iter 10 -bs 10 -wc 20 -cond"
+    )
     paper.add_argument("-data", choices=DATA, help="data set; BWCIFAR is CIFAR10 in grey, SMALL its central 16x16 pixels")
     paper.add_argument("-n_hidden", type=at_least(4, 2**16), default=128, help="hidden units, a multiple of 4 [%(default)s]")
     paper.add_argument("-n_layers", type=at_least(1, 1000), default=1, help="layers [%(default)s]")
     paper.add_argument("-n_iter", type=at_least(1, 1000), default=5, help="iterations in each layer [%(default)s]")
     paper.add_argument("-non_lin", choices=NON_LINEARITIES, default="relu", help="non-linearity between layers [%(default)s]")
-    paper.add_argument("-bs", type=at_least(1), default=50, help="batch size, in images [%(default)s]")
+    paper.add_argument("-bs", type=at_least(1), default=50, help="images per batch [%(default)s]")
     paper.add_argument(
         "-wc", type=real(0, 1e6, above=True), default=60.0, help="wall clock time for training, in minutes [%(default)s]"
     )
@@ -72,7 +74,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     paper.add_argument("-lr", type=real(0, 1, above=True), default=0.01, help="learning rate of Adam [%(default)s]")
     paper.add_argument("-no_cuda", action="store_true", help="the same as -device cpu")
-    paper.add_argument("-name", help="a model's name, to be parsed into options")
+    paper.add_argument("-name", help="a run's name, in place of -data and the options in it")
     paper.add_argument("-dry_run", action="store_true", help="just print the model name and exit")
     paper.add_argument("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
     paper.add_argument(
@@ -81,25 +83,30 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument(
         "-bt_alpha", type=real(0, 1, above=True), default=0.9, help="learning rate factor of backtracking [%(default)s]"
     )
-    paper.add_argument("-cond", action="store_true", help="do class conditional modeling")
+    paper.add_argument("-cond", action="store_true", help="condition on the class")
     paper.add_argument(
-        "-resume", metavar="FILE|auto", help="start from a best.pkl; auto: go on with this run where it was interrupted"
+        "-resume", metavar="FILE|auto", help="start from a best.pkl; auto: continue this run where it was interrupted"
     )
     paper.add_argument(
         "-learn_loc", type=boolean, default=False, metavar="true|false", help="learn the location features [%(default)s]"
     )
-    own = parser.add_argument_group("options of this suite")
-    own.add_argument("-seed", type=at_least(0), default=0, help="seed of split, weights and order of images [%(default)s]")
-    own.add_argument("-results_dir", default="results", help="where run directories are made [%(default)s]")
-    own.add_argument("-data_dir", help="where the data set lies [data, to which it is downloaded if it is not there]")
+    own = parser.add_argument_group("options of this suite", "example: -seed 1 -epoch_images 11000 -data_dir data")
+    own.add_argument(
+        "-seed", type=at_least(0), default=0, metavar="N", help="seed of split, weights and order of images [%(default)s]"
+    )
+    own.add_argument("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
+    own.add_argument("-data_dir", metavar="DIR", help="directory of image data sets [data; missing files are downloaded to it]")
     options.add_device_options(own, "-")
     own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the layers")
-    own.add_argument("-max_epochs", type=at_least(1), help="largest number of epochs [no limit]")
-    own.add_argument("-epoch_images", type=at_least(1), help="training images drawn for an epoch [all]")
+    own.add_argument("-max_epochs", type=at_least(1), metavar="N", help="largest number of epochs [no limit]")
+    own.add_argument("-epoch_images", type=at_least(1), metavar="N", help="training images of an epoch [all]")
     own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
     options.add_tracker_options(own, "-")
     own.add_argument(
-        "-n_samples", type=at_least(1, 1000), help="images drawn for samples.png [12; two of each class with -cond]"
+        "-n_samples",
+        type=at_least(1, 1000),
+        metavar="N",
+        help="images drawn for samples.png [12; two of each class with -cond]",
     )
     return parser
 

@@ -6,8 +6,8 @@ DUET's representations are matrices: one axis for what is seen, one for how it w
         --warmup-epochs 10 --epochs 800 --center-crop --tx sca rot --equi-tx rot --duet-target vm --duet-lambda 1000 \\
         --save-dir some_dir
 
-leaves the encoder in some_dir and its run in results/train_ssl/: log, metrics.csv, pictures, result.json. With several GPUs:
-torchrun --nproc-per-node=N train_ssl.py ... README.md says what each logged quantity means.
+writes the encoder to some_dir and its run to results/train_ssl/: log, metrics.csv, pictures, result.json. With several GPUs:
+torchrun --nproc-per-node=N train_ssl.py ... docs/ssl.md explains all options and metrics.
 """
 
 from __future__ import annotations
@@ -66,49 +66,71 @@ Means = dict[str, dict[str, float]]  # of metrics, by split and name
 def get_parser() -> argparse.ArgumentParser:
     """The paper's options, then the suite's own."""
     parser = options.OneLineParser(prog="train_ssl.py", description=__doc__)
-    paper = parser.add_argument_group("options of the paper")
-    paper.add_argument("--device", choices=("cpu", "cuda"), help="[cuda when available]")
-    paper.add_argument("--dataset", choices=tuple(images.BY_OPTION), help="[cifar10]")
-    paper.add_argument("--dataset-root", metavar="PATH", default="data", help="where images lie, or are saved [%(default)s]")
-    paper.add_argument("--batch-size", type=at_least(2), default=1024, metavar="INT", help="of all processes [%(default)s]")
-    paper.add_argument("--image-size", type=at_least(8, 512), default=32, metavar="INT", help="side of a view [%(default)s]")
-    paper.add_argument("--center-crop", action="store_true", help="use images 8/7 as large, of which tests see the centre")
-    paper.add_argument("--save-dir", metavar="PATH", help="where to save the model [the run's directory]")
-    paper.add_argument("--wandb-project", metavar="STR", help="log to Weights & Biases (credentials: see README.md)")
-    paper.add_argument("--model", choices=("duet", "simclr", "essl"), default="duet", help="[%(default)s]")
-    paper.add_argument("--encoder", choices=ENCODERS, default="cifar10_resnet32", help="[%(default)s]")
-    paper.add_argument("--num-classes", type=at_least(1, 10**6), metavar="INT", help="[those of the data set]")
-    paper.add_argument("--epochs", type=at_least(0), default=800, metavar="INT", help="[%(default)s]")
+    paper = parser.add_argument_group("options of the paper", "example: --tx sca rot --equi-tx rot --duet-target vm")
+    paper.add_argument("--device", choices=("cpu", "cuda"), help="processor [cuda when available]")
+    paper.add_argument("--dataset", choices=tuple(images.BY_OPTION), help="image data set [cifar10]")
+    paper.add_argument("--dataset-root", metavar="PATH", default="data", help="directory of image data sets [%(default)s]")
+    paper.add_argument(
+        "--batch-size",
+        type=at_least(2),
+        default=1024,
+        metavar="INT",
+        help="images per step, of all processes together [%(default)s]",
+    )
+    paper.add_argument(
+        "--image-size", type=at_least(8, 512), default=32, metavar="INT", help="side of a view, in pixels [%(default)s]"
+    )
+    paper.add_argument("--center-crop", action="store_true", help="resize images to 8/7 of a view; tests see the centre crop")
+    paper.add_argument("--save-dir", metavar="PATH", help="directory of the saved models [the run's directory]")
+    paper.add_argument("--wandb-project", metavar="STR", help="log to this project of Weights & Biases")
+    paper.add_argument("--model", choices=("duet", "simclr", "essl"), default="duet", help="method [%(default)s]")
+    paper.add_argument("--encoder", choices=ENCODERS, default="cifar10_resnet32", help="architecture [%(default)s]")
+    paper.add_argument(
+        "--num-classes", type=at_least(1, 10**6), metavar="INT", help="classes of the online head [those of the data]"
+    )
+    paper.add_argument("--epochs", type=at_least(0), default=800, metavar="INT", help="epochs of training [%(default)s]")
     paper.add_argument("--warmup-epochs", type=at_least(0), default=10, metavar="INT", help="linear warm-up [%(default)s]")
     paper.add_argument("--test-every", type=at_least(1), default=10, metavar="INT", help="epochs between tests [%(default)s]")
     paper.add_argument(
         "--lr", type=real(0, 10, above=True), default=0.0004, metavar="FLOAT", help="learning rate [%(default)s]"
     )
-    paper.add_argument("--tx", nargs="*", choices=CODES, help="transformations, in the order in which they are applied")
-    structured = "transformation to structure by (duet, one of --tx) or to predict (essl, taken out of --tx)"
+    paper.add_argument("--tx", nargs="*", choices=CODES, help="transformations of a view, in the order of application")
+    structured = "transformation that duet structures by (one of --tx) or that essl predicts (removed from --tx)"
     paper.add_argument("--equi-tx", choices=CODES, help=structured)
     paper.add_argument(
         "--duet-lambda", type=real(0, 1e9), default=10.0, metavar="FLOAT", help="weight of group loss [%(default)s]"
     )
-    paper.add_argument("--duet-bins", type=at_least(0, 4096), default=8, metavar="INT", help="G; 0 is SimCLR [%(default)s]")
-    paper.add_argument("--duet-target", choices=tuple(TARGETS), default="ga", help="Gaussian or von Mises [%(default)s]")
+    paper.add_argument(
+        "--duet-bins",
+        type=at_least(0, 4096),
+        default=8,
+        metavar="INT",
+        help="bins G of the group marginal; 0 is SimCLR [%(default)s]",
+    )
+    paper.add_argument("--duet-target", choices=tuple(TARGETS), default="ga", help="Gaussian or von Mises target [%(default)s]")
     paper.add_argument(
         "--essl-lambda", type=real(0, 1e9), default=0.4, metavar="FLOAT", help="weight of prediction [%(default)s]"
     )
-    paper.add_argument("--debug-steps", type=at_least(1), metavar="INT", help="steps per epoch, and per test [all]")
-    own = parser.add_argument_group("options of this suite")
-    own.add_argument("--seed", type=at_least(0), default=0, help="of weights, order and views [%(default)s]")
-    own.add_argument("--encoder-width", type=at_least(1, 1024), default=64, help="channels of the stem [%(default)s]")
+    paper.add_argument("--debug-steps", type=at_least(1), metavar="INT", help="limit of steps per epoch and per test [all]")
+    own = parser.add_argument_group("options of this suite", "example: --seed 1 --subset 12000 --encoder-width 16 --resume")
+    own.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of all random draws [%(default)s]")
+    own.add_argument(
+        "--encoder-width",
+        type=at_least(1, 1024),
+        default=64,
+        metavar="N",
+        help="channels of the first convolution [%(default)s]",
+    )
     options.add_arithmetic_options(own)
-    own.add_argument("--compile", action="store_true", help="torch.compile the encoder")
-    own.add_argument("--joint-pass", action="store_true", help="encode both views in one pass, with common batch statistics")
-    own.add_argument("--subset", type=at_least(20), metavar="N", help="train on N images, drawn by the seed [all]")
-    own.add_argument("--keep-all", action="store_true", help="keep the models of all tests, not of the last alone")
-    own.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, in the run's directory")
+    own.add_argument("--compile", action="store_true", help="compile the encoder with torch.compile")
+    own.add_argument("--joint-pass", action="store_true", help="encode both views in one pass, with shared batch statistics")
+    own.add_argument("--subset", type=at_least(20), metavar="N", help="train on N images, chosen by the seed [all]")
+    own.add_argument("--keep-all", action="store_true", help="keep the saved models of all tests, not only of the last")
+    own.add_argument("--tensorboard", action="store_true", help="log metrics to TensorBoard, in the run's directory")
     options.add_run_options(own)
-    instead = "instead of training: test accuracy of"
-    own.add_argument("--linear-probe", metavar="PATH", help=f"{instead} a linear classifier on a saved encoder")
-    own.add_argument("--knn", metavar="PATH", help=f"{instead} the nearest neighbours of a saved encoder")
+    instead = "train nothing: test accuracy of"
+    own.add_argument("--linear-probe", metavar="PATH", help=f"{instead} a linear probe of this saved encoder")
+    own.add_argument("--knn", metavar="PATH", help=f"{instead} nearest neighbours, by this saved encoder")
     return parser
 
 
@@ -377,7 +399,7 @@ def report(args: argparse.Namespace, data: Data, training: Training) -> dict[str
 
 @strict_fp32()
 def measure(args: argparse.Namespace, kind: str, path: Path, encoder: CifarResNet, out: Path, command: Command) -> None:
-    """Print the accuracy of a saved encoder, and write it to `out`."""
+    """Print the accuracy of a saved encoder, of raw pixels and of an encoder with --seed's weights, and write it to `out`."""
     title = kind.replace("_", " ")
 
     def walk(parts: Sequence[Any]) -> Iterator[Any]:
@@ -388,12 +410,18 @@ def measure(args: argparse.Namespace, kind: str, path: Path, encoder: CifarResNe
     device, n_classes = options.device_of(args), images.N_CLASSES[images.BY_OPTION[args.dataset]]
     image_sets = load_data(args, device)
     training, test = image_sets.training, image_sets.test
-    splits = evaluation.represent_splits(encoder.to(device), training, test, args.image_size, walk)
-    if kind == "linear_probe":
-        metrics = evaluation.linear_probe(*splits, n_classes, args.seed, walk)
-    else:
-        metrics = evaluation.nearest_neighbours(*splits, n_classes)
-    echo(f"{path}: {title} top-1 {metrics['top_1']:.2f} % (chance {100 / n_classes:.3g})")
+
+    def probe(encoder: torch.nn.Module) -> dict[str, Any]:
+        splits = evaluation.represent_splits(encoder.to(device), training, test, args.image_size, walk)
+        if kind == "linear_probe":
+            return evaluation.linear_probe(*splits, n_classes, args.seed, walk)
+        return evaluation.nearest_neighbours(*splits, n_classes)
+
+    seed_everything(args.seed)
+    untrained, metrics = CifarResNet(**encoder.options), probe(encoder)
+    metrics |= {"raw_pixels": probe(evaluation.raw_pixels(args.image_size)), "untrained": probe(untrained)}
+    beside = f"raw pixels {metrics['raw_pixels']['top_1']:.2f}, untrained encoder {metrics['untrained']['top_1']:.2f}"
+    echo(f"{path}: {title} top-1 {metrics['top_1']:.2f} % (chance {100 / n_classes:.3g}, {beside})")
     result = {"file": str(path), "dataset": args.dataset, "seed": args.seed, "chance_top_1": 100 / n_classes}
     write_json(out, result | {"training_images": len(training), "test_images": len(test), **metrics})
     echo(f"written to {out}")
@@ -450,7 +478,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args, name = parse(parser, argv)
     tune_malloc()
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     if name == "probe":
         return evaluate_saved(args)
     if args.dry_run:

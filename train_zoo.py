@@ -1,13 +1,13 @@
-"""A zoo: networks of one architecture that differ in random numbers alone (Godfrey et al., NeurIPS 2022, arXiv 2205.14258).
+"""A zoo: networks of one architecture that differ only in random numbers (Godfrey et al., NeurIPS 2022, arXiv 2205.14258).
 
 Stitching and alignment (cifar10_*.py) compare its members. The published line, a quarter of 100 networks of 91.4 % on CIFAR-10:
 
     python train_zoo.py --num_models=100 --arch=mCNN --num_chunks=4 --chunk=0
 
-leaves 0.pt to 24.pt in results/zoo/cifar10-mCNN/, each a plain state dict under the original's keys, beside a record (.json)
-and a row an epoch (.csv). The same line again trains what is missing. README.md says what each logged quantity means.
+writes 0.pt to 24.pt to results/zoo/cifar10-mCNN/, each a plain state dict under the original's keys, with a record (.json) and
+a row per epoch (.csv). The same line again trains what is missing. docs/zoo_and_stitching.md explains all options and metrics.
 
-Exit status 0: all models that were asked for are there, or left to other processes that are at them, as the last line says.
+Exit status 0: all requested models are finished, or other processes train them, as the last line says.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from common.run.records import RecordError
 from common.run.run import RunError, environment
 from common.run.state import State
 from common.run.trackers import Trackers
+from common.run.workers import Worker, share
 from common.seeds import seed_everything, seed_of
 from common.zoo import training
 from common.zoo.sweeps import CheckedJob, fits
@@ -54,26 +56,31 @@ HINTS = "--overwrite replaces it, another --out keeps it"
 def get_parser() -> argparse.ArgumentParser:
     """The paper's options, then the suite's own."""
     parser = options.OneLineParser(prog="train_zoo.py", description=__doc__)
-    paper = parser.add_argument_group("options of the paper")
-    paper.add_argument("--num_models", type=at_least(1, 10**6), default=1, metavar="INT", help="in the zoo [%(default)s]")
-    paper.add_argument("--arch", choices=zoo.ARCHITECTURES, help="architecture")
-    paper.add_argument("--progress", action="store_true", help="show progress bars")
-    paper.add_argument("--num_chunks", type=at_least(1, 10**6), metavar="INT", help="jobs that share the zoo [1]")
-    paper.add_argument("--chunk", type=at_least(0), metavar="INT", help="which of them this one is, from 0 [0]")
-    own = parser.add_argument_group("options of this suite")
+    paper = parser.add_argument_group("options of the paper", "example: --num_models 100 --arch mCNN --num_chunks 4 --chunk 0")
+    paper.add_argument("--num_models", type=at_least(1, 10**6), default=1, metavar="INT", help="size of the zoo [%(default)s]")
+    paper.add_argument("--arch", choices=zoo.ARCHITECTURES, help="architecture of all models (required)")
+    paper.add_argument("--progress", action="store_true", help="show progress bars also where there is no terminal")
+    paper.add_argument("--num_chunks", type=at_least(1, 10**6), metavar="INT", help="jobs that share the models of the zoo [1]")
+    paper.add_argument("--chunk", type=at_least(0), metavar="INT", help="number of this job, from 0 [0]")
+    own = parser.add_argument_group("options of this suite", "example: --dataset fashionmnist --recipe fast --width 8 --resume")
     training.add_data_options(own)
     training.add_recipe_options(own)
-    own.add_argument("--select", choices=("validation", "test"), default="validation", help="which images choose the epoch")
-    own.add_argument("--seed", type=at_least(0), default=0, help="of the zoo; each model has its own from it [%(default)s]")
+    own.add_argument(
+        "--select", choices=("validation", "test"), default="validation", help="images that choose the epoch [%(default)s]"
+    )
+    own.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed; each model has its own from it [%(default)s]"
+    )
     own.add_argument("--width", type=at_least(1, 4096), metavar="N", help="channels of the first convolution [64, cw: 512]")
     own.add_argument("--subset", type=at_least(20), metavar="N", help="use N training images, chosen by the seed [all]")
     options.add_device_options(own)
+    options.add_jobs_option(own, "models")
     own.add_argument("--compile", action="store_true", help="torch.compile the network")
     options.add_tracker_options(own)
     own.add_argument("--out", metavar="PATH", help="directory of the zoo [results/zoo/NAME]")
-    own.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help="continue models that were interrupted")
-    own.add_argument("--retry-failed", action="store_true", help="repeat jobs that failed")
-    own.add_argument("--overwrite", action="store_true", help="train models again that are there")
+    own.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help="resume interrupted models")
+    own.add_argument("--retry-failed", action="store_true", help="train again the models that have failed")
+    own.add_argument("--overwrite", action="store_true", help="replace existing models")
     own.add_argument("--dry-run", action="store_true", help="check the options, print the zoo's directory and models, exit")
     return parser
 
@@ -251,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         echo(f"{args.out}: models {', '.join(job.name for job in jobs) or 'none'}")
         return 0
     tune_malloc()
-    set_backend_flags(args.precision, deterministic=args.deterministic, constant_shapes=True)
+    set_backend_flags(args.precision, deterministic=args.deterministic)
     device = options.device_of(args)
     with Command("train_zoo") as command:
         for job in jobs:
@@ -273,15 +280,30 @@ def main(argv: list[str] | None = None) -> int:
             if job.replaced and job.take():
                 job.remove()
                 job.release()
-        for _, job in pending(command, jobs, retry_failed=args.retry_failed or args.overwrite, bar=args.progress):
-            with job, contextlib.closing(job.trackers):
-                train(args, data, command, job)
+        retry_failed = args.retry_failed or args.overwrite
+        if args.jobs > 1:
+            share(command, jobs, args, work, retry_failed=retry_failed)
+        else:
+            train_all(args, data, command, pending(command, jobs, retry_failed=retry_failed, bar=args.progress))
     if failed := failures(jobs):
         echo(f"{len(failed)} of {len(jobs)} models failed ({', '.join(failed)}): --retry-failed repeats them")
     if left := [job.name for job in jobs if not job.done and job.name not in failed]:
         number = f"{len(left)} of {len(jobs)} models are left to other processes ({', '.join(left)})"
         echo(f"{number}: the same line again tells when they are done")
     return 1 if failed else 0
+
+
+def train_all(args: argparse.Namespace, data: Splits, command: Command, jobs: Iterable[tuple[int, ZooJob]]) -> None:
+    """Train the models of jobs that are locked."""
+    for _, job in jobs:
+        with job, contextlib.closing(job.trackers):
+            train(args, data, command, job)
+
+
+def work(worker: Worker, args: argparse.Namespace) -> None:
+    """Train models in one of several processes."""
+    set_backend_flags(args.precision, deterministic=args.deterministic)
+    train_all(args, splits_of(args, options.device_of(args)), worker, worker.jobs())
 
 
 def clear_up(jobs: list[ZooJob]) -> None:

@@ -57,11 +57,11 @@ SSL = (
 )
 
 
-def measure_kinds(make_step: Callable[[str, bool], Step], n: int, **flags: bool) -> Values:
-    """A training step of each of KINDS; `make_step` takes a precision and whether to compile. `flags`: of set_backend_flags."""
+def measure_kinds(make_step: Callable[[str, bool], Step], n: int) -> Values:
+    """A training step of each of KINDS; `make_step` takes a precision and whether to compile."""
     for kind in KINDS:
         precision, compile = kind.split()[0], "compiled" in kind
-        set_backend_flags(precision, **flags)
+        set_backend_flags(precision)
         if compile:
             gpu.not_simulated(gpu.COMPILE)
         yield kind, measure(make_step(precision, compile), n)
@@ -196,7 +196,7 @@ def mixture_section(smoke: bool) -> Values:
 def routing(smoke: bool) -> Values:
     """A step of routing_networks.py as published (WPL, 20 tasks) against forward and backward of its trunk, by batch."""
     args, _ = routing_networks.parse(routing_networks.get_parser(), [])
-    set_backend_flags("fp32", constant_shapes=True)
+    set_backend_flags("fp32")
     for batch in (10,) if smoke else (10, 512):  # 10 is published
         x = torch.randn(batch, 3, 32, 32, device=CUDA).contiguous(memory_format=torch.channels_last)
         tasks, labels = (torch.randint(0, n, (batch,)).to(CUDA) for n in (20, 5))
@@ -221,7 +221,7 @@ def routing(smoke: bool) -> Values:
 
 def stitching(smoke: bool) -> Values:
     """A step of a Birkhoff layer between two mCNNs, batch 32: as it is, its projection alone, and as a CUDA graph."""
-    set_backend_flags("fp32", constant_shapes=True)
+    set_backend_flags("fp32")
     width, n = (4, 2) if smoke else (64, 50)
     for index, channels in ((3, width),) if smoke else ((3, width), (14, 8 * width)):
         layer = Birkhoff(channels, alpha=0.1)
@@ -335,7 +335,7 @@ def zoo_process(seconds: float) -> None:
 
 def zoo_section(smoke: bool) -> Values:
     """Training mCNNs with the published recipe: how long 100 of them take on this card, training steps alone."""
-    set_backend_flags("fp32", constant_shapes=True)
+    set_backend_flags("fp32")
     steps, n = 100 * 50 * (45_000 // 32), 3 if smoke else 100
 
     def hours(per_second: float) -> dict[str, Any]:
@@ -388,7 +388,7 @@ def duet(smoke: bool) -> Values:
         return step
 
     n, steps = 2 if smoke else 5, {}
-    for kind, measured in measure_kinds(make_step, n, constant_shapes=True):
+    for kind, measured in measure_kinds(make_step, n):
         steps[kind] = measured
         batch = 8 if smoke else 1024
         yield kind, measured | {"images/s": 1000 * batch / measured["ms"]}

@@ -40,11 +40,22 @@ rm -f "$record.exit"
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
-launch=("$PYTHON" -u)
-[ -z "${MULTI_GPU:-}" ] || launch=(srun --kill-on-bad-exit=1 "$code/slurm/torchrun.sh")
-
-status=75
-if [ -z "$stopped_by" ]; then
+launch=("$PYTHON" -u) torchrun='' status=75
+if [ -n "${MULTI_GPU:-}" ]; then
+    case ${words[0]} in
+        train_zoo.py | cifar10_*.py) # many jobs: a process for each GPU, or, where there is none, for each task; or as typed
+            IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
+            n=${#gpus[@]}
+            [ "$n" -gt 0 ] || n=${SLURM_NTASKS:-1}
+            words=("${words[0]}" --jobs "$n" "${words[@]:1}")
+            ;;
+        *) launch=(srun --kill-on-bad-exit=1 "$code/slurm/torchrun.sh") torchrun=1 ;;
+    esac
+fi
+if [ -z "$torchrun" ] && [ "${SLURM_NNODES:-1}" -gt 1 ]; then
+    say "${words[0]} works on one node, and has $SLURM_NNODES: submit it without --nodes"
+    status=2
+elif [ -z "$stopped_by" ]; then
     say "on $(hostname): $command"
     "${launch[@]}" "$code/${words[0]}" "${words[@]:1}" </dev/null >>"$record.out" 2>&1 &
     run=$!
@@ -58,7 +69,7 @@ fi
 case $stopped_by:$status in
     *:0 | :*) ;;
     *:138 | *:143) status=75 ;;
-    *) [ -z "${MULTI_GPU:-}" ] || status=75 ;;
+    *) [ -z "$torchrun" ] || status=75 ;;
 esac
 echo "$status" >"$record.exit.new"
 mv "$record.exit.new" "$record.exit"

@@ -9,6 +9,7 @@
 # Lines that have finished, or are running or waiting already, are left out: submit again whenever something is left. Jobs run a
 # copy of the last commit, whatever the tree holds by then; uncommitted changes are refused unless --uncommitted takes them along
 # (site.sh and sweeps may be changed freely). --dry-run says what would be submitted, and makes nothing.
+# --multi-gpu gives each run all GPUs of its job, which the options of sbatch ask for: see multi_gpu.slurm.
 # Prints the ids of the jobs that the sweep's open lines are in, joined with ':', as --dependency=afterok: takes them.
 set -euo pipefail
 shopt -s inherit_errexit
@@ -39,8 +40,9 @@ done
 [ -f "$1" ] || fail "there is no sweep $1"
 sweep=$(realpath "$1")
 shift
-if [ "$batch" = multi_gpu ] && grep -qvE '^[[:space:]]*(#|$|train_ssl\.py )' "$sweep"; then
-    fail "--multi-gpu is for train_ssl.py alone: other scripts take one GPU"
+single=$(grep -oE '^[[:space:]]*(routing_networks|deepsets_exercise)\.py' "$sweep" | head -n 1) || true
+if [ "$batch" = multi_gpu ] && [ -n "$single" ]; then
+    fail "--multi-gpu: a run of ${single##*[[:space:]]} takes one GPU, others would idle: leave it out, an array uses many"
 fi
 cd "$root"
 # shellcheck source=slurm/site.sh

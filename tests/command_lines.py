@@ -1,10 +1,15 @@
 """What every script does with its command line, right or wrong."""
 
+import argparse
+import contextlib
+import importlib
 import io
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from common.run import dotted
 
 Main = Callable[[list[str]], int]
 
@@ -36,3 +41,38 @@ def assert_help_shows_the_papers_options_first(main: Main, last_of_the_paper: st
     text = capsys.readouterr().out.partition("  -h, --help")[2]
     places = [text.index(part) for part in ("options of the paper", last_of_the_paper, "options of this suite", "-seed")]
     assert places == sorted(places)
+
+
+def get_parser(script: str) -> argparse.ArgumentParser:
+    return importlib.import_module(script).get_parser()
+
+
+def main_of(script: str) -> Main:
+    return importlib.import_module(script).main
+
+
+def dry_run(script: str, options: list[str]) -> tuple[int, str]:
+    """Exit status and output of a script's dry run, or of its refusal."""
+    dry = next(option for option in ("-dry_run", "--dry-run") if option in get_parser(script)._option_string_actions)
+    return printed(main_of(script), [*options, dry])
+
+
+def parse(script: str, options: list[str]) -> tuple[int, str]:
+    """Exit status and message of a script's parser alone."""
+    parser = get_parser(script)
+
+    def main(words: list[str]) -> int:
+        if "-seed" in parser._option_string_actions:  # a SWARM script
+            dotted.parse(parser, words, ())
+        else:
+            parser.parse_args(words)
+        return 0
+
+    return printed(main, options)
+
+
+def printed(main: Main, argv: list[str]) -> tuple[int, str]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        status = exit_status(main, argv)
+    return status, out.getvalue().strip()

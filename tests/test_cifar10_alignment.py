@@ -260,7 +260,7 @@ def test_comparing(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     } == {"2"}
     runs = [
         str(path) for path in (tmp_path / "cifar10_alignment").iterdir()
-    ]  # with the figures' directory: as the README has it
+    ]  # with the figures' directory: as the page in docs has it
     assert exit_status(script.main, ["--compare", *runs, "--results-dir", str(tmp_path)]) == 0
     capsys.readouterr()
     broken = tmp_path / "broken"

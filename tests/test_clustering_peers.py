@@ -35,6 +35,7 @@ def test_labels_are_those_of_their_task() -> None:
         assert value == pytest.approx(adjusted_rand_score(tasks.labels[of_task], predicted))
 
 
+@pytest.mark.slow
 def test_a_table_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "PEERS", {name: make for name, make in peers.PEERS.items() if name.endswith("1 start")})
     line = f"-type Swarm -n_hidden 8 -n_iter 2 -tasks 60 -bs 9 -max_epochs 1 -results_dir {tmp_path}"

@@ -49,7 +49,6 @@ SCRIPTS = {
     "routing_networks": "",
     "deepsets_exercise": "",
 }
-CONSTANT_SHAPES = ("train_ssl", "train_zoo", "cifar10_stitching", "cifar10_projections", "routing_networks")
 
 
 @pytest.fixture(autouse=True)
@@ -110,14 +109,12 @@ def test_flags_of_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
         if before is not None:
             monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", before)
-        set_backend_flags("fp32", deterministic=True, constant_shapes=True)
+        set_backend_flags("fp32", deterministic=True)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == after
         assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
         assert cudnn.deterministic and not cudnn.benchmark
-    for constant_shapes in (True, False):
-        set_backend_flags("fp32", constant_shapes=constant_shapes)
-        assert not torch.are_deterministic_algorithms_enabled() and not cudnn.deterministic
-        assert cudnn.benchmark == constant_shapes
+    set_backend_flags("fp32")
+    assert not torch.are_deterministic_algorithms_enabled() and not cudnn.deterministic and not cudnn.benchmark
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -133,8 +130,7 @@ def test_scripts_set_the_flags_before_anything_else(name: str, tmp_path: Path, m
     dash = "-" if name in ("amortised_clustering", "swarm_transformer") else "--"
     with pytest.raises(InterruptedError):
         script.main([*SCRIPTS[name].split(), f"{dash}precision", "bf16", f"{dash}deterministic"])
-    more = {"constant_shapes": True} if name in CONSTANT_SHAPES else {}
-    assert called == [(("bf16",), {"deterministic": True, **more})] and not list(tmp_path.iterdir())
+    assert called == [(("bf16",), {"deterministic": True})] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

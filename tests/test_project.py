@@ -1,4 +1,4 @@
-"""What holds for the project as a whole: who imports whom, the README's code."""
+"""What holds for the project as a whole: who imports whom, code in the docs."""
 
 import ast
 import re
@@ -44,8 +44,9 @@ assert not torch.cuda.is_initialized()
     assert not list(tmp_path.iterdir())
 
 
-def test_code_in_the_readme_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+@pytest.mark.parametrize("page", ["README.md", "docs/layers.md"])
+def test_code_in_the_docs_runs(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     assert blocks
     for block in blocks:
         exec(block, {})

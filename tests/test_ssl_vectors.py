@@ -347,7 +347,7 @@ def test_parameters() -> None:
 
 
 def test_stacks() -> None:
-    """The order of operations, and the strengths, for the lists of codes in the reference (two are mended: see the README)."""
+    """The order of operations, and the strengths, for the lists of codes in the reference (two are mended: see docs/ssl.md)."""
     names = {
         "RandomResizedCrop": "sca", "RandomRotation": "rot", "RandomRotation90": "ron", "RandomHorizontalFlip": "fli",
         "RandomVerticalFlip": "flv", "RandomGaussianBlur": "blu", "RandomGrayscale": "gra", "ColorJitter": "jit",

@@ -110,9 +110,9 @@ def log_posterior(tasks: ClusteringTasks, indices: Tensor, points: Tensor) -> Te
 def k_means(tasks: ClusteringTasks, task: int, seed: int) -> Tensor:
     """Labels (E) of a task by k-means, which is told the number of clusters: what one would use without a network.
 
-    On the CPU, seeded: a task gets the same labels whichever other tasks are clustered.
+    Tasks are on the CPU. Seeded: a task gets the same labels whichever other tasks are clustered.
     """
-    points = tasks.points[tasks.starts[task] :][: tasks.sizes[task]].double().cpu().numpy()
+    points = tasks.points[tasks.starts[task] :][: tasks.sizes[task]].double().numpy()
     rng, starts = np.random.default_rng((seed, task)), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a cluster has become empty: other starts have none

@@ -22,6 +22,7 @@ from common.run.command import echo
 # options that do not change what a run computes: they are not in its name, and may change when it is resumed
 RUN_OPTIONS = (
     "results_dir", "resume", "retry_failed", "overwrite", "dry_run", "progress", "device", "tensorboard", "wandb_project",
+    "jobs",
 )  # fmt: skip
 
 
@@ -76,6 +77,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) 
         trackers.check(args, dash)
     except InputError as error:
         parser.error(str(error))
+    if hasattr(args, "jobs") and parallel.launched():
+        parser.error("torchrun is for scripts that train one model: --jobs N starts N processes for the jobs of this one")
     if reason := name_error(name):
         parser.error(f"the run would be called {name!r}: {reason}")
 
@@ -105,23 +108,29 @@ def check_same_options(noted: Any, options: Mapping[str, Any], what: str, hint: 
 
 def add_run_options(group: argparse._ArgumentGroup, what: str = "run") -> None:
     """The options of a run's directory, in the spelling with two dashes."""
-    group.add_argument("--results-dir", default="results", metavar="DIR", help="where run directories are made [%(default)s]")
-    group.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help=f"continue a {what} that was interrupted")
+    group.add_argument("--results-dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
+    group.add_argument("--resume", nargs="?", const="auto", choices=("auto",), help=f"resume an interrupted {what}")
     group.add_argument("--overwrite", action="store_true", help=f"replace a {what} of the same name")
-    group.add_argument("--dry-run", action="store_true", help="check the options, print the run's name and exit")
+    group.add_argument("--dry-run", action="store_true", help="check the options, print the run's name, exit")
+
+
+def add_jobs_option(group: argparse._ArgumentGroup, what: str) -> None:
+    """The option for the number of processes that share the jobs of a run (common/run/workers.py)."""
+    text = f"processes that share the {what}, on this machine's GPUs in turn, or its CPU cores [%(default)s]"
+    group.add_argument("--jobs", type=at_least(1, 1024), default=1, metavar="N", help=text)
 
 
 def add_device_options(group: argparse._ArgumentGroup, dash: str = "--") -> None:
     """Options of the device and its arithmetic."""
-    group.add_argument(f"{dash}device", choices=("cpu", "cuda"), help="[cuda when available]")
+    group.add_argument(f"{dash}device", choices=("cpu", "cuda"), help="processor [cuda when available]")
     add_arithmetic_options(group, dash)
 
 
 def add_arithmetic_options(group: argparse._ActionsContainer, dash: str = "--") -> None:
     """Options that `common.precision.set_backend_flags` takes."""
-    text = "of products and convolutions: IEEE float32, TF32 of NVIDIA GPUs, bfloat16 [%(default)s]"
+    text = "number format of matrix products and convolutions: float32, TF32 (NVIDIA GPUs), bfloat16 [%(default)s]"
     group.add_argument(f"{dash}precision", choices=PRECISIONS, default="fp32", help=text)
-    text = "compute the same bits each time on a GPU, too, more slowly"
+    text = "bitwise reproducible results also on a GPU, but slower"
     group.add_argument(f"{dash}deterministic", action="store_true", help=text)
 
 

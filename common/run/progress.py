@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -33,9 +34,17 @@ class _Stderr:
     __hash__ = None  # type: ignore[assignment]
 
 
+def wanted(args: argparse.Namespace) -> bool | None:
+    """Whether bars are shown: yes if `args` has a true `progress`, None (on a terminal) if not.
+
+    Never in a process beside the first, or in one that a run has started: its jobs are in the run's own bar.
+    """
+    if not parallel.is_main() or multiprocessing.parent_process() is not None or sys.stderr is None:
+        return False
+    return True if getattr(args, "progress", False) else None
+
+
 def bar(args: argparse.Namespace, iterable: Iterable[Any] | None = None, title: str | None = None, **options: Any) -> Any:
-    """A tqdm bar in the first process: on a terminal or, if `args` has a true `progress`, everywhere."""
-    disable = None if not getattr(args, "progress", False) else False  # None: unless stderr is a terminal
-    if not parallel.is_main() or sys.stderr is None:
-        disable = True
-    return tqdm(iterable, title, disable=disable, leave=False, file=_Stderr(), **options)
+    """A tqdm bar where it is `wanted`."""
+    shown = wanted(args)
+    return tqdm(iterable, title, disable=None if shown is None else not shown, leave=False, file=_Stderr(), **options)

@@ -27,13 +27,13 @@ Pair = tuple[int, int]  # numbers of two networks: the front's, the back's
 
 def add_options(group: argparse._ArgumentGroup, run: str, layers: str) -> None:
     """Options of networks, images, jobs and the run, which the help calls `run`; `layers` says which layers there are."""
-    group.add_argument("--zoo", metavar="DIR", help="where train_zoo.py has put the networks [results/zoo/DATASET-ARCH]")
+    group.add_argument("--zoo", metavar="DIR", help="directory of networks of train_zoo.py [results/zoo/DATASET-ARCH]")
     add_data_options(group)
-    group.add_argument("--layers", type=at_least(1), nargs="+", help=f"indices of {layers}")
-    group.add_argument("--pairs", nargs="+", metavar="I-J", help="numbers of networks [drawn by the seed]")
+    group.add_argument("--layers", type=at_least(1), nargs="+", metavar="INDEX", help=f"indices of {layers}")
+    group.add_argument("--pairs", nargs="+", metavar="I-J", help="pairs of networks, by number: 0-1 2-3 [drawn by the seed]")
     options.add_run_options(group, run)
-    group.add_argument("--retry-failed", action="store_true", help="repeat jobs that failed")
-    group.add_argument("--compare", nargs="+", metavar="RUN", help="instead: tables and figures of finished runs")
+    group.add_argument("--retry-failed", action="store_true", help="train again what has failed")
+    group.add_argument("--compare", nargs="+", metavar="RUN", help="train nothing: tables and figures of finished runs")
 
 
 def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

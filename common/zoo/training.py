@@ -38,18 +38,18 @@ EVALUATED_AT_ONCE = 500
 
 def add_data_options(group: argparse._ArgumentGroup) -> None:
     """Options of the image set."""
-    group.add_argument("--dataset", choices=tuple(images.BY_OPTION), default="cifar10", help="[%(default)s]")
-    group.add_argument("--data-dir", metavar="DIR", default="data", help="where the data set lies, or is saved [%(default)s]")
+    group.add_argument("--dataset", choices=tuple(images.BY_OPTION), default="cifar10", help="image data set [%(default)s]")
+    group.add_argument("--data-dir", metavar="DIR", default="data", help="directory of image data sets [%(default)s]")
 
 
 def add_recipe_options(group: argparse._ArgumentGroup) -> None:
     """Options of a training whose defaults depend on the recipe; `apply_recipe` fills them in."""
     recipes = tuple(RECIPES)
-    text = "how networks are trained: sets --epochs, --batch-size, --lr, the optimiser and its schedule [%(default)s]"
+    text = "training recipe: sets --epochs, --batch-size, --lr, the optimiser and its schedule [%(default)s]"
     group.add_argument("--recipe", choices=recipes, default="published", help=text)
     for name, kind, meaning in (
         ("epochs", at_least(1, 10**6), "passes over the training images"),
-        ("batch_size", at_least(2, 10**6), "images a step"),
+        ("batch_size", at_least(2, 10**6), "images per step"),
         ("lr", real(0, 10, above=True), "highest learning rate"),
     ):
         defaults = ", ".join(str(RECIPES[recipe][name]) for recipe in recipes)

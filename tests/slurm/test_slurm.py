@@ -28,8 +28,9 @@ LONG_RUN = Path(f"results/zoo/mnist-mCNN-epochs.{LONG_EPOCHS}-batch-size.16-widt
 WITHOUT_DATA = "swarm_transformer.py -data CIFAR10 -n_hidden 4"
 SSL = (
     "train_ssl.py --dataset mnist --encoder cifar10_resnet20 --encoder-width 1 --image-size 8 --batch-size 50 --lr 0.01 "
-    "--warmup-epochs 1 --test-every 1000 --tx sca rot --equi-tx rot --device cpu"
+    "--warmup-epochs 1 --test-every 1000 --tx sca rot --equi-tx rot --device cpu --epochs 12"
 )
+CLUSTERING = "amortised_clustering.py -type Swarm -n_hidden 4 -n_iter 2 -tasks 40 -bs 4 -lr 0.01 -max_epochs 30 -device cpu"
 
 
 def weights(project: Project) -> dict[str, torch.Tensor]:
@@ -241,20 +242,38 @@ def test_everything_in_order(cluster: Cluster, submitting: Submitting) -> None:
     assert len(list(project.folder.glob("results/cifar10_stitching/*/result.json"))) == 2
 
 
-def test_two_processes_of_torchrun(cluster: Cluster, submitting: Submitting) -> None:
+@pytest.mark.parametrize("line", [SSL, CLUSTERING], ids=["ssl", "clustering"])
+def test_two_processes_of_torchrun(line: str, cluster: Cluster, submitting: Submitting) -> None:
     """multi_gpu.slurm with two tasks and gloo; the signal ahead of the limit reaches both, and they go on together."""
-    project = submitting(f"{SSL} --epochs 12")
+    project = submitting(line)
     job = project.submit("--ntasks=2", "--ntasks-per-node=2", own=["--multi-gpu"])
 
     def epochs() -> int:
-        return sum(len(path.read_text().splitlines()) for path in project.folder.glob("results/train_ssl/*/metrics.csv"))
+        return sum(len(path.read_text().splitlines()) for path in project.folder.glob("results/*/*/metrics.csv"))
 
     wait_until(lambda: epochs() > 2, "training")
     cluster.call("scancel", "--batch", "--signal=USR1", f"{job}_1")
     cluster.wait(job)
     assert cluster.tasks(job)["1"]["Restarts"] == "1", project.run_output()
-    assert "stopped by SIGUSR1 after step" in project.run_output()
+    logs = [path.read_text() for path in project.folder.glob("results/*/*/log")]
+    assert "stopped by SIGUSR1 after step" in "".join([project.run_output(), *logs])
     assert "User defined signal" not in project.run_output()  # torchrun waits for the save, and does not die of the signal
-    (path,) = project.folder.glob("results/train_ssl/*/result.json")
+    (path,) = project.folder.glob("results/*/*/result.json")
     result = json.loads(path.read_text())
-    assert result["processes"] == 2 and result["epochs"] == 12 and result["steps"] == 24
+    if line == SSL:
+        assert result["processes"] == 2 and result["epochs"] == 12 and result["steps"] == 24
+
+
+def test_a_zoo_that_takes_all_of_a_node(
+    cluster: Cluster, submitting: Submitting, undisturbed: dict[str, torch.Tensor]
+) -> None:  # fmt: skip
+    """multi_gpu.slurm starts a script of many jobs once, with --jobs; all are stopped ahead of the limit, and go on."""
+    project = submitting(f"{LONG} --num_models 2")
+    job = project.submit("--ntasks=2", "--ntasks-per-node=2", own=["--multi-gpu"])
+    trains(project)
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    cluster.wait(job)
+    assert cluster.tasks(job)["1"]["Restarts"] == "1", project.run_output()
+    assert "2 processes, each with" in project.run_output() and "stopped by SIGUSR1 with" in project.run_output()
+    assert_same(project, undisturbed)
+    assert (project.folder / LONG_RUN / "1.json").exists()

@@ -271,7 +271,7 @@ def test_what_would_be_submitted(alone: Alone) -> None:
         "submit.sh none.txt": "there is no sweep none.txt",
         "submit.sh --at-once 0 none.txt": "--at-once 0",
         "submit.sh --time=1 none.txt": "unknown option --time=1: options of sbatch come after the sweep",
-        "submit.sh --multi-gpu slurm/sweeps/zoo.txt": "--multi-gpu is for train_ssl.py alone",
+        "submit.sh --multi-gpu slurm/sweeps/routing.txt": "--multi-gpu: a run of routing_networks.py takes one GPU",
         "local.sh": "which sweep?",
         "local.sh none.txt": "there is no sweep none.txt",
         "local.sh README.md -j 0": "-j 0: -j N is the only option",
