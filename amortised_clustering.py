@@ -6,6 +6,7 @@ cluster label for every point. The loss is the cross entropy under the best matc
     python -u amortised_clustering.py -type Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0 -bs 50 -wc 60
 
 leaves its run in results/amortised_clustering/: log, metrics.csv, learning curves, weight traces, samples, result.json.
+With several GPUs: torchrun --nproc-per-node=N amortised_clustering.py ... (-bs is the batch of all of them).
 docs/clustering.md says what each option and each logged quantity means.
 A trained model labels points of your own:
 
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import matching, plotting
+from common import matching, parallel, plotting
 from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks
 from common.errors import InputError
@@ -146,11 +147,11 @@ def validate(
     """The model's measures of every validation task, in the order of the batches. `forward` takes the place of its calls."""
     model.eval()
     parts = []
-    for indices in batches:
+    for indices in parallel.own(batches):
         points, labels, mask = clustering.padded_batch(tasks, indices)
         parts.append(measure(log_probs(forward or model, points, mask, precision), labels, mask))
     model.train()
-    return joined(parts)
+    return joined(parallel.collect(parts))
 
 
 def measure_baselines(tasks: ClusteringTasks, batches: list[Tensor], seed: int) -> dict[str, dict[str, Tensor]]:
@@ -199,7 +200,9 @@ class Data:
 
 def make_data(n_tasks: int, batch_size: int, seed: int, device: torch.device) -> Data:
     tasks = clustering.make_tasks(n_tasks, seed).to(device)
+    parallel.check_same(tasks=tasks.points)
     training, validation = (clustering.batches_by_size(tasks, part, batch_size) for part in clustering.split(n_tasks))
+    parallel.check_batches(map(len, training), "tasks")
     by_task = measure_baselines(tasks, validation, seed)
     return Data(tasks, training, validation, by_task, {name: means(measures) for name, measures in by_task.items()})
 
@@ -215,19 +218,23 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
     for index in epoch_order(len(data.training), args.seed, training.epoch)[training.batch :].tolist():
         if training.time_is_up():
             break
-        points, labels, mask = clustering.padded_batch(data.tasks, data.training[index])
+        batch = data.training[index]
+        parallel.seed_step(args.seed, training.step)  # for dropout
+        own = batch[parallel.deal(data.tasks.sizes[batch])]
+        points, labels, mask = clustering.padded_batch(data.tasks, own)
         log_p = log_probs(forward, points, mask, args.precision)
-        loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).mean()
-        if not training.is_finite(loss):
-            return False
+        loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).sum() / len(batch)
         training.optimizer.zero_grad()
         loss.backward()
+        loss = training.sum_over_processes(loss)
+        if not training.is_finite(loss):
+            return False
         training.optimizer.step()
 
         baseline = f"oracle {data.baselines['oracle']['cross_entropy']:.3f}"
         progress.set_description_str(training.progress_text(len(data.training), baseline), refresh=False)
         progress.update()
-        training.record_step(len(points), loss)
+        training.record_step(len(batch), loss)
     return training.fetch_losses()
 
 
@@ -261,6 +268,8 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
 
 def draw(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> None:
     """metrics.png, weights.png, samples.png."""
+    if not parallel.is_main():
+        return
     baselines = {
         column: {name: data.baselines[name][measure] for name in ("chance", "oracle")}
         for column, measure in (("val_loss", "cross_entropy"), ("val_accuracy", "accuracy"))
@@ -492,7 +501,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     tune_malloc()
     set_backend_flags(args.precision, deterministic=args.deterministic)
-    with Run("amortised_clustering", name, args, another="-run ID", may_change=NOT_IN_NAME, quiet=True) as run:
+    run = Run("amortised_clustering", name, args, another="-run ID", may_change=NOT_IN_NAME, quiet=True)
+    with parallel.process_group(options.device_of(args).type), run:
         model = make_model(args)
         optimizer = make_adam(model, args.lr)
         data = make_data(args.tasks, args.bs, args.seed, next(model.parameters()).device)

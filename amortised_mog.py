@@ -6,6 +6,7 @@ weights. The loss is the negative log-likelihood of the points, without any labe
     python -u amortised_mog.py -p MEAN -wc 60
 
 leaves its run in results/amortised_mog/: log, metrics.csv, learning curves, weight traces, samples, result.json.
+With several GPUs: torchrun --nproc-per-node=N amortised_mog.py ... (-bs is the batch of all of them).
 docs/mixture_of_gaussians.md says what each option and each logged quantity means.
 A trained model finds the mixtures of points of your own:
 
@@ -33,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import plotting
+from common import parallel, plotting
 from common.datasets import mixtures
 from common.datasets.mixtures import DEVIATION, MixtureSets, draw_sets
 from common.errors import InputError
@@ -136,9 +137,10 @@ def evaluate(args: argparse.Namespace, training: BudgetedTraining, part: int, n_
     """Log-likelihood of each set of a part."""
     training.model.eval()
     device = next(training.model.parameters()).device
-    values = [likelihood(args, training.forward, batch_of(args, device, part, index)) for index in range(n_batches)]
+    batches = (batch_of(args, device, part, index) for index in parallel.own(range(n_batches)))
+    values = [likelihood(args, training.forward, batch) for batch in batches]
     training.model.train()
-    return torch.cat(values).cpu()
+    return torch.cat(parallel.collect([value.cpu() for value in values]))
 
 
 def decay_learning_rate(args: argparse.Namespace, training: BudgetedTraining) -> None:
@@ -159,12 +161,15 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
     if training.batch == 0:
         decay_learning_rate(args, training)
     while training.batch < STEPS_PER_EPOCH and not training.time_is_up():
-        batch = batch_of(args, device, TRAINING, training.epoch, training.batch)
-        loss = -likelihood(args, training.forward, batch).mean()
-        if not training.is_finite(loss):
-            return False
+        batch = batch_of(args, torch.device("cpu"), TRAINING, training.epoch, training.batch)
+        parallel.seed_step(args.seed, training.step)  # for dropout
+        own = batch[parallel.deal(batch.mask.sum(1))].to(device)
+        loss = -likelihood(args, training.forward, own).sum() / len(batch)
         training.optimizer.zero_grad()
         loss.backward()
+        loss = training.sum_over_processes(loss)
+        if not training.is_finite(loss):
+            return False
         training.optimizer.step()
 
         baseline = f"oracle {-baselines['oracle']:.3f}"
@@ -198,6 +203,8 @@ def validate_epoch(args: argparse.Namespace, baselines: dict[str, float], traini
 
 def draw(args: argparse.Namespace, baselines: dict[str, float], training: BudgetedTraining) -> None:
     """metrics.png, weights.png, samples.png."""
+    if not parallel.is_main():
+        return
     losses = {name: -value for name, value in baselines.items()}
     training.draw(STEPS_PER_EPOCH, {"val_loss": losses}, "negative log-likelihood (nats per point)")
     plot_mixtures(training.run.part / "samples.png", training.run.name, *samples(args, training.model))
@@ -387,7 +394,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     tune_malloc()
     set_backend_flags(args.precision, deterministic=args.deterministic)
-    with Run("amortised_mog", name, args, another="-run ID", may_change=NOT_IN_NAME, quiet=True) as run:
+    run = Run("amortised_mog", name, args, another="-run ID", may_change=NOT_IN_NAME, quiet=True)
+    with parallel.process_group(options.device_of(args).type), run:
+        parallel.check_batches([args.bs], "sets")
+        parallel.check_same(sets=batch_of(args, torch.device("cpu"), TRAINING, 0, 0).points)
         model = make_model(args)
         optimizer = make_adam(model, args.lr)
         limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}

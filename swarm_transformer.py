@@ -6,7 +6,8 @@ SWARM layer with causal pooling computes all of them in one pass. The published 
     python -u swarm_transformer.py -data FashionMNIST -n_layers 1 -n_hidden 256 -n_iter 10 -wc 480 -lr 0.001 -bs 50
 
 leaves its run in results/swarm_transformer/: log, metrics.csv, learning curves, weight traces, samples and completions,
-result.json. docs/image_transformer.md says what each option and each logged quantity means.
+result.json. With several GPUs: torchrun --nproc-per-node=N swarm_transformer.py ... (-bs is the batch of all of them).
+docs/image_transformer.md says what each option and each logged quantity means.
 A trained model draws images, and completes yours:
 
     python swarm_transformer.py -draw 40 -resume results/swarm_transformer/NAME
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import plotting
+from common import parallel, plotting
 from common.datasets import images
 from common.datasets.image_files import read_images, to_array
 from common.datasets.images import ImageSet
@@ -191,9 +192,12 @@ class Data:
 
 def load_data(name: str, data_dir: str | None, seed: int, device: torch.device) -> Data:
     """All splits; validation takes 5,000 of the training images (a tenth of fewer), drawn by the seed. Raises DataError."""
-    everything, test = (
-        images.load(name, split, data_dir or "data", download=data_dir is None).to(device) for split in images.SPLITS
-    )
+
+    def fetch() -> list[ImageSet]:
+        return [images.load(name, split, data_dir or "data", download=data_dir is None) for split in images.SPLITS]
+
+    parallel.main_first(fetch, InputError, OSError)
+    everything, test = (split.to(device) for split in fetch())
     training, validation = images.split_validation(everything, seed)
     table = log_histograms(training)
     baselines = {
@@ -234,13 +238,15 @@ def accumulate_gradients(
 ) -> Tensor:
     """The batch's mean loss, with its gradient left in the parameters; `size` images at a time, which changes nothing else.
 
-    `forward` takes the place of the model's, if all images go through it at a time.
+    `forward` takes the place of the model's, if all images go through it at a time. Of several processes, each goes through
+    its own images: the sum of their results is the batch's.
     """
-    forward = forward if size >= len(batch) else None
+    own = batch[parallel.shard(len(batch))]
+    forward = forward if size >= len(own) else None
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=batch.images.device)
-    for start in range(0, len(batch), size):
-        loss = nats(model, batch[start : start + size], precision, forward).sum() / len(batch)
+    for start in range(0, len(own), size):
+        loss = nats(model, own[start : start + size], precision, forward).sum() / len(batch)
         loss.backward()
         total += loss.detach()
     return total
@@ -259,11 +265,13 @@ def evaluate(
 
     `forward` takes the place of the model's.
     """
-    parts = []
-    for start in range(0, len(data), size):
-        check_signal()
-        parts.append(nats(model, data[start : start + size], precision, forward).double().cpu())
-    return torch.cat(parts)
+    starts, parts = range(0, len(data), size), []
+    n = parallel.world_size()
+    for first in range(0, len(starts), n):
+        check_signal()  # in all processes
+        for start in parallel.own(starts[first : first + n]):
+            parts.append(nats(model, data[start : start + size], precision, forward).double().cpu())
+    return torch.cat(parallel.collect(parts))
 
 
 def gradient_norm(model: ImageTransformer) -> Tensor:
@@ -287,6 +295,7 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
         loss = micro.run_in_parts(
             partial(accumulate_gradients, training.model, batch, args.precision, forward=training.forward)
         )
+        loss = training.sum_over_processes(loss)
         norm = gradient_norm(training.model)
         if not training.is_finite(loss, norm):
             return False
@@ -305,7 +314,7 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
     if finite:
         how = {"check_signal": training.check_signal, "forward": training.forward}
         validate = partial(evaluate, training.model, data.validation, args.precision, **how)
-        val_loss = micro.run_in_parts(validate).mean().item()
+        val_loss = micro.run_in_parts(validate, together=True).mean().item()
     row = {
         "epoch": training.epoch + 1,
         "step": training.step,
@@ -329,6 +338,8 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
 
 def draw(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> None:
     """metrics.png, weights.png, samples.png."""
+    if not parallel.is_main():
+        return
     run, steps_per_epoch = training.run, -(-epoch_size(args, data) // args.bs)
     baselines = {"by position": data.baselines["validation"]["by position"]}  # beside chance the curve would look flat
     training.draw(steps_per_epoch, {"val_loss": baselines}, "nats per value")
@@ -372,7 +383,7 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, mic
     """The metrics of the best model: on the validation images, which chose it, and, once, on the test images."""
     training.best.load()
     validation, test = (
-        micro.run_in_parts(partial(evaluate, training.model, split, args.precision, forward=training.forward))
+        micro.run_in_parts(partial(evaluate, training.model, split, args.precision, forward=training.forward), together=True)
         for split in (data.validation, data.test)
     )
     labels = data.test.labels.cpu()
@@ -530,10 +541,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     tune_malloc()
     set_backend_flags(args.precision, deterministic=args.deterministic)
-    with Run("swarm_transformer", name, args, another="-seed N", may_change=NOT_IN_NAME, quiet=True) as run:
+    run = Run("swarm_transformer", name, args, another="-seed N", may_change=NOT_IN_NAME, quiet=True)
+    with parallel.process_group(options.device_of(args).type), run:
         model = make_model(args)
         optimizer = make_adam(model, args.lr)
         data = load_data(args.data, args.data_dir, args.seed, next(model.parameters()).device)
+        parallel.check_batches(map(len, torch.arange(epoch_size(args, data)).split(args.bs)), "images")
         limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}
         about = {"data": data.fingerprint, "description": describe(args, data.training.classes)}
         training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, **about, **limits)

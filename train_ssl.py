@@ -154,10 +154,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
             echo(f"[ESSL] Transformation {args.equi_tx} removed from tx, only using {args.tx}")
     name = name_of(parser, args)
     options.check(parser, args, name)
-    try:
-        parallel.local_device(options.device_of(args).type)
-    except InputError as error:
-        parser.error(str(error))
     return args, name
 
 
@@ -461,6 +457,7 @@ def start(args: argparse.Namespace, data: Data, training: Training) -> None:
     run, begun = training.run, training.run.status == "unfinished"
     if begun:
         training.resume()
+    training.check_same()
     if args.save_dir:
         parallel.run_on_main(lambda: training.saved.check(begun=begun, overwrite=args.overwrite), InputError, OSError)
     run.open()

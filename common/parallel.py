@@ -1,21 +1,36 @@
 """Training one model with the processes of `torchrun`, each with a part of every batch, as one process would with all of it.
 
-Every process computes the whole batch's loss, from everybody's outputs, with the gradient through its own rows alone; the sum
-of the processes' gradients is then the gradient of the one loss. Without torchrun all functions here do nothing.
+A loss that is a sum over samples is summed by each process over its own ones, divided by the size of the whole batch. A loss
+that compares samples is computed by every process from everybody's outputs, with the gradient through its own rows alone.
+Either way the sum of the processes' gradients is the gradient of the one loss. Without torchrun all functions here do nothing.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.errors import InputError
+from common.seeds import seed_of
+
+PATIENCE = timedelta(hours=1)  # of processes that wait while the first draws or saves; a dead one is noticed at once
+LOST = re.compile(r"gloo|nccl|TCPStore|Connection (closed|reset|refused)", re.IGNORECASE)
+GO_ON, STOP, RETRY = range(3)  # what processes agree on: stop for a signal, or retry with less, as memory has run out
+
+T = TypeVar("T")
+
+
+class OutOfMemoryElsewhere(MemoryError):
+    """Memory has run out in another process."""
 
 
 def world_size() -> int:
@@ -50,12 +65,12 @@ def local_device(device_type: str) -> torch.device:
 def process_group(device_type: str) -> Iterator[torch.device]:
     """Join the other processes that torchrun has started, if any; gives this process's device. Raises as `local_device`."""
     device = local_device(device_type)
-    if not launched():
+    if not launched() or dist.is_initialized():
         yield device
         return
     if device_type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield device
     finally:
@@ -84,25 +99,79 @@ def gather(own: Tensor, n: int, copies: int = 1) -> Tensor:
     return torch.cat([everybody[:first], own, everybody[last:]])
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by the sum over all processes."""
+def deal(sizes: Tensor) -> Tensor:
+    """This process's ones of sets with so many entities (N), in order: all processes get nearly the same number of entities.
+
+    The largest set that is left goes to the process with the fewest entities so far.
+    """
     if world_size() == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
+        return torch.arange(len(sizes))
+    dealt: list[list[int]] = [[] for _ in range(world_size())]
+    entities = [0] * world_size()
+    for index in sizes.argsort(descending=True, stable=True).tolist():
+        poorest = entities.index(min(entities))
+        dealt[poorest].append(index)
+        entities[poorest] += int(sizes[index])
+    return torch.tensor(sorted(dealt[rank()]))
+
+
+def own(pieces: Sequence[T]) -> Sequence[T]:
+    """This process's ones of independent pieces of work."""
+    return pieces[rank() :: world_size()]
+
+
+def collect(results: list[T]) -> list[T]:
+    """Everybody's results of their `own` pieces, which lie on the CPU, in the order of the pieces. Raises as `agree` does."""
+    if world_size() == 1:
+        return results
+    agree(GO_ON)
+    everybodys: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(everybodys, results)
+    return [everybodys[i % world_size()][i // world_size()] for i in range(sum(map(len, everybodys)))]
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], *numbers: Tensor | float) -> list[Tensor]:
+    """Replace every gradient by the sum over all processes, in one reduction a dtype.
+
+    Numbers go along in the first of them; returns their sums, each a scalar of that dtype.
+    """
+    if world_size() == 1:
+        return [torch.as_tensor(number) for number in numbers]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    sums: list[Tensor] = []
+    for gradients in by_dtype.values():
+        more = [gradients[0].new_full((1,), n) if not isinstance(n, Tensor) else n.reshape(1).to(gradients[0]) for n in numbers]
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), *(more if not sums else [])])
+        dist.all_reduce(flat)
+        parts = flat.split([*(gradient.numel() for gradient in gradients), len(flat) - sum(g.numel() for g in gradients)])
+        torch._foreach_copy_(gradients, [part.view_as(g) for g, part in zip(gradients, parts, strict=False)])
+        sums = sums or list(parts[-1].unbind())
+    return sums
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if world_size() == 1:
+        return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
 
 
 def any_process(flag: bool) -> bool:
     """True if a flag is set in any process: all have to stop at the same step."""
-    if world_size() == 1:
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+    return bool(largest(int(flag)))
+
+
+def agree(on: int) -> int:
+    """The most urgent of GO_ON, STOP and RETRY that a process says. Raises OutOfMemoryElsewhere if another says RETRY."""
+    agreed = largest(on)
+    if agreed == RETRY and on != RETRY:
+        raise OutOfMemoryElsewhere("out of memory in another process")
+    return agreed
 
 
 def wait_for_all() -> None:
@@ -133,6 +202,74 @@ def main_first(load: Callable[[], Any], *expected: type[Exception]) -> None:
     """Let the first process find out whether something can be loaded, and fetch it, while the others wait."""
     if world_size() > 1:
         run_on_main(lambda: load() and None, *expected)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Let each of several processes draw numbers of its own in a step (dropout), the same ones when it is taken again.
+
+    One process goes on with the global generators, whose state is saved.
+    """
+    if world_size() > 1:
+        torch.manual_seed(seed_of(seed, step, rank()))
+
+
+# ---- what can go wrong ---------------------------------------------------------------------------------------------------
+
+
+def speaks() -> bool:
+    """True in the process that asks first: of what all processes find out, one tells. Works before the group is made."""
+    if not launched() or os.environ["WORLD_SIZE"] == "1":
+        return True
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    address, start = os.environ["MASTER_ADDR"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
+        return store.add(f"spoken/{start}", 1) == 1
+    except (RuntimeError, ValueError):
+        return True
+
+
+def check_same(**values: object) -> None:
+    """Check that processes agree in values: tensors, or what has a repr. Raises InputError, in all of them, if not."""
+    if world_size() == 1:
+        return
+    prints = {name: fingerprint(value) for name, value in values.items()}
+    everybodys: list[dict[str, object]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(everybodys, prints)
+    for name in prints:
+        for other, theirs in enumerate(everybodys):
+            if theirs[name] != everybodys[0][name]:
+                raise InputError(
+                    f"process {other} has other {name} than the first ({theirs[name]}, not {everybodys[0][name]}): start all "
+                    "with the same line, code and data"
+                )
+
+
+def fingerprint(value: object) -> str:
+    """Eight digits that tell values apart: a tensor, tensors by name, or what has a repr."""
+    if isinstance(value, Tensor):
+        return f"{zlib.crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data):08x}"
+    if isinstance(value, dict):
+        value = {name: fingerprint(part) if isinstance(part, Tensor) else part for name, part in value.items()}
+    return f"{zlib.crc32(repr(value).encode()):08x}"
+
+
+def check_batches(sizes: Iterable[int], what: str) -> None:
+    """Raises InputError if a batch of so many samples has none for some process."""
+    smallest = min(sizes)
+    if smallest < world_size():
+        raise InputError(
+            f"a batch of {smallest} {what} is too small for {world_size()} processes: take fewer, or another batch size that "
+            "leaves more for the last batch of an epoch"
+        )
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """True if an error says that another process has gone."""
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or LOST.search(str(error)) is not None
 
 
 class _Sum(torch.autograd.Function):

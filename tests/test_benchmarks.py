@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import (
     measure,
+    parallel,
     peak,
     records,
     routing,
@@ -29,7 +30,7 @@ from benchmarks import (
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.measure import Bench, Kind, Step, Timings, run_benchmark
 
-ON_REQUEST = {"precision", "similarity_pairs"}  # not a part of `make bench`
+ON_REQUEST = {"precision", "similarity_pairs", "parallel"}  # not a part of `make bench`
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +221,13 @@ def test_benchmarks_of_networks_run(one_process: None) -> None:
     zoo.run(bench, width=1)
     kinds = {m["kind"] for m in bench.record["measurements"]}
     assert {"stitched", "channels last", "bf16, channels-last"} <= kinds
+
+
+@pytest.mark.slow
+def test_processes_take_a_step_together() -> None:
+    timings = measure.alternate({"2 processes": Kind(partial(parallel.make_step, "clustering", 4, 2, 1))}, 1, 2)
+    (parts,) = timings["2 processes"].parts
+    assert set(parts) == {"computation", "communication"} and all(value > 0 for value in parts.values())
 
 
 def test_make_bench_runs_all_and_measures_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:

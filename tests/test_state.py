@@ -171,7 +171,7 @@ ENTRIES = (
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_entry_is_needed_and_has_a_type(entry: str, saved: Path) -> None:
     state = checkpoint.read(saved / "last.pkl")
-    assert state.keys() == {*ENTRIES, "description"}  # older files have no description
+    assert state.keys() == {*ENTRIES, "description", "processes"}  # which older files do not have
     for wrong in (3, None, "x", [1]):
         checkpoint.save(state | {entry: wrong}, saved / "last.pkl")
         refuses(Training(saved), "--overwrite starts again" if entry != "model" else "of another model")

@@ -33,6 +33,12 @@ class MixtureSets:
     def __len__(self) -> int:
         return len(self.points)
 
+    def __getitem__(self, sets: Tensor) -> MixtureSets:
+        """Some of the sets, padded to the largest of them; sets that are on the CPU."""
+        mask = self.mask[sets]
+        E = int(mask.sum(1).max())
+        return MixtureSets(self.points[sets, :E], mask[:, :E], self.means[sets], self.weights[sets])
+
     def to(self, device: torch.device) -> MixtureSets:
         """On a device, padded to its `padded_length`."""
         E = self.mask.shape[1]

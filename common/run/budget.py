@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoint, plotting
+from common import checkpoint, parallel, plotting
+from common.checkpoint import CheckpointError
 from common.graphs import GraphedModel
 from common.run.backtracking import Backtracking
 from common.run.clock import Clock
@@ -92,12 +93,14 @@ class BestModel:
         return self.backtracking.best
 
     def save(self) -> None:
+        if not parallel.is_main():
+            return
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         about = {"name": self.name, "best_val_loss": self.loss, "description": self.description}
         checkpoint.save(state | about, self.path)
 
     def load(self) -> None:
-        state = checkpoint.read(self.path)
+        state = parallel.run_on_main(lambda: checkpoint.read(self.path), CheckpointError)
         checkpoint.load_model(self.model, state["model"], self.path)
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -156,18 +159,31 @@ class BudgetedTraining(State):
             self.resume()
         elif resume not in (None, "auto"):
             checkpoint.start_from(Path(str(resume)), self.model, self.optimizer)
+        self.check_same()
         self.run.open()
+        if parallel.world_size() > 1:
+            self.run.log(f"{parallel.world_size()} processes: each computes a part of every batch")
         if self.step == 0:
             self.save()
             self.best.save()  # somewhere to return to, should the first epoch fail
 
     def has_next_epoch(self, max_epochs: float) -> bool:
         """True if there is another epoch, or the rest of one. However short the time, one step is taken."""
-        return self.epoch < max_epochs and (self.batch > 0 or self.step == 0 or not self.clock.is_up())
+        return self.epoch < max_epochs and (self.batch > 0 or self.step == 0 or not self._is_over())
+
+    def _is_over(self) -> bool:
+        """True if the first process finds the time up, between epochs."""
+        return parallel.run_on_main(self.clock.is_up)
 
     def time_is_up(self) -> bool:
         """True if the epoch ends early. An epoch that has begun takes one step at least."""
+        if parallel.world_size() > 1:
+            return self.batch > 0 and self.flags_say_time_is_up()
         return self.batch > 0 and self.clock.is_up()
+
+    def sum_over_processes(self, loss: Tensor) -> Tensor:
+        """Sum the gradients, and the loss, as `sum_gradients`, with a flag that says whether the time is up."""
+        return self.sum_gradients(loss, time_is_up=self.clock.is_up())
 
     @property
     def learning_rate(self) -> float:
@@ -197,11 +213,12 @@ class BudgetedTraining(State):
 
     def conclude_epoch(self, row: Mapping[str, float | int]) -> str:
         """Judge the epoch by the val_loss of its row of metrics.csv; returns a text for the log. The next epoch begins."""
-        verdict = self.best.judge(row["val_loss"], last_epoch=self.clock.is_up())
+        verdict = self.best.judge(row["val_loss"], last_epoch=self._is_over())
         if not checkpoint.has_finite_weights(self.model):  # there is no way back from the last epoch
             self.best.load()
         self.losses_finite = True
-        self.metrics.append(row)
+        if parallel.is_main():
+            self.metrics.append(row)
         self.meter.reset()
         self.end_epoch()
         self.save()

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from common import parallel
 from common.errors import Failed, InputError, Interrupted, one_line, warn
 from common.run.memory import is_out_of_memory
 
@@ -63,7 +64,8 @@ class Command:
         if isinstance(error, InputError):
             self._refuse(error)
         if isinstance(error, Failed):
-            warn(f"{self.script}.py: failed: {one_line(error)}")
+            if parallel.speaks():
+                warn(f"{self.script}.py: failed: {one_line(error)}")
             sys.exit(1)
         if isinstance(error, OSError) and self.begun:
             what = f"cannot write {error.filename or 'a file'}: {error.strerror}"
@@ -74,6 +76,10 @@ class Command:
         if is_out_of_memory(error) and self.begun:
             warn(f"{self.script}.py: failed: out of memory; less is needed with {self.saves_memory}")
             sys.exit(1)
+        if parallel.is_lost(error) and not is_out_of_memory(error):
+            if self.begun:
+                self.log(f"stopped, as another process has gone: {self.next}")
+            sys.exit(RESUMABLE if self.begun else REFUSED)  # before, it has said why
         too_large = is_out_of_memory(error) or "overflow" in str(error)  # of a size in bytes
         if isinstance(error, MemoryError | RuntimeError) and too_large and not self.begun:
             first, *_ = str(error).splitlines() or [type(error).__name__]
@@ -85,7 +91,8 @@ class Command:
             raise Interrupted(where)
 
     def _refuse(self, reason: object) -> NoReturn:
-        warn(f"{self.script}.py: error: {one_line(reason)}")
+        if parallel.speaks():
+            warn(f"{self.script}.py: error: {one_line(reason)}")
         sys.exit(REFUSED)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -112,8 +119,11 @@ def open_missing_streams() -> None:
 
 
 def echo(text: str) -> None:
-    """Print, above progress bars. A reader who has gone (`| head`) is no failure, and neither is a full or closed stdout."""
-    if sys.stdout is None:
+    """Print, above progress bars, in the first process.
+
+    A reader who has gone (`| head`) is no failure, and neither is a full or closed stdout.
+    """
+    if sys.stdout is None or not parallel.is_main():
         return
     try:
         tqdm.write(text, file=sys.stdout)

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from common import parallel
 from common.errors import Failed
 
 # parameters of mallopt(3)
@@ -59,18 +60,27 @@ class MicroBatches:
         """Samples handled at a time."""
         return self.sizes[0]
 
-    def run_in_parts(self, compute: Callable[[int], T]) -> T:
+    def run_in_parts(self, compute: Callable[[int], T], *, together: bool = False) -> T:
         """compute(size). When memory runs out, from the start again with a smaller size, which stays from then on.
 
+        Several processes get by each for itself, until they work `together`: then all take the smallest of their sizes, and
+        `compute` ends with `parallel.collect`, by which all learn that they are to begin again with a smaller one.
         Raises Failed if not even one sample fits.
         """
+        smaller = parallel.largest(-len(self.sizes)) + len(self.sizes) if together else 0  # steps that another has taken
+        if smaller:
+            self.sizes = self.sizes[smaller:]
+            self.log(f"out of memory in another process: batches go in parts of {self.size} from now on")
         while True:
             try:
                 return compute(self.size)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                elsewhere = isinstance(error, parallel.OutOfMemoryElsewhere)
             # out here, the error and what it holds of the failed computation are gone
+            if together and not elsewhere:
+                parallel.agree(parallel.RETRY)
             if len(self.sizes) == 1:
                 raise Failed("even one sample at a time does not fit into memory: a smaller model would")
             self.sizes.pop(0)

@@ -43,7 +43,7 @@ class OneLineParser(argparse.ArgumentParser):
         echo(self.format_help().rstrip("\n"))
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n" if parallel.speaks() else None)
 
 
 def not_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace, left_out: Container[str]) -> list[str]:
@@ -72,6 +72,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) 
     if getattr(args, "precision", None) == "tf32" and device_of(args).type == "cpu" and not args.dry_run:
         parser.error(f"{dash}precision tf32 is a format of NVIDIA GPUs, and this would run on a CPU: leave it out")
     try:
+        if hasattr(args, "device"):
+            parallel.local_device(device_of(args).type)
         trackers.check(args, dash)
     except InputError as error:
         parser.error(str(error))

@@ -94,8 +94,10 @@ class Run(Command):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception) and not isinstance(error, Interrupted | OSError) and self._log is not None:
-            reason = "out of memory" if is_out_of_memory(error) else " ".join(str(error).split()) or type(error).__name__
+        short = error is not None and is_out_of_memory(error)
+        expected = isinstance(error, Interrupted | OSError) or (parallel.is_lost(error) and not short)
+        if isinstance(error, Exception) and not expected and self._log is not None:
+            reason = "out of memory" if short else " ".join(str(error).split()) or type(error).__name__
             self._write(FAILED_LINE + reason)  # for readers of the directory
         try:
             super().__exit__(kind, error, trace)
@@ -294,6 +296,8 @@ class Run(Command):
 
     def finish(self, result: dict[str, Any]) -> int:
         """Write the result, last of all, and give the directory its name. Returns the exit status: 1 if a job failed."""
+        if not parallel.is_main():
+            return 1 if result.get("failed") else 0
         self.trackers.close()
         write_json(self.part / RESULT, result)
         self._rename(self.part, self.final)  # still locked: nobody else can take it for a run to be resumed
@@ -325,6 +329,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_threads": torch.get_num_threads(),
+        "processes": parallel.world_size(),
         "fp32_products": processor.fp32_products(),
         "platform": platform.platform(),
         "git_revision": git_revision(),

@@ -26,7 +26,7 @@ import random
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -76,6 +76,19 @@ class State:
         self.losses: list[float] = []  # the last that were fetched
         self.losses_finite = True  # all that were fetched
         self._on_device: list[Tensor] = []  # losses (L) of the steps since then
+        self._flags: list[Tensor] = []  # of the last step, summed over all processes, where there are several
+        self._signal_came = self._time_is_up = False  # in the flags that were fetched
+
+    def sum_gradients(self, loss: Tensor, *, time_is_up: bool = False) -> Tensor:
+        """Sum the gradients, and the loss, over all processes. To be called after each backward pass; returns the sum.
+
+        In the same reduction all learn whether a signal has come to any of them, and whether the first finds the time up.
+        They look at these flags when they look at the losses: at the same step.
+        """
+        if parallel.world_size() > 1:
+            flags = float(self.command.signal is not None), float(time_is_up and parallel.is_main())
+            loss, *self._flags = parallel.sum_gradients(self.model.parameters(), loss.detach(), *flags)
+        return loss
 
     def is_finite(self, *losses: Tensor) -> bool:
         """Look at the losses of a step, before the optimiser takes it; False if they, or earlier ones, are not finite.
@@ -83,7 +96,7 @@ class State:
         On a GPU they stay there, and the host does not wait for them, until the number of the step is a multiple of 20. So
         the answer may be up to 19 steps late, always at the same step of a run, whenever it was saved or resumed in between.
         """
-        self._on_device.append(torch.stack([loss.detach().double() for loss in losses]))
+        self._on_device.append(torch.stack([loss.detach().double() for loss in (*losses, *self._flags)]))
         return (self.step + 1) % self.fetch_every != 0 or self.fetch_losses()
 
     def fetch_losses(self) -> bool:
@@ -91,6 +104,9 @@ class State:
         if self._on_device:
             losses = torch.stack(self._on_device).cpu()
             self._on_device.clear()
+            if self._flags:
+                losses, flags = losses[:, :-2], losses[:, -2:].any(0).tolist()
+                self._signal_came, self._time_is_up = self._signal_came or flags[0], self._time_is_up or flags[1]
             self.losses = losses[-1].tolist()
             self.losses_finite &= bool(losses.isfinite().all())
         return self.losses_finite
@@ -98,12 +114,13 @@ class State:
     def save(self) -> None:
         """Write last.pkl. Skipped if a loss or a weight is not finite: the file then keeps the last finite ones."""
         self.saved_at = time.monotonic()
-        if not self.fetch_losses() or not parallel.is_main() or not checkpoint.has_finite_weights(self.model):
+        if not parallel.is_main() or not self.fetch_losses() or not checkpoint.has_finite_weights(self.model):
             return
         state = {
             "options": self.options,
             "data": self.data,
             "progress": (self.epoch, self.batch, self.step),
+            "processes": parallel.world_size(),
             "extra": self.extra,
             "rng": rng_state(),
             "description": self.description,
@@ -134,6 +151,13 @@ class State:
                 f"{self.path} was made with other data (fingerprint {state['data']}, now {self.data}): name the place where "
                 f"those are; {again}"
             )
+        processes = state.get("processes", parallel.world_size())
+        if processes != parallel.world_size():
+            how = "without torchrun" if processes == 1 else f"torchrun with {processes} processes, of all nodes together,"
+            raise CheckpointError(
+                f"{self.path} was made by {processes} processes, this is one of {parallel.world_size()}, which would go on "
+                f"differently: {how} continues it; {again}"
+            )
         checkpoint.load_model(self.model, state["model"], self.path)
         name = "progress"
         try:
@@ -148,19 +172,38 @@ class State:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError):
             raise CheckpointError(f"{self.path} is damaged, or of another version: {name} cannot be read; {again}") from None
 
+    def check_same(self) -> None:
+        """Check that all processes train the same model on the same data. Raises InputError, in all of them, if not."""
+        weights = self.model.state_dict()
+        parallel.check_same(torch=torch.__version__, options=self.options, data=self.data, weights=weights)
+
     def after_step(self) -> None:
         """Count a step. Saves once a minute; after a signal, saves and raises Interrupted."""
         self.batch, self.step = self.batch + 1, self.step + 1
-        self.check_signal()
+        if not self._flags:
+            self.check_signal()
+        elif self._signal_came and self._all_have_flags():
+            self._stop()
         self.save_if_due()
 
+    def _all_have_flags(self) -> bool:
+        """True after the steps at which all processes fetch the flags; one that saves may have fetched some before."""
+        return self.step % self.fetch_every == 0
+
+    def flags_say_time_is_up(self) -> bool:
+        """True if the first process has found the time up, in all processes after the same step."""
+        return self._time_is_up and self._all_have_flags()
+
     def check_signal(self) -> None:
-        """Save and raise Interrupted if a signal has come. To be called between batches."""
-        if parallel.any_process(self.command.signal is not None):
-            self.save()
-            parallel.wait_for_all()  # torchrun ends the others when the first has gone
-            job = self.path.name.removesuffix("last.pkl").rstrip(".")
-            raise Interrupted(f"after step {self.step}" + (f" of job {job}" if job else ""))
+        """Save and raise Interrupted if a signal has come to any process. To be called by all of them, between batches."""
+        if parallel.agree(parallel.STOP if self.command.signal is not None else parallel.GO_ON) == parallel.STOP:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self.save()
+        parallel.wait_for_all()  # torchrun ends the others when the first has gone
+        job = self.path.name.removesuffix("last.pkl").rstrip(".")
+        raise Interrupted(f"after step {self.step}" + (f" of job {job}" if job else ""))
 
     def save_if_due(self) -> None:
         if time.monotonic() - self.saved_at > SAVE_SECONDS:

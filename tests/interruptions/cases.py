@@ -54,7 +54,9 @@ LINES = {
     "--activations relu --epochs 2 --batch-size 24 --resume --results-dir RESULTS --data-dir DATA",
 }
 # the digits of the times have lengths of their own
-PASSING = ("seconds", "metrics_size", "results_dir", "save_dir", "out", "resume", "retry_failed", "overwrite")
+PASSING = (
+    "seconds", "metrics_size", "results_dir", "save_dir", "out", "resume", "retry_failed", "overwrite", "git_revision",
+)  # fmt: skip
 
 
 @dataclass
