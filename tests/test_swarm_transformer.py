@@ -412,10 +412,10 @@ def test_a_run_in_too_little_memory(
     """It ends as one that had enough; and if nothing fits, it says so and fails, and can be gone on with elsewhere."""
     honest, room = script.nats, [3]
 
-    def cramped(model: ImageTransformer, batch: ImageSet, precision: str) -> torch.Tensor:
+    def cramped(model: ImageTransformer, batch: ImageSet, precision: str, *forward: Any) -> torch.Tensor:
         if len(batch) > room[0] and torch.is_grad_enabled() == training:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return honest(model, batch, precision)
+        return honest(model, batch, precision, *forward)
 
     monkeypatch.setattr(script, "nats", cramped)
     assert run(SHORT, tmp_path / "3", *small) == 0
@@ -434,8 +434,8 @@ def test_nan_in_the_middle_goes_back_and_on(tmp_path: Path, small: tuple[str, st
     """Once the loss is not finite, once the gradient."""
     honest, calls = script.nats, [0]
 
-    def poisoned(model: ImageTransformer, batch: ImageSet, precision: str) -> torch.Tensor:
-        nats = honest(model, batch, precision)
+    def poisoned(model: ImageTransformer, batch: ImageSet, precision: str, *forward: Any) -> torch.Tensor:
+        nats = honest(model, batch, precision, *forward)
         if torch.is_grad_enabled():
             calls[0] += 1
             if calls[0] == 9:  # epochs have 7 steps
