@@ -329,7 +329,7 @@ def test_nan_in_the_middle_goes_back_and_on(tmp_path: Path, monkeypatch: pytest.
 
     def poisoned(model: torch.nn.Module, points: torch.Tensor, mask: torch.Tensor, precision: str) -> torch.Tensor:
         log_p = honest(model, points, mask, precision)
-        if model.training:
+        if torch.is_grad_enabled():
             calls.append(1)
             # epochs have 6 steps; the failing first one ends after 3
             if len(calls) in (3, 3 + 3 * 6 + 2):
@@ -355,8 +355,8 @@ def test_infinite_gradients_reach_no_checkpoint(tmp_path: Path, monkeypatch: pyt
 
     def poisoned(model: torch.nn.Module, points: torch.Tensor, mask: torch.Tensor, precision: str) -> torch.Tensor:
         log_p = honest_log_probs(model, points, mask, precision)
-        calls[0] += model.training
-        if model.training and calls[0] == 8:
+        calls[0] += torch.is_grad_enabled()
+        if torch.is_grad_enabled() and calls[0] == 8:
             log_p.register_hook(lambda grad: grad * math.inf)
         return log_p
 
