@@ -54,7 +54,7 @@ def amortised_mog() -> Iterator[str]:
     """Either pooling, three seeds, twenty minutes each, in which the learning rate falls to a hundredth."""
     for pooling in ("MEAN", "POMA"):
         for seed in SSL_SEEDS:
-            yield f"amortised_mog.py -p {pooling} -gamma 0.8 -wc 20 -seed {seed}"
+            yield f"amortised_mog.py -p {pooling} -gamma 0.7 -max_epochs 8 -seed {seed}"
 
 
 def duet(dataset: str) -> Iterator[str]:
