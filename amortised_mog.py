@@ -62,7 +62,7 @@ COLUMNS = ("epoch", "step", "seconds", "train_loss", "val_loss", "lr")
 def get_parser() -> argparse.ArgumentParser:
     """The original's options, then the suite's own."""
     parser = options.OneLineParser(prog="amortised_mog.py", description=__doc__)
-    paper = parser.add_argument_group("options of the original", "example: -n_hidden 64 -n_clust 6 -p POMA -gamma 0.7 -max_epochs 8")
+    paper = parser.add_argument_group("options of the original", "example: -n_clust 6 -p POMA -gamma 0.7 -max_epochs 8")
     paper.add_argument("-n_hidden", type=at_least(1), default=128, help="hidden units inside the model [%(default)s]")
     paper.add_argument("-n_layers", type=at_least(1, 1000), default=1, help="SWARM layers [%(default)s]")
     paper.add_argument("-n_iter", type=at_least(1), default=5, help="iterations in SWARM layers [%(default)s]")
