@@ -191,6 +191,7 @@ def panels_of(read: points.Points, title: str) -> tuple[Figure, list[tuple[Axes,
 
 
 def scale_in_words(deviation: float | None) -> str:
+    """How points were scaled (common/points.py), for the command's output."""
     if deviation is None:
         return "points were taken as they are: of the scale of training sets"
     return f"each set was scaled to mean 0 and deviation {deviation:.2f} in each coordinate, as training sets have on average"

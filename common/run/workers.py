@@ -8,7 +8,7 @@ def work(worker, args):         # in each of the others, which begin from nothin
             job.finish(figures)
 
 A process is at one job at a time, whose lock it holds; with the run's process it also holds the lock of the run. So no
-other start opens a run while any of them lives. The results of a job depend neither on its process nor on the jobs of the others.
+other start opens a run while any of them lives. The results of a job depend neither on its process nor on other jobs.
 """
 
 from __future__ import annotations

@@ -183,6 +183,7 @@ def rotation_errors(
 
 
 def with_one(z: Tensor) -> Tensor:
+    """A further feature that is 1, for the intercept: (N, F) -> (N, F + 1)."""
     return torch.cat([z, torch.ones_like(z[:, :1])], 1)
 
 
