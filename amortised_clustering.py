@@ -1,7 +1,7 @@
 """Amortised clustering with set-equivariant networks (Vollgraf 2019, arXiv 1906.09400, section 4.1).
 
-A population of points in the plane, drawn from a mixture of 3 to 10 Gaussians, goes through a network once; out comes a
-cluster label for every point. The loss is the cross entropy under the best matching of labels to clusters. The published line:
+A network sees a set of points in the plane, drawn from a mixture of 3 to 10 Gaussians, once, and labels every point with its
+cluster. The loss is the cross entropy under the best matching of labels to clusters. The published line:
 
     python -u amortised_clustering.py -type Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0 -bs 50 -wc 60
 
@@ -336,7 +336,7 @@ def samples(args: argparse.Namespace, data: Data, model: nn.Module) -> list[tupl
 
 
 def report(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> dict[str, Any]:
-    """The best model's measures on the validation tasks, by number of clusters, beside the baselines."""
+    """The best model's measures on the validation tasks, by number of clusters, with the baselines."""
     training.best.load()
     measured = {"model": validate(training.model, data.tasks, data.validation, args.precision), **data.by_task}
     n_clusters = data.tasks.n_clusters.cpu()[torch.cat(data.validation)]
@@ -382,7 +382,7 @@ def report_table(result: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The metrics of all validation tasks beside their baselines."""
+    """The metrics of all validation tasks with their baselines."""
     lines = [f"{result['validation_tasks']} validation tasks, after {result['seconds'] / 60:.1f} minutes of training:"]
     for measure, title in MEASURES.items():
         model, chance, oracle = (result[name][measure] for name in ("model", "chance", "oracle"))
@@ -439,7 +439,7 @@ def apply_model(args: argparse.Namespace) -> int:
     """-apply: labels of a user's points, and a picture of them."""
     with apply.command("amortised_clustering"):
         source = Path(args.apply)
-        outputs = apply.outputs_of(args, apply.beside(source, "labels.csv"), [source, Path(args.resume)])
+        outputs = apply.outputs_of(args, apply.next_to(source, "labels.csv"), [source, Path(args.resume)])
         model, described = apply.load_model(args.resume, "make_set_model")
         read = apply.read_points(args, described["arguments"]["n_in"], clustering.N_ENTITIES)
         model.to(options.device_of(args))

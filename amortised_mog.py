@@ -1,14 +1,14 @@
 """A mixture of Gaussians in one forward pass (the third experiment of the SWARM program, Vollgraf 2019, arXiv 1906.09400).
 
-A population of points goes through a network once; out come the parameters of a mixture of Gaussians: means, deviations and
-weights. The loss is the negative log-likelihood of the points, without any label. The line
+A network sees a set of points once, and returns the parameters of a mixture of Gaussians: means, deviations and weights. The
+loss is the negative log-likelihood of the points, without any label. The line
 
     python -u amortised_mog.py -p MEAN -wc 60
 
 leaves its run in results/amortised_mog/: log, metrics.csv, learning curves, weight traces, samples, result.json.
 With several GPUs: torchrun --nproc-per-node=N amortised_mog.py ... (-bs is the batch of all of them).
 docs/mixture_of_gaussians.md says what each option and each logged quantity means.
-A trained model finds the mixtures of points of your own:
+A trained model fits mixtures to points of your own:
 
     python amortised_mog.py -apply points.csv -resume results/amortised_mog/NAME
 """
@@ -249,7 +249,7 @@ def draw_mixture(panel: Axes, points: Tensor, mixture: Mixture) -> None:
 
 
 def report(args: argparse.Namespace, training: BudgetedTraining) -> dict[str, Any]:
-    """The best model's log-likelihood on sets that it has not seen, beside the baselines on the same sets."""
+    """The best model's log-likelihood on sets that it has not seen, with the baselines on the same sets."""
     training.best.load()
     device = next(training.model.parameters()).device
     values = evaluate(args, training, TEST, TEST_BATCHES)
@@ -270,7 +270,7 @@ def report(args: argparse.Namespace, training: BudgetedTraining) -> dict[str, An
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The log-likelihood beside its baselines."""
+    """The log-likelihood with its baselines."""
     values = result["log_likelihood"]
     return (
         f"{result['test_sets']:,} fresh sets, after {result['seconds'] / 60:.1f} minutes of training: log-likelihood "
@@ -309,7 +309,7 @@ def training_sets(model: MixtureNetwork, n: int) -> list[NDArray[np.float64]]:
 
 
 def likelihood_in_words(points: NDArray[np.float64], mixture: Mixture) -> str:
-    """The log-likelihood of a set, in its own units, beside that of the best single Gaussian."""
+    """The log-likelihood of a set, in its own units, and that of the best single Gaussian."""
     x = torch.from_numpy(points)[None]
     single = single_gaussian_log_likelihood(x, torch.ones(x.shape[:2], dtype=torch.bool)).item()
     beside = f"{single:.4f}" if math.isfinite(single) else "has no bound"
@@ -343,7 +343,7 @@ def apply_model(args: argparse.Namespace) -> int:
     """-apply: mixtures of a user's sets of points, and a picture of them."""
     with apply.command("amortised_mog"):
         source = Path(args.apply)
-        outputs = apply.outputs_of(args, apply.beside(source, "mixture.csv"), [source, Path(args.resume)])
+        outputs = apply.outputs_of(args, apply.next_to(source, "mixture.csv"), [source, Path(args.resume)])
         model, _ = apply.load_model(args.resume, "MixtureNetwork")
         assert isinstance(model, MixtureNetwork)
         read = apply.read_points(args, model.n_dim, N_TRAINING)

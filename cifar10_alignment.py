@@ -212,7 +212,7 @@ def work(worker: Worker, args: argparse.Namespace, pairs: list[Pair]) -> None:
 
 
 def describe(args: argparse.Namespace, job: PairJob, record: dict[str, Any]) -> str:
-    """The diagonal of a pair for the log, beside that of the untrained networks, if they could be compared."""
+    """The diagonal of a pair for the log, and that of the untrained networks, if they could be compared."""
 
     def diagonal(record: dict[str, Any]) -> str:
         return ", ".join(f"{value:.3f}" for value in diagonal_of(record, "published"))

@@ -1,8 +1,8 @@
 """The rotation test (Godfrey et al., NeurIPS 2022): channels are mixed behind a frozen front, and the rest is trained again.
 
-The layers behind a ReLU can undo a permutation with positive scales before it, but not a rotation. So the accuracy lost to a
-rotation, and not to a permutation with scales, shows that the channels of a ReLU network are a basis of its own. The published
-run, an mCNN without batch norm and its twin with sigmoids, ten elements of either group at three layers:
+The layers behind a ReLU can undo a permutation with positive scales before it, but not a rotation. If a
+rotation costs accuracy and a permutation with scales does not, the channels of the network are a privileged basis. The
+published run: an mCNN without batch norm, and the same network with sigmoids; ten matrices of each group at three layers:
 
     python cifar10_projections.py --repeats=10
 

@@ -1,15 +1,15 @@
-"""The DeepSets exercise: a network that knows that its input is a set, next to one that does not.
+"""The DeepSets exercise: a network that is invariant to the order of its inputs, and an MLP that is not.
 
     python deepsets_exercise.py                            # a minute on two CPU cores
     python deepsets_exercise.py --steps 500 --no-sweep     # a few seconds
 
 An instance is a bag of 10 objects with one number each. In class 0, three of them (any three) are 1/3 and the rest 0; in
-class 1, five are 1/5. Sum and size are the same in both classes, so neither gives the class away: a network has to look at
-single objects, and then to forget which one was which. That is what a DeepSet does (Zaheer et al. 2017, arXiv 1703.06114):
+class 1, five are 1/5. Sum and size are the same in both classes, so a network has to look at single objects, and then to ignore
+which one was which. That is what a DeepSet does (Zaheer et al. 2017, arXiv 1703.06114):
 
     y = set_network( sum over objects x of element_network(x) )
 
-The sum does not know the order of its terms, so y cannot depend on it either, whatever the weights are. The script goes through
+The sum does not depend on the order of its terms, so y does not either, whatever the weights are. The script goes through
 the exercise sheet step by step, prints what it finds, and leaves its pictures in results/deepsets_exercise/.
 docs/deepsets.md discusses them.
 """

@@ -5,7 +5,8 @@ which one a sample goes through. The router's reward is the sample's negative lo
 common/models/routed.py the networks. The experiment as published, on CIFAR-100 in 20 tasks, and a short one on MNIST in ten:
 
     python routing_networks.py
-    python routing_networks.py --data MNIST-MTL --optimizer adam --loss cross-entropy --batch-size 64 --lr 1e-3 --epochs 5
+    python routing_networks.py --data MNIST-MTL --optimizer adam --loss cross-entropy --batch-size 64 --lr 2e-3 \\
+        --decision AAC --routing-lr 0.1 --epochs 4
 
     python routing_networks.py --compare results/routing_networks/*      # accuracy of finished runs over seeds
 
@@ -88,7 +89,9 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument(
         "--routing-lr", type=real(0, 10, above=True), metavar="LR", help="learning rate of routers [0.3 times --lr]"
     )
-    paper.add_argument("--epochs", type=at_least(1, 10**6), default=50, metavar="N", help="epochs of training [%(default)s]")
+    paper.add_argument(
+        "--epochs", type=at_least(1, 10**6), default=50, metavar="N", help="passes over the images [%(default)s]"
+    )
     paper.add_argument("--batch-size", type=at_least(2, 10**6), default=10, metavar="N", help="images per step [%(default)s]")
     own = parser.add_argument_group("options of this suite", "example: --seed 1 --optimizer adam --loss cross-entropy --resume")
     own.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of all random draws [%(default)s]")

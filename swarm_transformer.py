@@ -84,7 +84,7 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("-lr", type=real(0, 1, above=True), default=0.01, help="learning rate of Adam [%(default)s]")
     paper.add_argument("-no_cuda", action="store_true", help="the same as -device cpu")
     paper.add_argument("-name", help="a run's name, in place of -data and the options in it")
-    paper.add_argument("-dry_run", action="store_true", help="just print the model name and exit")
+    paper.add_argument("-dry_run", action="store_true", help="check the options, print the run's name, exit")
     paper.add_argument("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
     paper.add_argument(
         "-bt_horizon", type=real(0, 1), default=0.1, help="backtracking horizon, a fraction of the epochs [%(default)s]"
@@ -480,7 +480,7 @@ def use_model(args: argparse.Namespace) -> int:
     """-draw, -complete: images of a trained model, as an array and a picture."""
     with apply.command("swarm_transformer"):
         source = None if args.complete is None else Path(args.complete)
-        default = Path("drawn.npy") if source is None else apply.beside(source, "completed.npy")
+        default = Path("drawn.npy") if source is None else apply.next_to(source, "completed.npy")
         inputs = [Path(args.resume), *([] if source is None else [source])]
         outputs = apply.outputs_of(args, default, inputs)
         model, described = apply.load_model(args.resume, "ImageTransformer")

@@ -1,6 +1,6 @@
 """DUET, SimCLR and ESSL: representations learned from two views of each image (Suau et al., ICML 2023, arXiv 2306.16058).
 
-DUET's representations are matrices: one axis for what is seen, one for how it was transformed. The published line (about 73 %):
+DUET's representations are matrices: one axis for an image's content, one for its transformation. The published line (73 %):
 
     python train_ssl.py --model duet --encoder cifar10_resnet32 --dataset cifar10 --batch-size 1024 --test-every 10 \\
         --warmup-epochs 10 --epochs 800 --center-crop --tx sca rot --equi-tx rot --duet-target vm --duet-lambda 1000 \\
@@ -82,17 +82,19 @@ def get_parser() -> argparse.ArgumentParser:
     )
     paper.add_argument("--center-crop", action="store_true", help="resize images to 8/7 of a view; tests see the centre crop")
     paper.add_argument("--save-dir", metavar="PATH", help="directory of the saved models [the run's directory]")
-    paper.add_argument("--wandb-project", metavar="STR", help="log to this project of Weights & Biases")
+    paper.add_argument("--wandb-project", metavar="NAME", help="log metrics to this project of Weights & Biases")
     paper.add_argument("--model", choices=("duet", "simclr", "essl"), default="duet", help="method [%(default)s]")
     paper.add_argument("--encoder", choices=ENCODERS, default="cifar10_resnet32", help="architecture [%(default)s]")
     paper.add_argument(
         "--num-classes", type=at_least(1, 10**6), metavar="INT", help="classes of the online head [those of the data]"
     )
-    paper.add_argument("--epochs", type=at_least(0), default=800, metavar="INT", help="epochs of training [%(default)s]")
-    paper.add_argument("--warmup-epochs", type=at_least(0), default=10, metavar="INT", help="linear warm-up [%(default)s]")
+    paper.add_argument("--epochs", type=at_least(0), default=800, metavar="INT", help="passes over the images [%(default)s]")
+    paper.add_argument(
+        "--warmup-epochs", type=at_least(0), default=10, metavar="INT", help="epochs with a rising learning rate [%(default)s]"
+    )
     paper.add_argument("--test-every", type=at_least(1), default=10, metavar="INT", help="epochs between tests [%(default)s]")
     paper.add_argument(
-        "--lr", type=real(0, 10, above=True), default=0.0004, metavar="FLOAT", help="learning rate [%(default)s]"
+        "--lr", type=real(0, 10, above=True), default=0.0004, metavar="FLOAT", help="highest learning rate [%(default)s]"
     )
     paper.add_argument("--tx", nargs="*", choices=CODES, help="transformations of a view, in the order of application")
     structured = "transformation that duet structures by (one of --tx) or that essl predicts (removed from --tx)"
@@ -421,8 +423,8 @@ def measure(args: argparse.Namespace, kind: str, path: Path, encoder: CifarResNe
     seed_everything(args.seed)
     untrained, metrics = CifarResNet(**encoder.options), probe(encoder)
     metrics |= {"raw_pixels": probe(evaluation.raw_pixels(args.image_size)), "untrained": probe(untrained)}
-    beside = f"raw pixels {metrics['raw_pixels']['top_1']:.2f}, untrained encoder {metrics['untrained']['top_1']:.2f}"
-    echo(f"{path}: {title} top-1 {metrics['top_1']:.2f} % (chance {100 / n_classes:.3g}, {beside})")
+    baselines = f"raw pixels {metrics['raw_pixels']['top_1']:.2f}, untrained encoder {metrics['untrained']['top_1']:.2f}"
+    echo(f"{path}: {title} top-1 {metrics['top_1']:.2f} % (chance {100 / n_classes:.3g}, {baselines})")
     result = {"file": str(path), "dataset": args.dataset, "seed": args.seed, "chance_top_1": 100 / n_classes}
     write_json(out, result | {"training_images": len(training), "test_images": len(test), **metrics})
     echo(f"written to {out}")

@@ -36,7 +36,7 @@ from common.run.records import read_json, write_json, write_text
 from common.run.run import git_revision
 
 ROOT = Path(__file__).parent.parent
-# from cheap to dear: module and function, and the seconds that a section may take on an H100
+# from short to long: module and function, and the seconds that a section may take on an H100
 SECTIONS = {
     "versions": ("gpu_checks", "versions", 30),
     "agreement": ("gpu_checks", "agreement", 45),

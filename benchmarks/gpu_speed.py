@@ -1,4 +1,4 @@
-"""Sections of benchmarks/gpu.py that say how fast a GPU is, beside lower bounds and targets.
+"""Sections of benchmarks/gpu.py that say how fast a GPU is, against lower bounds and targets.
 
 Each is a function that yields named values. Steps are those of the scripts, with the options of their published lines; `smoke`
 makes them tiny. As a module, this is one of several processes that train networks of a zoo at the same time.
@@ -98,7 +98,7 @@ def swarm_products(n: int, n_in: int, n_hidden: int, n_out: int, n_iter: int, n_
 
 
 def compare_with_products(make_step: Callable[[str, bool], Step], n: int, *sizes: int) -> Values:
-    """A step of each kind beside its products; the target is for bf16, compiled."""
+    """A step of each kind next to its products; the target is for bf16, compiled."""
     products = {}
     for kind in ("fp32", "tf32", "bf16"):
         set_backend_flags(kind)
@@ -134,13 +134,13 @@ def clustering_step(precision: str, compile: bool, smoke: bool) -> tuple[Step, t
 
 
 def clustering_section(smoke: bool) -> Values:
-    """The published clustering line: a step beside its matrix products."""
+    """The published clustering line: a step next to its matrix products."""
     _, sizes = clustering_step("fp32", False, smoke)
     yield from compare_with_products(lambda *kind: clustering_step(*kind, smoke)[0], 2 if smoke else 20, *sizes)
 
 
 def images_section(smoke: bool) -> Values:
-    """The published image line for MNIST: sampling, and a step beside its matrix products."""
+    """The published image line for MNIST: sampling, and a step next to its matrix products."""
 
     def make(precision: str, compile: bool) -> tuple[Any, ImageTransformer]:
         words = [*IMAGES.split(), "-precision", precision, *(["-compile"] if compile else [])]

@@ -1,4 +1,4 @@
-"""The amortised mixture of Gaussians beside what one would fit instead: EM for each set (scikit-learn's GaussianMixture).
+"""The amortised mixture of Gaussians against EM for each set (scikit-learn's GaussianMixture).
 
     python -m benchmarks.mixture BEST.PKL           # of a run of amortised_mog.py; about 3 minutes on two cores
 

@@ -1,4 +1,4 @@
-"""Training with several processes beside one with as many threads: steps a second, and what communication takes of them.
+"""Training with several processes against one with as many threads: steps a second, and what communication takes of them.
 
     python -m benchmarks.parallel --threads 2            # 2 processes of a thread, and one of two: about 4 minutes on two cores
     python -m benchmarks.parallel --threads 2 --quick    # a fifth of the sets, fewer images

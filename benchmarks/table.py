@@ -1,4 +1,4 @@
-"""The table of machines, results/benchmarks/README.md, from the JSON files beside it.
+"""The table of machines, results/benchmarks/README.md, from the JSON files next to it.
 
 python -m benchmarks.table
 """

@@ -34,10 +34,12 @@ class OutOfMemoryElsewhere(MemoryError):
 
 
 def world_size() -> int:
+    """The number of processes that train the model; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """The number of this process among them, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -100,7 +102,7 @@ def gather(own: Tensor, n: int, copies: int = 1) -> Tensor:
 
 
 def deal(sizes: Tensor) -> Tensor:
-    """This process's ones of sets with so many entities (N), in order: all processes get nearly the same number of entities.
+    """This process's share of sets, given their numbers of entities (N): indices in order. All get nearly as many entities.
 
     The largest set that is left goes to the process with the fewest entities so far.
     """
@@ -116,7 +118,7 @@ def deal(sizes: Tensor) -> Tensor:
 
 
 def own(pieces: Sequence[T]) -> Sequence[T]:
-    """This process's ones of independent pieces of work."""
+    """This process's share of independent pieces of work."""
     return pieces[rank() :: world_size()]
 
 
@@ -175,7 +177,7 @@ def agree(on: int) -> int:
 
 
 def wait_for_all() -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes have come here."""
     any_process(False)
 
 
@@ -217,7 +219,7 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def speaks() -> bool:
-    """True in the process that asks first: of what all processes find out, one tells. Works before the group is made."""
+    """True in the process that asks first, so that one process prints what all find out. Works before the group is made."""
     if not launched() or os.environ["WORLD_SIZE"] == "1":
         return True
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -355,7 +355,7 @@ def scaling_to(points: NDArray[np.float64], deviation: float | None) -> Scaling:
 
 
 def features(points: NDArray[np.float64]) -> dict[str, float]:
-    """What one can see from afar of a scaled set (E, D)."""
+    """Summary statistics of a scaled set (E, D), by which `oddities` compares it with training sets."""
     centred, spread = points - points.mean(0), points.std(0)
     whitened = centred / np.where(spread > 0, spread, 1)
     correlations = np.linalg.eigvalsh(whitened.T @ whitened / len(points))

@@ -3,7 +3,7 @@
     model = common.load("results/amortised_mog/NAME")           # of a run's directory, or of a file
     common.export("results/amortised_mog/NAME", "mixture.pkl")  # its weights alone, in a small file
 
-best.pkl, last.pkl, the .pt files of train_ssl.py and exported files hold, beside the state dict "model", what the model is made
+best.pkl, last.pkl, the .pt files of train_ssl.py and exported files hold the state dict "model", and what the model is made
 of and what it was trained on, as plain values:
 
     "description": {
@@ -21,7 +21,7 @@ of and what it was trained on, as plain values:
 | train_zoo.py | zoo.make | name (cifar10 ...) where the model's record says it; see common/datasets/augmentation.py |
 | routing_networks.py | make_routed | name (MNIST-MTL ...), n_tasks, n_labels, mean and deviation of each channel in [0, 1] |
 
-Members of a zoo are plain state dicts, as published: their architecture is in the record beside them, or seen in the weights.
+Members of a zoo are plain state dicts, as published: their architecture is in the record next to them, or is found from the weights.
 An exported file has "model", "description", and of "name", "best_val_loss", "steps" what the checkpoint has.
 """  # noqa: E501
 
@@ -55,7 +55,7 @@ CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {
 CONVOLUTIONAL = ("CifarResNet", "zoo.make", "make_routed")  # in the scripts' layout of weights: another may round differently
 ENCODER = "base_network."  # of the keys of a model in training with train_ssl.py, which has heads, too
 IMAGE_OPTIONS = ("image_size", "center_crop")  # of a saved encoder
-KEPT = ("name", "best_val_loss", "steps")  # beside model and description, in an exported file
+KEPT = ("name", "best_val_loss", "steps")  # further entries of an exported file
 
 
 def load(path: str | Path, description: Mapping[str, Any] | None = None) -> nn.Module:
@@ -156,8 +156,8 @@ def describe_member(weights: dict[str, Tensor], path: Path) -> dict[str, Any]:
             ) from None
         if len(fitting) > 1:
             raise CheckpointError(
-                f"{path} is of {' or '.join(fitting)}, whose weights look the same: {path.stem}.json, which says it, is not "
-                "beside it; common.models.zoo.load takes the name"
+                f"{path} is of {' or '.join(fitting)}, whose weights look the same, and {path.stem}.json, which names one, is "
+                "missing; common.models.zoo.load takes the name"
             ) from None
         arch = fitting[0]
     if arch not in zoo.ARCHITECTURES:

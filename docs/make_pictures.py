@@ -44,7 +44,7 @@ def draw_routing(axes: Axes, run: str) -> None:
 
 
 def draw_penalties(axes: Axes) -> None:
-    """Accuracy lost at the last joint, by kind of stitching layer."""
+    """Accuracy lost at the last stitch point, by kind of stitching layer."""
     last = [json.loads((RESULTS / "stitching" / run / "result.json").read_text())["layers"][-1] for run in JOINTS]
     penalties, deviations = [layer["penalty"] for layer in last], [layer["deviation"] for layer in last]
     axes.bar(range(len(last)), penalties, yerr=deviations, color="#0072B2", capsize=3)

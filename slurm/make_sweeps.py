@@ -58,7 +58,7 @@ def amortised_mog() -> Iterator[str]:
 
 
 def duet(dataset: str) -> Iterator[str]:
-    """Each transformation, beside a crop: structured (DUET), forgotten (SimCLR), predicted (ESSL). Options as in the published
+    """Each transformation, after a crop: structured (DUET), forgotten (SimCLR), predicted (ESSL). Options as in the published
     line, whose lambda of 1000 is the only one that is known."""
     for code in TRANSFORMATIONS:
         views = "sca" if code == "sca" else f"sca {code}"
@@ -82,13 +82,13 @@ def zoo() -> Iterator[str]:
 
 
 def stitching() -> Iterator[str]:
-    """Each architecture by each joint: permutation, any matrix, by rank, by penalty. Needs the zoo."""
-    joints = ["Grelu", "standard"]
-    joints += [f"lowrank --rank {rank}" for rank in RANKS]
-    joints += [f"lasso --multiplier {multiplier}" for multiplier in MULTIPLIERS]
+    """Each architecture by each stitching layer: permutation, any matrix, by rank, by penalty. Needs the zoo."""
+    layers = ["Grelu", "standard"]
+    layers += [f"lowrank --rank {rank}" for rank in RANKS]
+    layers += [f"lasso --multiplier {multiplier}" for multiplier in MULTIPLIERS]
     for arch in STITCHED:
-        for joint in joints:
-            yield f"cifar10_stitching.py --arch {arch} --recipe {joint}"
+        for layer in layers:
+            yield f"cifar10_stitching.py --arch {arch} --recipe {layer}"
 
 
 def stitching_crossval() -> Iterator[str]:
@@ -226,7 +226,9 @@ def published() -> dict[str, str]:
         "duet_cifar10.txt": sweep(f"{of_ssl}: CIFAR-10, three seeds", duet("cifar10")),
         "duet_cifar100.txt": sweep(f"{of_ssl}: CIFAR-100, three seeds", duet("cifar100")),
         "zoo.txt": sweep("Zoos of 100 networks of an architecture, in four chunks each", zoo()),
-        "stitching.txt": sweep("Stitching by architecture and joint, as published. Needs the networks of zoo.txt", stitching()),
+        "stitching.txt": sweep(
+            "Stitching, by architecture and layer, as published. Needs the networks of zoo.txt", stitching()
+        ),
         "stitching_crossval.txt": sweep(
             "Stitching by permutations, cross-validated, in eight chunks each. Needs the networks of zoo.txt",
             stitching_crossval(),

@@ -4,7 +4,7 @@
     python slurm/sweep.py prepare SWEEP [--data-dir DIR]         # what submit.sh and local.sh ask for before they start
 
 An empty line, or one that begins with #, is a comment. Lines go by their number in the file. Words are separated by spaces and
-taken as they are: no quotes, no variables. Scripts are those beside this file's folder; all else is below the project's root,
+taken as they are: no quotes, no variables. Scripts are in the folder above this file's; all else is below the project's root,
 from where this is run:
 
     results/slurm/NAME.lines          a prepared sweep: key, tab, complete command; a row for each line of the file
@@ -241,7 +241,7 @@ def progress(line: Line) -> str:
         result = read_json(line.path / RESULT)
         metrics = ", ".join(f"{name} {metric.mean:.4g}" for name, metric in key_metrics(result).items())
         return metrics + and_failed(len(result.get("failed", {})))
-    jobs = [*line.path.glob("cells/*.json"), *line.path.glob("run*.json")]  # joints, trainings, pairs
+    jobs = [*line.path.glob("cells/*.json"), *line.path.glob("run*.json")]  # stitching layers, trainings, pairs
     if jobs:
         failed = sum(path.name.endswith(".failed.json") for path in jobs)
         return f"{len(jobs) - failed} done{and_failed(failed)}"

@@ -1,4 +1,4 @@
-"""Clustering tasks: populations of points in the plane, drawn from random mixtures of Gaussians.
+"""Clustering tasks: sets of points in the plane, drawn from random mixtures of Gaussians.
 
 Per task (Vollgraf 2019, arXiv 1906.09400, section 4.1): 3 to 10 clusters and 100 to 1000 entities, both uniform; equal
 mixture weights; means from N(0, I); covariances from an inverse Wishart distribution with 4 degrees of freedom and scale

@@ -450,7 +450,7 @@ _declared: list[library.Library] = []
 
 
 def _torchvision_datasets() -> Any:
-    """Import torchvision.datasets, also beside a CPU build of PyTorch.
+    """Import torchvision.datasets, also with a CPU build of PyTorch.
 
     With such a build the compiled operators of PyPI's torchvision cannot be loaded, and its import fails unless these two
     are declared. Nothing here uses them.

@@ -81,6 +81,7 @@ def key_metrics(result: Mapping[str, Any]) -> dict[str, KeyMetric]:
 
 
 def read_key_metrics(script: str, result: Mapping[str, Any]) -> dict[str, KeyMetric]:
+    """`key_metrics`, whose errors are those of looking into any JSON."""
     if script == "cifar10_stitching":
         return {f"penalty, layer {row['layer']}": penalty(row) for row in result["layers"]}
     if script == "cifar10_projections":
@@ -97,6 +98,7 @@ def read_key_metrics(script: str, result: Mapping[str, Any]) -> dict[str, KeyMet
 
 
 def penalty(row: Mapping[str, Any]) -> KeyMetric:
+    """The penalty of a row of result.json: its mean, deviation and n."""
     return key_metric(row["penalty"], row["deviation"], row["n"])
 
 

@@ -1,4 +1,4 @@
-"""The page: one HTML file with style, script and data in it, beside pictures that stay where they are.
+"""The page: one HTML file with style, script and data in it; pictures stay where they are.
 
 It needs no network, and its Content-Security-Policy lets no other script run. Names, options and logs of runs are data in it.
 """

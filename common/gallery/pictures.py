@@ -120,6 +120,7 @@ def draw_points(path: Path, title: str, name: str, chance: str, groups: Sequence
 
 
 def best_of(n_shown: int, n: int) -> str:
+    """The end of a title that says how many groups are left out."""
     return f" (the {n_shown} best of {n})" if n_shown < n else ""
 
 

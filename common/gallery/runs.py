@@ -87,6 +87,7 @@ def find_runs(root: Path) -> Iterator[Run]:
 
 
 def is_run(path: Path, files: list[str]) -> bool:
+    """True if a directory with these files is a run's."""
     return path.suffix == ".part" or not {ARGS, RESULT, LAST, BEST}.isdisjoint(files)
 
 

@@ -57,6 +57,7 @@ def varying_options(runs: Sequence[Run]) -> list[str]:
 
 
 def metric_names(runs: Sequence[Run]) -> list[str]:
+    """Names of all key metrics that some run has."""
     return list(dict.fromkeys(name for run in runs for name in run.key_metrics))
 
 

@@ -1,4 +1,4 @@
-"""Pooling in SWARM layers: how an entity hears of the others in its set (Vollgraf 2019, arXiv 1906.09400).
+"""Pooling in SWARM layers: how the entities of a set exchange information (Vollgraf 2019, arXiv 1906.09400).
 
 First the formulas, `POOLINGS`: functions of the hidden states h (N, E, H) and the mask (N, E), for autograd. Then the same for
 the recurrence in `common/models/swarm_fast.py`, which runs by default and is differentiated by hand, `FAST_POOLINGS`:

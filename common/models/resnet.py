@@ -16,7 +16,7 @@ BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (B, C, H, W) -> (B, planes, H / stride, W / stride).
+    """Two 3x3 convolutions and a shortcut: (B, C, H, W) -> (B, planes, H / stride, W / stride).
 
     The shortcut is the identity, or a 1x1 convolution with batch norm where shapes differ (option B of the paper).
     """

@@ -33,7 +33,7 @@ class PaddedShortcut(nn.Module):
 
 
 class StitchableBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (B, in_planes, H, W) -> (B, planes, H / stride, W / stride)."""
+    """Two 3x3 convolutions and a shortcut: (B, in_planes, H, W) -> (B, planes, H / stride, W / stride)."""
 
     def __init__(self, in_planes: int, planes: int, stride: int, *, padded_shortcut: bool):
         super().__init__()

@@ -1,9 +1,9 @@
 """SWARM layers (Vollgraf 2019, Learning Set-equivariant Functions with SWARM Mappings, arXiv 1906.09400).
 
 One LSTM-like cell, shared by all entities of a set, is run for a few iterations. Before each iteration the hidden states
-are pooled over the set, so every entity hears what the others are doing:
+are pooled over the set, so that each entity depends on all others:
 
-    p = pool(h)                                         the only place where entities meet (common/models/pooling.py)
+    p = pool(h)                                         where entities exchange information (common/models/pooling.py)
     i, f, o, d = split(Wih x + b + Whh h + Whp p)       gates: input, forget, output; and the cell's input
     c = sigmoid(f) c + sigmoid(i) tanh(d)
     h = sigmoid(o) tanh(c)

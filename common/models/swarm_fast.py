@@ -95,7 +95,7 @@ def _blocks(n_sets: int, gates_of_set: int, device: torch.device) -> Iterator[sl
 
 
 def _columns(a: Tensor) -> Tensor:
-    """All entities of a block beside each other, for a matrix product: (C, n, E) -> (C, n E), a view."""
+    """All entities of a block side by side, for a matrix product: (C, n, E) -> (C, n E), a view."""
     return a.flatten(1)
 
 

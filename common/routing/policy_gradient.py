@@ -153,7 +153,7 @@ class WPL(REINFORCEBl1):
     """-l (G - V) w + (Q(a) - G)^2, w = 1 - p if G >= V else p: weighted policy learner (Abdallah & Lesser 2008).
 
     Steps towards an action shrink as its probability nears 1, steps away from it as its probability nears 0; this lets agents
-    that learn beside each other converge. The step is along the gradient of log p of the action taken.
+    that learn at the same time converge. The step is along the gradient of log p of the action taken.
     """
 
     def loss(self, t: Transition) -> Tensor:

@@ -61,6 +61,7 @@ class PerActionBaseReward(nn.Module):
 
 
 def check_history(history_len: int) -> None:
+    """Raises ValueError for a history without actions."""
     if history_len < 1:
         raise ValueError(f"history_len is {history_len}: at least 1")
 
@@ -131,7 +132,7 @@ class RunningAverageCollaborationReward(PerActionBaseReward):
 
 
 class ManualReward(PerActionBaseReward):
-    """A reward for each action from a table (K), to make modules dear or cheap."""
+    """A reward for each action from a table (K), to make modules expensive or cheap."""
 
     rewards: Tensor
 

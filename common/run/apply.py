@@ -1,6 +1,6 @@
 """The use of trained models from the command line: what -apply, -draw and -complete share.
 
-They train nothing, make no run's directory, and write two files: a result, and a picture beside it. Everything is checked
+They train nothing, make no run's directory, and write two files: a result, and a picture next to it. Everything is checked
 before anything is computed or written.
 """
 
@@ -41,7 +41,7 @@ def add_points_options(parser: argparse.ArgumentParser, result: str, contents: s
     group = parser.add_argument_group("options of a trained model's use, without training")
     add = group.add_argument
     add("-apply", metavar="POINTS", help="a CSV or a .npy of your points, for the model of -resume: best.pkl, or its directory")
-    add("-o", dest="output", metavar="FILE", help=f"{contents}; a picture goes beside it [POINTS.{result}.csv]")
+    add("-o", dest="output", metavar="FILE", help=f"{contents}; a picture goes next to it [POINTS.{result}.csv]")
     add("-set", metavar="COLUMN", help="name, or number from 1, of the column that tells sets apart [set, if it is there]")
     add("-columns", metavar="X,Y", help="names, or numbers from 1, of the columns of coordinates [all but that of the sets]")
     add("-raw", action="store_true", help="points have the scale of training sets already [each set is brought to it]")
@@ -54,7 +54,7 @@ def add_images_options(parser: argparse.ArgumentParser) -> None:
     add("-draw", type=options.at_least(1, 10**6), metavar="N", help="draw N images of -resume: best.pkl, or its directory")
     add("-complete", metavar="IMAGES", help="draw the lower halves of a .npy, a PNG, or the PNGs of a folder")
     add("-classes", metavar="A,B", help="names or numbers of the images' classes, in turn, of a model with -cond [all]")
-    add("-o", dest="output", metavar="FILE", help="the images; a picture goes beside [drawn.npy, IMAGES.completed.npy]")
+    add("-o", dest="output", metavar="FILE", help="the images; a picture goes next to them [drawn.npy, IMAGES.completed.npy]")
 
 
 def check_options(
@@ -124,8 +124,8 @@ class Outputs:
         return f"{self.result}\n{self.picture}"
 
 
-def beside(source: Path, ending: str) -> Path:
-    """Where a result goes without -o. Raises InputError for a path without a name."""
+def next_to(source: Path, ending: str) -> Path:
+    """Where a result goes without -o: next to its source. Raises InputError for a path without a name."""
     source = source if source.name else source.resolve()  # "."
     if not source.name:
         raise InputError(f"{source} has no name that the result's could be made of: -o FILE says it")
@@ -191,6 +191,7 @@ def panels_of(read: points.Points, title: str) -> tuple[Figure, list[tuple[Axes,
 
 
 def scale_in_words(deviation: float | None) -> str:
+    """How points were scaled (common/points.py), for the command's output."""
     if deviation is None:
         return "points were taken as they are: of the scale of training sets"
     return f"each set was scaled to mean 0 and deviation {deviation:.2f} in each coordinate, as training sets have on average"

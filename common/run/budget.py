@@ -62,9 +62,9 @@ def add_budget_options(
     )
     add("-lr", type=real(0, 1, above=True), default=0.01, help="learning rate of Adam [%(default)s]")
     add("-no_cuda", action="store_true", help="the same as -device cpu")
-    add("-dry_run", action="store_true", help="just print the model name and exit")
+    add("-dry_run", action="store_true", help="check the options, print the run's name, exit")
     add("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
-    add("-run", type=run_id, help="run id to append to the model name; has no function otherwise")
+    add("-run", type=run_id, help="an id that tells repeated runs apart, at the end of the run's name")
     add("-resume", metavar="FILE|auto", help="start from a best.pkl; auto: continue this run where it was interrupted")
 
 

@@ -1,4 +1,4 @@
-"""The walk over the jobs of a run: models of a zoo, stitching layers, pairs of networks.
+"""The loop over the jobs of a run: models of a zoo, stitching layers, pairs of networks.
 
 for i, job in pending(run, jobs):
     with job:

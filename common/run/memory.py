@@ -1,4 +1,4 @@
-"""Memory: keeping it on a CPU, and getting by with what there is."""
+"""Memory: the C library keeps it on a CPU; batches are split when it runs out."""
 
 from __future__ import annotations
 

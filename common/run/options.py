@@ -145,7 +145,7 @@ def add_tracker_options(group: argparse._ArgumentGroup, dash: str = "--") -> Non
     """Options of programs that show metrics."""
     project = "-wandb_project" if dash == "-" else "--wandb-project"
     group.add_argument(f"{dash}tensorboard", action="store_true", help="log metrics to TensorBoard, in the run's directory")
-    group.add_argument(project, metavar="STR", help="log metrics to this project of Weights & Biases")
+    group.add_argument(project, metavar="NAME", help="log metrics to this project of Weights & Biases")
 
 
 def at_least(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:

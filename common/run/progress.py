@@ -37,7 +37,7 @@ class _Stderr:
 def wanted(args: argparse.Namespace) -> bool | None:
     """Whether bars are shown: yes if `args` has a true `progress`, None (on a terminal) if not.
 
-    Never in a process beside the first, or in one that a run has started: its jobs are in the run's own bar.
+    Never in other processes than the first, nor in one that a run has started: its jobs are in the run's own bar.
     """
     if not parallel.is_main() or multiprocessing.parent_process() is not None or sys.stderr is None:
         return False

@@ -7,8 +7,8 @@ def work(worker, args):         # in each of the others, which begin from nothin
         with job:
             job.finish(figures)
 
-A process is at one job at a time, whose lock it holds; with the run's process it also holds the lock of the run. So nobody else
-gets at a run while any of them lives. Jobs do not depend on who does them, or beside which others.
+A process is at one job at a time, whose lock it holds; with the run's process it also holds the lock of the run. So no
+other start opens a run while any of them lives. The results of a job depend neither on its process nor on other jobs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Worker(Command):
             self.link.send(("ask",))
             return self.link.recv()
         except (EOFError, OSError):
-            raise Interrupted("with no job at hand") from None
+            raise Interrupted("between two jobs") from None
 
     def log(self, text: str = "") -> None:
         self._send("log", text)

@@ -34,7 +34,7 @@ def structured(z: Tensor, bins: int) -> Tensor:
 
 
 def content(z: Tensor, bins: int) -> Tensor:
-    """The part of representations that says what is seen: (B, F) -> (B, C)."""
+    """The content, what an image shows: (B, F) -> (B, C)."""
     return structured(z, bins).sum(1)
 
 
@@ -130,7 +130,7 @@ class DUETBatch(Batch):
 
 
 class DUET(nn.Module):
-    """An encoder with a projection head for the content, and a linear classifier that learns beside it (common/ssl/steps.py).
+    """An encoder, a projection head for the content, and a linear classifier trained at the same time (common/ssl/steps.py).
 
     `codes` are the transformations of both views in their order (common/ssl/views.py), `size` is a view's side in pixels,
     `structure` is the code whose parameter is learned, over `bins` bins. Raises ValueError if it has none, if the views are not

@@ -121,7 +121,7 @@ class ESSLBatch(Batch):
 
 
 class ESSL(nn.Module):
-    """An encoder with a projection head, a predictor, and a linear classifier that learns beside them (common/ssl/steps.py).
+    """An encoder, a projection head, a predictor, and a linear classifier trained at the same time (common/ssl/steps.py).
 
     `codes` are the transformations of all views in their order (common/ssl/views.py), `size` is a view's side in pixels,
     `predicted` is the code of the transformation that is predicted. Raises ValueError if that is none of ESSL_CODES.

@@ -183,6 +183,7 @@ def rotation_errors(
 
 
 def with_one(z: Tensor) -> Tensor:
+    """A further feature that is 1, for the intercept: (N, F) -> (N, F + 1)."""
     return torch.cat([z, torch.ones_like(z[:, :1])], 1)
 
 
@@ -200,15 +201,15 @@ def as_table(result: dict[str, Any]) -> str:
     """The metrics of an encoder as text: those in the result.json of its run."""
     chance = f"chance {result['chance_top_1']:.3g}"
 
-    def beside(probe: str) -> str:
+    def with_baselines(probe: str) -> str:
         pixels, untrained = (result[name][probe]["top_1"] for name in ("raw_pixels", "untrained"))
         return f"{result[probe]['top_1']:.2f} % ({chance}, raw pixels {pixels:.2f}, untrained encoder {untrained:.2f})"
 
     rows = {
         "test images": result["test_images"],
         "online linear head, top-1": f"{result['test']['track_head_top_1_mean']:.2f} % ({chance})",
-        "linear probe, top-1": beside("linear_probe"),
-        "nearest neighbours, top-1": beside("knn"),
+        "linear probe, top-1": with_baselines("linear_probe"),
+        "nearest neighbours, top-1": with_baselines("knn"),
     }
     for how, error in result.get("rotation_error_degrees", {}).items():
         means = f"{error['mean']:.1f} degrees in the mean, {error['median']:.1f} in the median (chance 90)"

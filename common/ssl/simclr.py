@@ -55,7 +55,7 @@ def simclr_loss(embedding1: Tensor, embedding2: Tensor) -> tuple[Tensor, dict[st
 
 
 class SimCLR(nn.Module):
-    """An encoder with a projection head, and a linear classifier that learns beside it (common/ssl/steps.py).
+    """An encoder, a projection head, and a linear classifier trained at the same time (common/ssl/steps.py).
 
     `codes` are the transformations of both views in their order (common/ssl/views.py), `size` is a view's side in pixels.
     """

@@ -78,7 +78,7 @@ def gather_rows(own: Tensor, n: int) -> Tensor:
     return parallel.gather(own, n, len(own) // (shard.stop - shard.start))
 
 
-# ---- the linear classifier that learns beside a method, on representations without gradient ------------------------------
+# ---- the linear classifier that is trained at the same time, on representations without gradient --------------------------
 
 
 def linear_head(features: int, n_classes: int) -> nn.ModuleDict:

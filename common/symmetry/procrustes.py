@@ -126,7 +126,7 @@ def _parts(maps: list[Tensor], n_images: int) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _rows(maps: list[Tensor], k: int) -> Iterator[Tensor]:
-    """All channels of maps (B, C, P), the positions of k images beside each other: (sum of C, k P), one after the other."""
+    """All channels of maps (B, C, P), the positions of k images side by side: (sum of C, k P), one after the other."""
     for parts in zip(*[x.transpose(0, 1).split(k, 1) for x in maps], strict=True):
         yield (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 

@@ -32,7 +32,7 @@ def add_options(group: argparse._ArgumentGroup, run: str, layers: str) -> None:
     group.add_argument("--layers", type=at_least(1), nargs="+", metavar="INDEX", help=f"indices of {layers}")
     group.add_argument("--pairs", nargs="+", metavar="I-J", help="pairs of networks, by number: 0-1 2-3 [drawn by the seed]")
     options.add_run_options(group, run)
-    group.add_argument("--retry-failed", action="store_true", help="train again what has failed")
+    group.add_argument("--retry-failed", action="store_true", help="repeat what has failed")
     group.add_argument("--compare", nargs="+", metavar="RUN", help="train nothing: tables and figures of finished runs")
 
 
@@ -161,4 +161,4 @@ def make_figures_folder(args: argparse.Namespace, result: Mapping[str, Any]) -> 
 def where_to_look(run: Run, result: Mapping[str, Any]) -> str:
     """The last line of a run that has finished."""
     failed = f"{len(result['failed'])} jobs failed, --retry-failed repeats them; " if "failed" in result else ""
-    return f"{failed}result.json and pictures: {run.final}; --compare draws several runs beside each other"
+    return f"{failed}result.json and pictures: {run.final}; --compare draws several runs next to each other"

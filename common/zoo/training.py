@@ -53,7 +53,9 @@ def add_recipe_options(group: argparse._ArgumentGroup) -> None:
         ("lr", real(0, 10, above=True), "highest learning rate"),
     ):
         defaults = ", ".join(str(RECIPES[recipe][name]) for recipe in recipes)
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"{meaning} [by recipe: {defaults}]")
+        metavar = "LR" if name == "lr" else "N"
+        text = f"{meaning} [by recipe: {defaults}]"
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
 
 
 def n_classes(args: argparse.Namespace) -> int:
