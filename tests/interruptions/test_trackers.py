@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,11 @@ def test_trackers_get_each_row(kind: str, data: Path, tmp_path: Path, monkeypatc
     name, n = TRACKED[kind]
     events = scalars(case.results, name)
     assert len(events) == n
-    offline = set(logged_offline(case.results, name))  # each twice: in the history and, the last, in the summary
-    assert sorted({value for _, value in events}) == pytest.approx(sorted(offline), rel=1e-5)
+    values, deadline = sorted({value for _, value in events}), time.monotonic() + 60
+    # each twice: in the history and, the last, in the summary; they are written by a process of their own
+    while len(set(logged_offline(case.results, name))) < len(values) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert values == pytest.approx(sorted(set(logged_offline(case.results, name))), rel=1e-5)
 
 
 @pytest.mark.slow
