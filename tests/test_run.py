@@ -529,6 +529,17 @@ def test_nothing_happens_to_a_run_that_trains(tmp_path: Path, capsys: Capture) -
             assert content(tmp_path) == before and is_locked(run.part / "lock")
 
 
+def test_torchrun_is_refused_by_a_run_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """The second process would find the first one's run in use, and torchrun would end both."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(SystemExit) as stopped, make(tmp_path):
+        pass
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "start this one with python" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 # ---- how a command ends --------------------------------------------------------------------------------------------------
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "last.pkl")
