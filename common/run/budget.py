@@ -157,6 +157,7 @@ class BudgetedTraining(State):
         """Open the run: continue it, or begin, if `resume` is a file, with the weights and moments in it."""
         if self.run.status == "unfinished":
             self.resume()
+            self._time_is_up = self._is_over()
         elif resume not in (None, "auto"):
             checkpoint.start_from(Path(str(resume)), self.model, self.optimizer)
         self.check_same()
