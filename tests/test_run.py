@@ -590,7 +590,7 @@ def test_of_several_processes_one_says_why_they_end(spoken: bool, monkeypatch: p
             command.begun = begun
             raise error
         assert stopped.value.code == status and capsys.readouterr().err.count("\n") == (0 if spoken else 1)
-    lost, told = RuntimeError("Connection closed by peer [::1]:3\nat frame 0"), "(Connection closed by peer [::1]:3)"
+    lost, told = RuntimeError("Connection closed by peer [::1]:3. Good luck\nat frame 0"), "(Connection closed by peer [::1]:3)"
     for begun, status in ((False, 2), (True, 75)):
         with pytest.raises(SystemExit) as stopped, Command("script") as command:
             command.begun = begun

@@ -77,7 +77,8 @@ class Command:
             sys.exit(1)
         first, *_ = str(error).splitlines() or [type(error).__name__]
         if parallel.is_lost(error) and not is_out_of_memory(error):
-            gone = f"another process has gone, or cannot be reached ({one_line(first)})"
+            sentence = one_line(first.partition(". ")[0])  # Gloo adds advice
+            gone = f"another process has gone, or cannot be reached ({sentence})"
             if not self.begun:
                 self._refuse(gone)  # unless it has said why
             self.log(f"stopped, as {gone}: {self.next}")
