@@ -44,7 +44,8 @@ class GraphedModel:
 
     In training, a call has a graph of its backward pass, too, which has to run before the next call, with gradients that were
     cleared (`zero_grad`): each shape writes its outputs and gradients to one place. Without gradients, an output is overwritten
-    by the next call. Graphs of all shapes share their working memory. The model must not look at values on the host.
+    by the next call. Graphs of all shapes share their working memory, and are all dropped if memory runs out while one is
+    recorded. The model must not look at values on the host.
     """
 
     def __init__(self, model: nn.Module):
@@ -59,12 +60,17 @@ class GraphedModel:
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         key = (self.model.training, torch.is_grad_enabled(), autocast, shapes)
         if key not in self.recorded:
-            self.recorded[key] = self.record(inputs)
+            try:
+                self.recorded[key] = self.record(inputs)
+            except RuntimeError:  # out of memory: the caller may go on with fewer samples, and needs that of the graphs
+                self.recorded.clear()
+                raise
         return self.recorded[key](*inputs)
 
     def record(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
         """Record calls with inputs of these shapes. The device's random numbers are what they were before."""
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        if not self.recorded:  # a pool that has lost its graphs cannot be used again
+            self.pool = torch.cuda.graph_pool_handle()
         random_state = torch.cuda.get_rng_state(inputs[0].device)
         static = tuple(tensor.clone() for tensor in inputs)
         # the cache would keep weights as they are now, in a lower precision

@@ -163,11 +163,6 @@ def largest(number: int) -> int:
     return int(numbers)
 
 
-def any_process(flag: bool) -> bool:
-    """True if a flag is set in any process: all have to stop at the same step."""
-    return bool(largest(int(flag)))
-
-
 def agree(on: int) -> int:
     """The most urgent of GO_ON, STOP and RETRY that a process says. Raises OutOfMemoryElsewhere if another says RETRY."""
     agreed = largest(on)
@@ -178,7 +173,7 @@ def agree(on: int) -> int:
 
 def wait_for_all() -> None:
     """Wait until all processes have come here."""
-    any_process(False)
+    largest(0)
 
 
 def run_on_main(compute: Callable[[], Any], *expected: type[Exception]) -> Any:
@@ -230,6 +225,12 @@ def speaks() -> bool:
         return store.add(f"spoken/{start}", 1) == 1
     except (RuntimeError, ValueError):
         return True
+
+
+def check_joined() -> None:
+    """Raises InputError if torchrun has started a script whose processes do not join a `process_group`."""
+    if launched() and not dist.is_initialized():
+        raise InputError("torchrun is for scripts that train one model with several processes: start this one with python")
 
 
 def check_same(**values: object) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from common import checkpoint
+from common import checkpoint, parallel
 from common.run import state as state_module
 from common.run.budget import BudgetedTraining as Training
 from common.run.budget import make_adam
@@ -30,6 +30,10 @@ def fail(loss: torch.Tensor) -> torch.Tensor:
 def fail_alone(loss: torch.Tensor) -> torch.Tensor:
     """A loss that is not finite, with the gradient of one that is."""
     return loss + math.inf
+
+
+def make_model() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout(0.2), torch.nn.Linear(3, 1))
 
 
 def train_epoch(training: Training, failure: Failure, stop_at: int | None, noticed: list[int]) -> bool:
@@ -65,7 +69,7 @@ def train(
     noticed: list[int] = []
     args = Namespace(results_dir=str(folder), resume=resume, overwrite=False)
     with Run("script", "name", args, another="-run ID", may_change=("results_dir", "resume")) as run:
-        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout(0.2), torch.nn.Linear(3, 1))
+        model = make_model()
         columns = ("epoch", "step", "train_loss", "val_loss", "lr")
         limits: dict[str, Any] = {"budget": 1e9, "horizon": 0.2, "alpha": 0.5}
         training = Training(run, model, make_adam(model, 0.01), columns=columns, **limits)
@@ -147,6 +151,25 @@ def test_a_last_epoch_that_fails_leaves_the_best_model(save_seconds: None, tmp_p
     assert noticed == [20] and left["progress"] == (2, 0, 19)
     best = checkpoint.read(tmp_path / "script/name.part/best.pkl")["model"]
     assert left["weights"] == [tensor.tolist() for tensor in best.values()]
+
+
+@pytest.mark.parametrize("budget", [1e-9, 1e9])
+def test_processes_resume_no_epoch_that_the_time_has_ended(
+    budget: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal may come between its last step and its end: the resumed run takes no other step, as one process does."""
+    with pytest.raises(SystemExit, match="75"):
+        train(tmp_path, lambda loss: loss, fetch_every=5, stop_at=20)
+    args = Namespace(results_dir=str(tmp_path), resume="auto", overwrite=False)
+    with Run("script", "name", args, another="-run ID", may_change=("results_dir", "resume")) as run:
+        model = make_model()
+        training = Training(run, model, make_adam(model, 0.01), columns=(), budget=budget, horizon=0.2, alpha=0.5)
+        training.fetch_every = 5
+        training.start("auto")
+        assert training.step == 20 and training.batch > 0
+        for n_processes in (1, 2):
+            monkeypatch.setattr(parallel, "world_size", lambda n=n_processes: n)
+            assert training.time_is_up() == (budget < 1)
 
 
 def test_records_that_wait_are_thinned_out_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

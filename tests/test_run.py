@@ -20,6 +20,7 @@ import amortised_clustering
 import cifar10_alignment
 import cifar10_projections
 import cifar10_stitching
+from common import parallel
 from common.errors import Failed, InputError, Interrupted
 from common.run import dotted
 from common.run import run as run_module
@@ -528,6 +529,17 @@ def test_nothing_happens_to_a_run_that_trains(tmp_path: Path, capsys: Capture) -
             assert content(tmp_path) == before and is_locked(run.part / "lock")
 
 
+def test_torchrun_is_refused_by_a_run_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """The second process would find the first one's run in use, and torchrun would end both."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(SystemExit) as stopped, make(tmp_path):
+        pass
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "start this one with python" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 # ---- how a command ends --------------------------------------------------------------------------------------------------
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "last.pkl")
@@ -567,6 +579,24 @@ def test_errors_end_with_a_status_and_one_line(
         raise error
     told = capsys.readouterr()
     assert stopped.value.code == status and told.out == "" and message in told.err and told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("spoken", [False, True])
+def test_of_several_processes_one_says_why_they_end(spoken: bool, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "speaks", lambda: not spoken)
+    for error, begun, status, _ in ENDINGS.values():
+        with pytest.raises(SystemExit) as stopped, Command("script") as command:
+            command.begun = begun
+            raise error
+        assert stopped.value.code == status and capsys.readouterr().err.count("\n") == (0 if spoken else 1)
+    lost, told = RuntimeError("Connection closed by peer [::1]:3. Good luck\nat frame 0"), "(Connection closed by peer [::1]:3)"
+    for begun, status in ((False, 2), (True, 75)):
+        with pytest.raises(SystemExit) as stopped, Command("script") as command:
+            command.begun = begun
+            raise lost
+        out, err = capsys.readouterr()
+        assert stopped.value.code == status and (told in out) == begun and (told in err) == (not begun and not spoken)
 
 
 @pytest.mark.parametrize(

@@ -151,12 +151,13 @@ class BudgetedTraining(State):
         parts |= {"meter": self.meter, "metrics": self.metrics, "traces": self.traces}
         super().__init__(run.last, run.options, run, data=data, description=description, model=model, **parts)
         self.run, self.optimizer = run, optimizer
-        self.forward = GraphedModel(model)  # for training steps
+        self.forward = GraphedModel(model)  # for training steps and validation
 
     def start(self, resume: str | None) -> None:
         """Open the run: continue it, or begin, if `resume` is a file, with the weights and moments in it."""
         if self.run.status == "unfinished":
             self.resume()
+            self._time_is_up = self._is_over()
         elif resume not in (None, "auto"):
             checkpoint.start_from(Path(str(resume)), self.model, self.optimizer)
         self.check_same()

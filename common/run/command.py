@@ -5,7 +5,7 @@
 | 0 | finished |
 | 1 | failed: a loss that is not finite, an error in the program (with its traceback) |
 | 2 | refused: input that cannot be used |
-| 75 | stopped by a signal, or by a file that could not be written; resumable (EX_TEMPFAIL of sysexits.h) |
+| 75 | stopped by a signal, a file that could not be written, or the end of another process; resumable (EX_TEMPFAIL) |
 """
 
 from __future__ import annotations
@@ -64,25 +64,27 @@ class Command:
         if isinstance(error, InputError):
             self._refuse(error)
         if isinstance(error, Failed):
-            if parallel.speaks():
-                warn(f"{self.script}.py: failed: {one_line(error)}")
+            self._say(f"{self.script}.py: failed: {one_line(error)}")
             sys.exit(1)
         if isinstance(error, OSError) and self.begun:
             what = f"cannot write {error.filename or 'a file'}: {error.strerror}"
-            warn(f"stopped: {what}; what was saved is intact, {self.next}")
+            self._say(f"stopped: {what}; what was saved is intact, {self.next}")
             sys.exit(RESUMABLE)
         if isinstance(error, OSError):
             self._refuse(f"cannot use {error.filename or 'a file'}: {error.strerror or error}")
         if is_out_of_memory(error) and self.begun:
-            warn(f"{self.script}.py: failed: out of memory; less is needed with {self.saves_memory}")
+            self._say(f"{self.script}.py: failed: out of memory; less is needed with {self.saves_memory}")
             sys.exit(1)
+        first, *_ = str(error).splitlines() or [type(error).__name__]
         if parallel.is_lost(error) and not is_out_of_memory(error):
-            if self.begun:
-                self.log(f"stopped, as another process has gone: {self.next}")
-            sys.exit(RESUMABLE if self.begun else REFUSED)  # before, it has said why
+            sentence = one_line(first.partition(". ")[0])  # Gloo adds advice
+            gone = f"another process has gone, or cannot be reached ({sentence})"
+            if not self.begun:
+                self._refuse(gone)  # unless it has said why
+            self.log(f"stopped, as {gone}: {self.next}")
+            sys.exit(RESUMABLE)
         too_large = is_out_of_memory(error) or "overflow" in str(error)  # of a size in bytes
         if isinstance(error, MemoryError | RuntimeError) and too_large and not self.begun:
-            first, *_ = str(error).splitlines() or [type(error).__name__]
             self._refuse(f"cannot make the model or its data, are they too large? {first}")
 
     def check_signal(self, where: str) -> None:
@@ -91,9 +93,13 @@ class Command:
             raise Interrupted(where)
 
     def _refuse(self, reason: object) -> NoReturn:
-        if parallel.speaks():
-            warn(f"{self.script}.py: error: {one_line(reason)}")
+        self._say(f"{self.script}.py: error: {one_line(reason)}")
         sys.exit(REFUSED)
+
+    def _say(self, text: str) -> None:
+        """Print the reason of the end on stderr: of several processes, in the one that comes to it first."""
+        if parallel.speaks():
+            warn(text)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == "SIGINT":

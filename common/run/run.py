@@ -85,6 +85,7 @@ class Run(Command):
     def __enter__(self) -> Run:
         super().__enter__()
         try:
+            parallel.check_joined()
             self.status = parallel.run_on_main(self._look, InputError, OSError)
             if self.status == "finished":
                 sys.exit(self._finish_again())
