@@ -493,7 +493,7 @@ def use_model(args: argparse.Namespace) -> int:
         outputs.write(lambda file: np.save(file, to_array(drawn)))
         grids = grids_of(drawn, given, classes, names)
         plotting.plot_images(outputs.picture, f"{outputs.result.name}, seed {args.seed}", grids)
-        of_classes = f" of the classes, in turn: {', '.join(names[number] for number in classes)}" if classes else ""
+        of_classes = f" of the classes, in turn: {', '.join(names[number] for number in classes[:n])}" if classes else ""
         echo(f"{len(drawn):,} image{'s' * (len(drawn) != 1)}{of_classes}\n{outputs}")
     return 0
 

@@ -90,7 +90,7 @@ def check_options(
 
 
 def command(script: str) -> Command:
-    """Turns errors into exit statuses. Nothing is saved on the way: signals end it as they end any program."""
+    """Turns errors into exit statuses. Nothing is saved on the way: a signal ends it at once."""
     made = Command(script, dash="-")
     made.signals = ()
     return made
@@ -121,7 +121,7 @@ class Outputs:
         atomic_write(self.result, write)
 
     def __str__(self) -> str:
-        return f"{self.result}\n{self.picture}"
+        return f"{one_line(self.result, 4096)}\n{one_line(self.picture, 4096)}"
 
 
 def beside(source: Path, ending: str) -> Path:
@@ -182,8 +182,8 @@ def panels_of(read: points.Points, title: str) -> tuple[Figure, list[tuple[Axes,
     plotting.headline(figure, title)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, name, members in zip(panels, read.set_names, shown, strict=False):
-        panel.set(xlabel=read.names[0], ylabel=read.names[1] if len(read.names) > 1 else "")
-        panel.set_title(title_of(name, len(members)), fontsize=9)
+        panel.set(xlabel=plotting.plain(read.names[0]), ylabel=plotting.plain(read.names[1]) if len(read.names) > 1 else "")
+        panel.set_title(plotting.plain(title_of(name, len(members))), fontsize=9)
     for panel in panels[len(shown) :]:
         panel.set_axis_off()
     some = [members[:: -(-len(members) // MOST_DOTS)] for members in shown]
