@@ -243,23 +243,12 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
     values = dict.fromkeys(MEASURES, math.nan)
     if finite:
         values = means(validate(training.model, data.tasks, data.validation, args.precision, forward_of(args, training)))
-    row = {
-        "epoch": training.epoch + 1,
-        "step": training.step,
-        "seconds": training.clock.used(),
-        "train_loss": training.meter.means()["loss"] if finite else math.nan,
-        "val_loss": values["cross_entropy"],
-        "val_accuracy": values["accuracy"],
-        "val_rand_index": values["rand_index"],
-        "lr": training.learning_rate,
-    }
-    verdict = training.conclude_epoch(row)
+    measured = {"val_loss": values["cross_entropy"], "val_accuracy": values["accuracy"], "val_rand_index": values["rand_index"]}
     chance, oracle = data.baselines["chance"], data.baselines["oracle"]
-    training.run.log(
-        f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
-        f"validation {row['val_loss']:.4f} (oracle {oracle['cross_entropy']:.4f}, chance {chance['cross_entropy']:.4f}) | "
-        f"accuracy {row['val_accuracy']:.3f} (oracle {oracle['accuracy']:.3f}, chance {chance['accuracy']:.3f}) | "
-        f"lr {row['lr']:.4g}{verdict}"
+    training.conclude_epoch(
+        measured,
+        f"validation {measured['val_loss']:.4f} (oracle {oracle['cross_entropy']:.4f}, chance {chance['cross_entropy']:.4f}) | "
+        f"accuracy {measured['val_accuracy']:.3f} (oracle {oracle['accuracy']:.3f}, chance {chance['accuracy']:.3f})",
     )
 
 
@@ -345,16 +334,9 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> 
         mask = n_clusters == number
         metrics = {name: means({m: v[mask] for m, v in values.items()}) for name, values in measured.items()}
         by_clusters[str(number)] = {"tasks": int(mask.sum()), **metrics}
+    protocol = "the model with the lowest validation loss of all epochs, measured on the same validation tasks"
     return {
-        "script": "amortised_clustering",
-        "name": training.run.name,
-        "seed": args.seed,
-        "protocol": "the model with the lowest validation loss of all epochs, measured on the same validation tasks",
-        "parameters": sum(p.numel() for p in training.model.parameters()),
-        "device": str(data.tasks.points.device),
-        "epochs": training.epoch,
-        "steps": training.step,
-        "seconds": training.clock.used(),
+        **training.about(args.seed, protocol),
         "validation_tasks": len(n_clusters),
         **{name: means(values) for name, values in measured.items()},
         "by_clusters": by_clusters,
@@ -510,15 +492,11 @@ def main(argv: list[str] | None = None) -> int:
         training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, description=describe(args), **limits)
         training.start(args.resume)
         introduce(args, data, training, given)
-        drawn_at = -math.inf
         with bar(args, bar_format="{desc}") as progress:
             while training.has_next_epoch(args.max_epochs):
                 finite = train_epoch(args, data, training, progress)
                 validate_epoch(args, data, training, finite)
-                if training.clock.used() - drawn_at >= 60 * args.update_interval:
-                    with training.clock.paused():
-                        draw(args, data, training)
-                    drawn_at = training.clock.used()
+                training.draw_if_due(args.update_interval, lambda: draw(args, data, training))
         with training.clock.paused():
             draw(args, data, training)
             result = report(args, data, training)

@@ -182,20 +182,8 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
 def validate_epoch(args: argparse.Namespace, baselines: dict[str, float], training: BudgetedTraining, finite: bool) -> None:
     """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
     val_loss = -evaluate(args, training, VALIDATION, VALIDATION_BATCHES).mean().item() if finite else math.nan
-    row = {
-        "epoch": training.epoch + 1,
-        "step": training.step,
-        "seconds": training.clock.used(),
-        "train_loss": training.meter.means()["loss"] if finite else math.nan,
-        "val_loss": val_loss,
-        "lr": training.learning_rate,
-    }
-    verdict = training.conclude_epoch(row)
-    training.run.log(
-        f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
-        f"validation {val_loss:.4f} (oracle {-baselines['oracle']:.4f}, single Gaussian {-baselines['single Gaussian']:.4f}) | "
-        f"lr {row['lr']:.4g}{verdict}"
-    )
+    beside = f"oracle {-baselines['oracle']:.4f}, single Gaussian {-baselines['single Gaussian']:.4f}"
+    training.conclude_epoch({"val_loss": val_loss}, f"validation {val_loss:.4f} ({beside})")
 
 
 # ---- report --------------------------------------------------------------------------------------------------------------
@@ -254,16 +242,9 @@ def report(args: argparse.Namespace, training: BudgetedTraining) -> dict[str, An
     device = next(training.model.parameters()).device
     values = evaluate(args, training, TEST, TEST_BATCHES)
     baselines = mean_baselines(args, device, TEST, TEST_BATCHES)
+    protocol = "the model with the lowest validation loss of all epochs, measured once on 1,000 fresh batches"
     return {
-        "script": "amortised_mog",
-        "name": training.run.name,
-        "seed": args.seed,
-        "protocol": "the model with the lowest validation loss of all epochs, measured once on 1,000 fresh batches",
-        "parameters": sum(p.numel() for p in training.model.parameters()),
-        "device": str(device),
-        "epochs": training.epoch,
-        "steps": training.step,
-        "seconds": training.clock.used(),
+        **training.about(args.seed, protocol),
         "test_sets": len(values),
         "log_likelihood": {"model": values.mean().item(), **baselines},
     }
@@ -407,15 +388,11 @@ def main(argv: list[str] | None = None) -> int:
             f"{model}\n{sum(p.numel() for p in model.parameters()):,} parameters on {options.device_of(args)}, seed {args.seed}"
         )
         baselines = mean_baselines(args, options.device_of(args), VALIDATION, VALIDATION_BATCHES)
-        drawn_at = -math.inf
         with bar(args, bar_format="{desc}") as progress:
             while training.has_next_epoch(args.max_epochs):
                 finite = train_epoch(args, baselines, training, progress)
                 validate_epoch(args, baselines, training, finite)
-                if training.clock.used() - drawn_at >= 60 * args.update_interval:
-                    with training.clock.paused():
-                        draw(args, baselines, training)
-                    drawn_at = training.clock.used()
+                training.draw_if_due(args.update_interval, lambda: draw(args, baselines, training))
         with training.clock.paused():
             draw(args, baselines, training)
             result = report(args, training)

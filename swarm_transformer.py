@@ -315,21 +315,11 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
         how = {"check_signal": training.check_signal, "forward": training.forward}
         validate = partial(evaluate, training.model, data.validation, args.precision, **how)
         val_loss = micro.run_in_parts(validate, together=True).mean().item()
-    row = {
-        "epoch": training.epoch + 1,
-        "step": training.step,
-        "seconds": training.clock.used(),
-        "train_loss": training.meter.means()["loss"] if finite else math.nan,
-        "val_loss": val_loss,
-        "val_bits": val_loss / math.log(2),
-        "lr": training.learning_rate,
-    }
-    verdict = training.conclude_epoch(row)
-    baselines = data.baselines["validation"]
-    training.run.log(
-        f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
+    val_bits, baselines = val_loss / math.log(2), data.baselines["validation"]
+    training.conclude_epoch(
+        {"val_loss": val_loss, "val_bits": val_bits},
         f"validation {val_loss:.4f} (by position {baselines['by position']:.4f}, chance {baselines['chance']:.4f}) | "
-        f"{row['val_bits']:.4f} bits per dimension | lr {row['lr']:.4g}{verdict}"
+        f"{val_bits:.4f} bits per dimension",
     )
 
 
@@ -391,18 +381,11 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, mic
         data.test.classes[label]: {"images": int((labels == label).sum()), "nats": test[labels == label].mean().item()}
         for label in labels.unique().tolist()
     }
-    parameters = list(training.model.parameters())
     return {
-        "script": "swarm_transformer",
-        "name": training.run.name,
-        "seed": args.seed,
-        "protocol": "the model with the lowest validation loss of all epochs, measured once on the test images",
-        "parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "fixed_location_features": sum(p.numel() for p in parameters if not p.requires_grad),
-        "device": str(data.test.images.device),
-        "epochs": training.epoch,
-        "steps": training.step,
-        "seconds": training.clock.used(),
+        **training.about(
+            args.seed, "the model with the lowest validation loss of all epochs, measured once on the test images"
+        ),
+        "fixed_location_features": sum(p.numel() for p in training.model.parameters() if not p.requires_grad),
         "validation": metrics_of(validation, data.baselines["validation"]),
         "test": metrics_of(test, data.baselines["test"]),
         "test_by_class": by_class,
@@ -552,15 +535,12 @@ def main(argv: list[str] | None = None) -> int:
         training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, **about, **limits)
         training.start(args.resume)
         introduce(args, data, training)
-        micro, drawn_at = MicroBatches(args.bs, run.log), -math.inf
+        micro = MicroBatches(args.bs, run.log)
         with bar(args, bar_format="{desc}") as progress:
             while training.has_next_epoch(args.max_epochs or math.inf):
                 finite = train_epoch(args, data, training, micro, progress)
                 validate_epoch(args, data, training, micro, finite)
-                if training.clock.used() - drawn_at >= 60 * args.update_interval:
-                    with training.clock.paused():
-                        draw(args, data, training)
-                    drawn_at = training.clock.used()
+                training.draw_if_due(args.update_interval, lambda: draw(args, data, training))
         with training.clock.paused():
             result = report(args, data, training, micro)
             draw(args, data, training)
