@@ -41,7 +41,7 @@ from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
 from common.points import Points, canonical_order, feature_ranges, oddities, scaling_to, write_with_columns
 from common.precision import autocast, set_backend_flags
 from common.run import apply, dotted, options
-from common.run.budget import BudgetedTraining, add_budget_options, make_adam
+from common.run.budget import BudgetedTraining, add_budget_options, add_own_options, make_adam
 from common.run.command import echo
 from common.run.memory import tune_malloc
 from common.run.options import at_least, real
@@ -81,18 +81,11 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("-bs", type=at_least(1), default=100, help="tasks per batch [%(default)s]")
     add_budget_options(paper, wc=60.0, update_interval=10.0, max_epochs=1000, bt_horizon=0.2, bt_alpha=0.9)
     own = parser.add_argument_group("options of this suite", "example: -seed 1 -pooling POMA -precision bf16")
-    own.add_argument(
-        "-seed", type=at_least(0), default=0, metavar="N", help="seed of data, weights and order of batches [%(default)s]"
-    )
-    own.add_argument("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
+    add_own_options(own, "data, weights and order of batches", "the model (Swarm: its pointwise part)")
     own.add_argument("-pooling", choices=("MEAN", "POMA"), default="MEAN", help="pooling in Swarm layers [%(default)s]")
     own.add_argument(
         "-loss", choices=matching.LOSSES, default="hungarian", help="matching of clusters to labels in the loss [%(default)s]"
     )
-    options.add_device_options(own, "-")
-    own.add_argument("-compile", action="store_true", help="torch.compile the model (Swarm: its pointwise part)")
-    own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
-    options.add_tracker_options(own, "-")
     apply.add_points_options(parser, "labels", "labels and their probabilities, in columns after those of POINTS")
     return parser
 
@@ -397,12 +390,6 @@ def label(
     return labels, confidences, scaled
 
 
-def training_sets(n: int) -> list[NDArray[np.float64]]:
-    """The points of tasks as they are drawn for training."""
-    tasks = clustering.make_tasks(n, 0)
-    return [points.double().numpy() for points in tasks.points.split(tasks.sizes.tolist())]
-
-
 def plot_labels(path: Path, read: Points, labels: NDArray[np.int64], confidences: NDArray[np.float64]) -> None:
     """The first sets, up to six, in colours of their labels; the less probable, the fainter."""
     figure, panels = apply.panels_of(read, f"{read.path.name}: labels; the less probable, the fainter")
@@ -420,24 +407,21 @@ def clusters_in_words(labels: NDArray[np.int64], confidences: NDArray[np.float64
 def apply_model(args: argparse.Namespace) -> int:
     """-apply: labels of a user's points, and a picture of them."""
     with apply.command("amortised_clustering"):
-        source = Path(args.apply)
-        outputs = apply.outputs_of(args, apply.beside(source, "labels.csv"), [source, Path(args.resume)])
-        model, described = apply.load_model(args.resume, "make_set_model")
+        outputs = apply.outputs_of(args, Path(args.apply), "labels.csv")
+        model, described = apply.load_model(args, "make_set_model")
         read = apply.read_points(args, described["arguments"]["n_in"], clustering.N_ENTITIES)
-        model.to(options.device_of(args))
         deviation = None if args.raw else clustering.typical_deviation()
-        ranges = feature_ranges(training_sets(1000), deviation)
+        ranges = feature_ranges(clustering.training_sets(1000), deviation)
         labels, confidences = np.empty(len(read), np.int64), np.empty(len(read))
-        strange, lines = [], []
-        for name, members in zip(read.set_names, bar(args, read.sets(), "sets"), strict=True):
+        strange, words = [], []
+        for members in bar(args, read.sets(), "sets"):
             labels[members], confidences[members], scaled = label(model, read.coordinates[members], deviation, args.precision)
             strange.append(oddities(scaled, clustering.N_ENTITIES, ranges))
-            lines.append(f"{apply.title_of(name, len(members))}: {clusters_in_words(labels[members], confidences[members])}")
+            words.append(clusters_in_words(labels[members], confidences[members]))
         columns = {"label": map(str, labels), "confidence": (f"{value:.4f}" for value in confidences)}
         outputs.write(lambda file: write_with_columns(file, read, columns))
         plot_labels(outputs.picture, read, labels, confidences)
-        apply.warn_of_oddities(read, strange)
-        echo(f"{apply.about_sets(lines)}\n{apply.scale_in_words(deviation)}\n{outputs}")
+        apply.conclude(read, words, strange, deviation, outputs)
     return 0
 
 

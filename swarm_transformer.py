@@ -42,7 +42,7 @@ from common.models.image_transformer import N_VALUES, ImageTransformer, cross_en
 from common.models.sets import NON_LINEARITIES
 from common.precision import autocast, set_backend_flags
 from common.run import apply, dotted, options
-from common.run.budget import BudgetedTraining, make_adam
+from common.run.budget import BudgetedTraining, add_own_options, make_adam
 from common.run.command import echo
 from common.run.memory import MicroBatches, tune_malloc
 from common.run.options import at_least, boolean, real, shortest
@@ -100,17 +100,10 @@ def get_parser() -> argparse.ArgumentParser:
         "-learn_loc", type=boolean, default=False, metavar="true|false", help="learn the location features [%(default)s]"
     )
     own = parser.add_argument_group("options of this suite", "example: -seed 1 -epoch_images 11000 -data_dir data")
-    own.add_argument(
-        "-seed", type=at_least(0), default=0, metavar="N", help="seed of split, weights and order of images [%(default)s]"
-    )
-    own.add_argument("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
+    add_own_options(own, "split, weights and order of images", "the pointwise part of the layers")
     own.add_argument("-data_dir", metavar="DIR", help="directory of image data sets [data; missing files are downloaded to it]")
-    options.add_device_options(own, "-")
-    own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the layers")
     own.add_argument("-max_epochs", type=at_least(1), metavar="N", help="largest number of epochs [no limit]")
     own.add_argument("-epoch_images", type=at_least(1), metavar="N", help="training images of an epoch [all]")
-    own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
-    options.add_tracker_options(own, "-")
     own.add_argument(
         "-n_samples",
         type=at_least(1, 1000),
@@ -463,16 +456,14 @@ def use_model(args: argparse.Namespace) -> int:
     """-draw, -complete: images of a trained model, as an array and a picture."""
     with apply.command("swarm_transformer"):
         source = None if args.complete is None else Path(args.complete)
-        default = Path("drawn.npy") if source is None else apply.beside(source, "completed.npy")
-        inputs = [Path(args.resume), *([] if source is None else [source])]
-        outputs = apply.outputs_of(args, default, inputs)
-        model, described = apply.load_model(args.resume, "ImageTransformer")
+        outputs = apply.outputs_of(args, source, "drawn.npy" if source is None else "completed.npy")
+        model, described = apply.load_model(args, "ImageTransformer")
         assert isinstance(model, ImageTransformer)
         names = class_names(described, model.n_classes)
         classes = classes_of(args, names)
         given = None if source is None else read_images(source, model.shape)
         n = args.draw if given is None else len(given)
-        drawn = draw_or_complete(args, model.to(options.device_of(args)), n, classes, given)
+        drawn = draw_or_complete(args, model, n, classes, given)
         outputs.write(lambda file: np.save(file, to_array(drawn)))
         grids = grids_of(drawn, given, classes, names)
         plotting.plot_images(outputs.picture, f"{outputs.result.name}, seed {args.seed}", grids)

@@ -309,7 +309,7 @@ def test_few_points_get_an_answer(n: int, trained: Path, tmp_path: Path, capsys:
 def test_points_unlike_training_sets_are_told() -> None:
     task, ranges = a_task(), {}
     for deviation in (None, 1.0):
-        ranges[deviation] = points.feature_ranges(amortised_clustering.training_sets(300), deviation)
+        ranges[deviation] = points.feature_ranges(clustering.training_sets(300), deviation)
     cases = {  # points, deviation that they are scaled to: what is odd about them
         "usual": (task, 1.0, ""),
         "other units": (1000 * task + 7, 1.0, ""),
@@ -350,6 +350,7 @@ def test_files_are_not_replaced_unasked(trained: Path, tmp_path: Path, capsys: p
         f"-o {path}": "would be replaced, and is read here",
         f"-o {path} -overwrite": "would be replaced, and is read here",
         f"-o {tmp_path}/labels": "is a .csv file",
+        "-o=": "is a .csv file",
         f"-o {tmp_path}/no/labels.csv": "is no directory",
         f"-o {300 * 'x'}.csv": "File name too long",
     }

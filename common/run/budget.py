@@ -18,7 +18,7 @@ from common.graphs import GraphedModel
 from common.run.backtracking import Backtracking
 from common.run.clock import Clock
 from common.run.metrics import Meter, Metrics, Traces, read_metrics
-from common.run.options import at_least, real, run_id
+from common.run.options import add_device_options, add_tracker_options, at_least, real, run_id
 from common.run.run import Run
 from common.run.state import Part, State
 
@@ -66,6 +66,17 @@ def add_budget_options(
     add("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
     add("-run", type=run_id, help="run id to append to the model name; has no function otherwise")
     add("-resume", metavar="FILE|auto", help="start from a best.pkl; auto: continue this run where it was interrupted")
+
+
+def add_own_options(group: argparse._ArgumentGroup, seeded: str, compiled: str) -> None:
+    """The suite's options that all such trainings have: what is drawn from the seed, and what can be compiled, in words."""
+    add = group.add_argument
+    add("-seed", type=at_least(0), default=0, metavar="N", help=f"seed of {seeded} [%(default)s]")
+    add("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
+    add_device_options(group, "-")
+    add("-compile", action="store_true", help=f"torch.compile {compiled}")
+    add("-overwrite", action="store_true", help="replace a run of the same name")
+    add_tracker_options(group, "-")
 
 
 class BestModel:
