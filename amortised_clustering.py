@@ -41,7 +41,7 @@ from common.models.sets import MODEL_TYPES, NON_LINEARITIES, make_set_model
 from common.points import Points, canonical_order, feature_ranges, oddities, scaling_to, write_with_columns
 from common.precision import autocast, set_backend_flags
 from common.run import apply, dotted, options
-from common.run.budget import BudgetedTraining, add_budget_options, make_adam
+from common.run.budget import BudgetedTraining, add_budget_options, add_own_options, make_adam
 from common.run.command import echo
 from common.run.memory import tune_malloc
 from common.run.options import at_least, real
@@ -81,18 +81,11 @@ def get_parser() -> argparse.ArgumentParser:
     paper.add_argument("-bs", type=at_least(1), default=100, help="tasks per batch [%(default)s]")
     add_budget_options(paper, wc=60.0, update_interval=10.0, max_epochs=1000, bt_horizon=0.2, bt_alpha=0.9)
     own = parser.add_argument_group("options of this suite", "example: -seed 1 -pooling POMA -precision bf16")
-    own.add_argument(
-        "-seed", type=at_least(0), default=0, metavar="N", help="seed of data, weights and order of batches [%(default)s]"
-    )
-    own.add_argument("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
+    add_own_options(own, "data, weights and order of batches", "the model (Swarm: its pointwise part)")
     own.add_argument("-pooling", choices=("MEAN", "POMA"), default="MEAN", help="pooling in Swarm layers [%(default)s]")
     own.add_argument(
         "-loss", choices=matching.LOSSES, default="hungarian", help="matching of clusters to labels in the loss [%(default)s]"
     )
-    options.add_device_options(own, "-")
-    own.add_argument("-compile", action="store_true", help="torch.compile the model (Swarm: its pointwise part)")
-    own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
-    options.add_tracker_options(own, "-")
     apply.add_points_options(parser, "labels", "labels and their probabilities, in columns after those of POINTS")
     return parser
 
@@ -243,23 +236,12 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
     values = dict.fromkeys(MEASURES, math.nan)
     if finite:
         values = means(validate(training.model, data.tasks, data.validation, args.precision, forward_of(args, training)))
-    row = {
-        "epoch": training.epoch + 1,
-        "step": training.step,
-        "seconds": training.clock.used(),
-        "train_loss": training.meter.means()["loss"] if finite else math.nan,
-        "val_loss": values["cross_entropy"],
-        "val_accuracy": values["accuracy"],
-        "val_rand_index": values["rand_index"],
-        "lr": training.learning_rate,
-    }
-    verdict = training.conclude_epoch(row)
+    measured = {"val_loss": values["cross_entropy"], "val_accuracy": values["accuracy"], "val_rand_index": values["rand_index"]}
     chance, oracle = data.baselines["chance"], data.baselines["oracle"]
-    training.run.log(
-        f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
-        f"validation {row['val_loss']:.4f} (oracle {oracle['cross_entropy']:.4f}, chance {chance['cross_entropy']:.4f}) | "
-        f"accuracy {row['val_accuracy']:.3f} (oracle {oracle['accuracy']:.3f}, chance {chance['accuracy']:.3f}) | "
-        f"lr {row['lr']:.4g}{verdict}"
+    training.conclude_epoch(
+        measured,
+        f"validation {measured['val_loss']:.4f} (oracle {oracle['cross_entropy']:.4f}, chance {chance['cross_entropy']:.4f}) | "
+        f"accuracy {measured['val_accuracy']:.3f} (oracle {oracle['accuracy']:.3f}, chance {chance['accuracy']:.3f})",
     )
 
 
@@ -345,16 +327,9 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> 
         mask = n_clusters == number
         metrics = {name: means({m: v[mask] for m, v in values.items()}) for name, values in measured.items()}
         by_clusters[str(number)] = {"tasks": int(mask.sum()), **metrics}
+    protocol = "the model with the lowest validation loss of all epochs, measured on the same validation tasks"
     return {
-        "script": "amortised_clustering",
-        "name": training.run.name,
-        "seed": args.seed,
-        "protocol": "the model with the lowest validation loss of all epochs, measured on the same validation tasks",
-        "parameters": sum(p.numel() for p in training.model.parameters()),
-        "device": str(data.tasks.points.device),
-        "epochs": training.epoch,
-        "steps": training.step,
-        "seconds": training.clock.used(),
+        **training.about(args.seed, protocol),
         "validation_tasks": len(n_clusters),
         **{name: means(values) for name, values in measured.items()},
         "by_clusters": by_clusters,
@@ -415,12 +390,6 @@ def label(
     return labels, confidences, scaled
 
 
-def training_sets(n: int) -> list[NDArray[np.float64]]:
-    """The points of tasks as they are drawn for training."""
-    tasks = clustering.make_tasks(n, 0)
-    return [points.double().numpy() for points in tasks.points.split(tasks.sizes.tolist())]
-
-
 def plot_labels(path: Path, read: Points, labels: NDArray[np.int64], confidences: NDArray[np.float64]) -> None:
     """The first sets, up to six, in colours of their labels; the less probable, the fainter."""
     figure, panels = apply.panels_of(read, f"{read.path.name}: labels; the less probable, the fainter")
@@ -438,24 +407,21 @@ def clusters_in_words(labels: NDArray[np.int64], confidences: NDArray[np.float64
 def apply_model(args: argparse.Namespace) -> int:
     """-apply: labels of a user's points, and a picture of them."""
     with apply.command("amortised_clustering"):
-        source = Path(args.apply)
-        outputs = apply.outputs_of(args, apply.next_to(source, "labels.csv"), [source, Path(args.resume)])
-        model, described = apply.load_model(args.resume, "make_set_model")
+        outputs = apply.outputs_of(args, Path(args.apply), "labels.csv")
+        model, described = apply.load_model(args, "make_set_model")
         read = apply.read_points(args, described["arguments"]["n_in"], clustering.N_ENTITIES)
-        model.to(options.device_of(args))
         deviation = None if args.raw else clustering.typical_deviation()
-        ranges = feature_ranges(training_sets(1000), deviation)
+        ranges = feature_ranges(clustering.training_sets(1000), deviation)
         labels, confidences = np.empty(len(read), np.int64), np.empty(len(read))
-        strange, lines = [], []
-        for name, members in zip(read.set_names, bar(args, read.sets(), "sets"), strict=True):
+        strange, words = [], []
+        for members in bar(args, read.sets(), "sets"):
             labels[members], confidences[members], scaled = label(model, read.coordinates[members], deviation, args.precision)
             strange.append(oddities(scaled, clustering.N_ENTITIES, ranges))
-            lines.append(f"{apply.title_of(name, len(members))}: {clusters_in_words(labels[members], confidences[members])}")
+            words.append(clusters_in_words(labels[members], confidences[members]))
         columns = {"label": map(str, labels), "confidence": (f"{value:.4f}" for value in confidences)}
         outputs.write(lambda file: write_with_columns(file, read, columns))
         plot_labels(outputs.picture, read, labels, confidences)
-        apply.warn_of_oddities(read, strange)
-        echo(f"{apply.about_sets(lines)}\n{apply.scale_in_words(deviation)}\n{outputs}")
+        apply.conclude(read, words, strange, deviation, outputs)
     return 0
 
 
@@ -510,15 +476,11 @@ def main(argv: list[str] | None = None) -> int:
         training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, description=describe(args), **limits)
         training.start(args.resume)
         introduce(args, data, training, given)
-        drawn_at = -math.inf
         with bar(args, bar_format="{desc}") as progress:
             while training.has_next_epoch(args.max_epochs):
                 finite = train_epoch(args, data, training, progress)
                 validate_epoch(args, data, training, finite)
-                if training.clock.used() - drawn_at >= 60 * args.update_interval:
-                    with training.clock.paused():
-                        draw(args, data, training)
-                    drawn_at = training.clock.used()
+                training.draw_if_due(args.update_interval, lambda: draw(args, data, training))
         with training.clock.paused():
             draw(args, data, training)
             result = report(args, data, training)

@@ -43,7 +43,7 @@ from common.models.sets import NON_LINEARITIES
 from common.points import Points, canonical_order, feature_ranges, oddities, scaling_to
 from common.precision import autocast, set_backend_flags
 from common.run import apply, dotted, options
-from common.run.budget import BudgetedTraining, add_budget_options, make_adam
+from common.run.budget import BudgetedTraining, add_budget_options, add_own_options, make_adam
 from common.run.command import echo
 from common.run.memory import tune_malloc
 from common.run.options import at_least, real
@@ -78,12 +78,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     paper.add_argument("-p", choices=("MEAN", "POMA"), default="MEAN", help="pooling in SWARM layers [%(default)s]")
     own = parser.add_argument_group("options of this suite", "example: -seed 1 -precision bf16")
-    own.add_argument("-seed", type=at_least(0), default=0, metavar="N", help="seed of data and weights [%(default)s]")
-    own.add_argument("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
-    options.add_device_options(own, "-")
-    own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the model")
-    own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
-    options.add_tracker_options(own, "-")
+    add_own_options(own, "data and weights", "the pointwise part of the model")
     apply.add_points_options(parser, "mixture", "weight, means and deviations of each Gaussian of each set, in a line")
     return parser
 
@@ -182,20 +177,8 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
 def validate_epoch(args: argparse.Namespace, baselines: dict[str, float], training: BudgetedTraining, finite: bool) -> None:
     """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
     val_loss = -evaluate(args, training, VALIDATION, VALIDATION_BATCHES).mean().item() if finite else math.nan
-    row = {
-        "epoch": training.epoch + 1,
-        "step": training.step,
-        "seconds": training.clock.used(),
-        "train_loss": training.meter.means()["loss"] if finite else math.nan,
-        "val_loss": val_loss,
-        "lr": training.learning_rate,
-    }
-    verdict = training.conclude_epoch(row)
-    training.run.log(
-        f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
-        f"validation {val_loss:.4f} (oracle {-baselines['oracle']:.4f}, single Gaussian {-baselines['single Gaussian']:.4f}) | "
-        f"lr {row['lr']:.4g}{verdict}"
-    )
+    beside = f"oracle {-baselines['oracle']:.4f}, single Gaussian {-baselines['single Gaussian']:.4f}"
+    training.conclude_epoch({"val_loss": val_loss}, f"validation {val_loss:.4f} ({beside})")
 
 
 # ---- report --------------------------------------------------------------------------------------------------------------
@@ -254,16 +237,9 @@ def report(args: argparse.Namespace, training: BudgetedTraining) -> dict[str, An
     device = next(training.model.parameters()).device
     values = evaluate(args, training, TEST, TEST_BATCHES)
     baselines = mean_baselines(args, device, TEST, TEST_BATCHES)
+    protocol = "the model with the lowest validation loss of all epochs, measured once on 1,000 fresh batches"
     return {
-        "script": "amortised_mog",
-        "name": training.run.name,
-        "seed": args.seed,
-        "protocol": "the model with the lowest validation loss of all epochs, measured once on 1,000 fresh batches",
-        "parameters": sum(p.numel() for p in training.model.parameters()),
-        "device": str(device),
-        "epochs": training.epoch,
-        "steps": training.step,
-        "seconds": training.clock.used(),
+        **training.about(args.seed, protocol),
         "test_sets": len(values),
         "log_likelihood": {"model": values.mean().item(), **baselines},
     }
@@ -302,12 +278,6 @@ def mixture_of(
     return Mixture(means * scale + shift, deviations * scale, log_weights), scaled
 
 
-def training_sets(model: MixtureNetwork, n: int) -> list[NDArray[np.float64]]:
-    """The points of sets as they are drawn for training."""
-    sets = draw_sets(n, model.n_dim, model.n_clust, torch.Generator().manual_seed(0))
-    return [points[mask].double().numpy() for points, mask in zip(sets.points, sets.mask, strict=True)]
-
-
 def likelihood_in_words(points: NDArray[np.float64], mixture: Mixture) -> str:
     """The log-likelihood of a set, in its own units, and that of the best single Gaussian."""
     x = torch.from_numpy(points)[None]
@@ -342,25 +312,22 @@ def plot_sets(path: Path, read: Points, found: list[Mixture]) -> None:
 def apply_model(args: argparse.Namespace) -> int:
     """-apply: mixtures of a user's sets of points, and a picture of them."""
     with apply.command("amortised_mog"):
-        source = Path(args.apply)
-        outputs = apply.outputs_of(args, apply.next_to(source, "mixture.csv"), [source, Path(args.resume)])
-        model, _ = apply.load_model(args.resume, "MixtureNetwork")
+        outputs = apply.outputs_of(args, Path(args.apply), "mixture.csv")
+        model, _ = apply.load_model(args, "MixtureNetwork")
         assert isinstance(model, MixtureNetwork)
         read = apply.read_points(args, model.n_dim, N_TRAINING)
-        model.to(options.device_of(args))
         deviation = None if args.raw else mixtures.typical_deviation(model.n_clust)
-        ranges = feature_ranges(training_sets(model, 1000), deviation)
-        found, strange, lines = [], [], []
-        for name, members in zip(read.set_names, bar(args, read.sets(), "sets"), strict=True):
+        ranges = feature_ranges(mixtures.training_sets(1000, model.n_dim, model.n_clust), deviation)
+        found, strange, words = [], [], []
+        for members in bar(args, read.sets(), "sets"):
             points = read.coordinates[members]
             mixture, scaled = mixture_of(model, points, deviation, args.precision)
             found.append(mixture)
             strange.append(oddities(scaled, N_TRAINING, ranges))
-            lines.append(f"{apply.title_of(name, len(members))}: {likelihood_in_words(points, mixture)}")
+            words.append(likelihood_in_words(points, mixture))
         outputs.write(lambda file: write_mixtures(file, read, found))
         plot_sets(outputs.picture, read, found)
-        apply.warn_of_oddities(read, strange)
-        echo(f"{apply.about_sets(lines)}\n{apply.scale_in_words(deviation)}\n{outputs}")
+        apply.conclude(read, words, strange, deviation, outputs)
     return 0
 
 
@@ -407,15 +374,11 @@ def main(argv: list[str] | None = None) -> int:
             f"{model}\n{sum(p.numel() for p in model.parameters()):,} parameters on {options.device_of(args)}, seed {args.seed}"
         )
         baselines = mean_baselines(args, options.device_of(args), VALIDATION, VALIDATION_BATCHES)
-        drawn_at = -math.inf
         with bar(args, bar_format="{desc}") as progress:
             while training.has_next_epoch(args.max_epochs):
                 finite = train_epoch(args, baselines, training, progress)
                 validate_epoch(args, baselines, training, finite)
-                if training.clock.used() - drawn_at >= 60 * args.update_interval:
-                    with training.clock.paused():
-                        draw(args, baselines, training)
-                    drawn_at = training.clock.used()
+                training.draw_if_due(args.update_interval, lambda: draw(args, baselines, training))
         with training.clock.paused():
             draw(args, baselines, training)
             result = report(args, training)

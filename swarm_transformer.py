@@ -42,7 +42,7 @@ from common.models.image_transformer import N_VALUES, ImageTransformer, cross_en
 from common.models.sets import NON_LINEARITIES
 from common.precision import autocast, set_backend_flags
 from common.run import apply, dotted, options
-from common.run.budget import BudgetedTraining, make_adam
+from common.run.budget import BudgetedTraining, add_own_options, make_adam
 from common.run.command import echo
 from common.run.memory import MicroBatches, tune_malloc
 from common.run.options import at_least, boolean, real, shortest
@@ -100,17 +100,10 @@ def get_parser() -> argparse.ArgumentParser:
         "-learn_loc", type=boolean, default=False, metavar="true|false", help="learn the location features [%(default)s]"
     )
     own = parser.add_argument_group("options of this suite", "example: -seed 1 -epoch_images 11000 -data_dir data")
-    own.add_argument(
-        "-seed", type=at_least(0), default=0, metavar="N", help="seed of split, weights and order of images [%(default)s]"
-    )
-    own.add_argument("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
+    add_own_options(own, "split, weights and order of images", "the pointwise part of the layers")
     own.add_argument("-data_dir", metavar="DIR", help="directory of image data sets [data; missing files are downloaded to it]")
-    options.add_device_options(own, "-")
-    own.add_argument("-compile", action="store_true", help="torch.compile the pointwise part of the layers")
     own.add_argument("-max_epochs", type=at_least(1), metavar="N", help="largest number of epochs [no limit]")
     own.add_argument("-epoch_images", type=at_least(1), metavar="N", help="training images of an epoch [all]")
-    own.add_argument("-overwrite", action="store_true", help="replace a run of the same name")
-    options.add_tracker_options(own, "-")
     own.add_argument(
         "-n_samples",
         type=at_least(1, 1000),
@@ -315,21 +308,11 @@ def validate_epoch(args: argparse.Namespace, data: Data, training: BudgetedTrain
         how = {"check_signal": training.check_signal, "forward": training.forward}
         validate = partial(evaluate, training.model, data.validation, args.precision, **how)
         val_loss = micro.run_in_parts(validate, together=True).mean().item()
-    row = {
-        "epoch": training.epoch + 1,
-        "step": training.step,
-        "seconds": training.clock.used(),
-        "train_loss": training.meter.means()["loss"] if finite else math.nan,
-        "val_loss": val_loss,
-        "val_bits": val_loss / math.log(2),
-        "lr": training.learning_rate,
-    }
-    verdict = training.conclude_epoch(row)
-    baselines = data.baselines["validation"]
-    training.run.log(
-        f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min | training {row['train_loss']:.4f} | "
+    val_bits, baselines = val_loss / math.log(2), data.baselines["validation"]
+    training.conclude_epoch(
+        {"val_loss": val_loss, "val_bits": val_bits},
         f"validation {val_loss:.4f} (by position {baselines['by position']:.4f}, chance {baselines['chance']:.4f}) | "
-        f"{row['val_bits']:.4f} bits per dimension | lr {row['lr']:.4g}{verdict}"
+        f"{val_bits:.4f} bits per dimension",
     )
 
 
@@ -391,18 +374,11 @@ def report(args: argparse.Namespace, data: Data, training: BudgetedTraining, mic
         data.test.classes[label]: {"images": int((labels == label).sum()), "nats": test[labels == label].mean().item()}
         for label in labels.unique().tolist()
     }
-    parameters = list(training.model.parameters())
     return {
-        "script": "swarm_transformer",
-        "name": training.run.name,
-        "seed": args.seed,
-        "protocol": "the model with the lowest validation loss of all epochs, measured once on the test images",
-        "parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "fixed_location_features": sum(p.numel() for p in parameters if not p.requires_grad),
-        "device": str(data.test.images.device),
-        "epochs": training.epoch,
-        "steps": training.step,
-        "seconds": training.clock.used(),
+        **training.about(
+            args.seed, "the model with the lowest validation loss of all epochs, measured once on the test images"
+        ),
+        "fixed_location_features": sum(p.numel() for p in training.model.parameters() if not p.requires_grad),
         "validation": metrics_of(validation, data.baselines["validation"]),
         "test": metrics_of(test, data.baselines["test"]),
         "test_by_class": by_class,
@@ -480,20 +456,18 @@ def use_model(args: argparse.Namespace) -> int:
     """-draw, -complete: images of a trained model, as an array and a picture."""
     with apply.command("swarm_transformer"):
         source = None if args.complete is None else Path(args.complete)
-        default = Path("drawn.npy") if source is None else apply.next_to(source, "completed.npy")
-        inputs = [Path(args.resume), *([] if source is None else [source])]
-        outputs = apply.outputs_of(args, default, inputs)
-        model, described = apply.load_model(args.resume, "ImageTransformer")
+        outputs = apply.outputs_of(args, source, "drawn.npy" if source is None else "completed.npy")
+        model, described = apply.load_model(args, "ImageTransformer")
         assert isinstance(model, ImageTransformer)
         names = class_names(described, model.n_classes)
         classes = classes_of(args, names)
         given = None if source is None else read_images(source, model.shape)
         n = args.draw if given is None else len(given)
-        drawn = draw_or_complete(args, model.to(options.device_of(args)), n, classes, given)
+        drawn = draw_or_complete(args, model, n, classes, given)
         outputs.write(lambda file: np.save(file, to_array(drawn)))
         grids = grids_of(drawn, given, classes, names)
         plotting.plot_images(outputs.picture, f"{outputs.result.name}, seed {args.seed}", grids)
-        of_classes = f" of the classes, in turn: {', '.join(names[number] for number in classes)}" if classes else ""
+        of_classes = f" of the classes, in turn: {', '.join(names[number] for number in classes[:n])}" if classes else ""
         echo(f"{len(drawn):,} image{'s' * (len(drawn) != 1)}{of_classes}\n{outputs}")
     return 0
 
@@ -552,15 +526,12 @@ def main(argv: list[str] | None = None) -> int:
         training = BudgetedTraining(run, model, optimizer, columns=COLUMNS, **about, **limits)
         training.start(args.resume)
         introduce(args, data, training)
-        micro, drawn_at = MicroBatches(args.bs, run.log), -math.inf
+        micro = MicroBatches(args.bs, run.log)
         with bar(args, bar_format="{desc}") as progress:
             while training.has_next_epoch(args.max_epochs or math.inf):
                 finite = train_epoch(args, data, training, micro, progress)
                 validate_epoch(args, data, training, micro, finite)
-                if training.clock.used() - drawn_at >= 60 * args.update_interval:
-                    with training.clock.paused():
-                        draw(args, data, training)
-                    drawn_at = training.clock.used()
+                training.draw_if_due(args.update_interval, lambda: draw(args, data, training))
         with training.clock.paused():
             result = report(args, data, training, micro)
             draw(args, data, training)

@@ -35,6 +35,8 @@ from benchmarks.records import ROOT, revision
 from common import checkpoint, matching
 from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks, make_tasks, padded_batch
+from common.errors import InputError
+from common.run.options import at_least
 from common.run.records import read_json, write_json
 
 OUT = ROOT / "results" / "clustering" / "peers.json"
@@ -121,13 +123,14 @@ def milliseconds(work: Callable[[ClusteringTasks, Tensor], Any], quick: bool) ->
     return times
 
 
-def compare(paths: list[Path], limit: int | None, quick: bool) -> list[dict[str, Any]]:
+def compare(
+    networks: dict[Path, tuple[argparse.Namespace, torch.nn.Module]], limit: int | None, quick: bool
+) -> list[dict[str, Any]]:
     """A row for each network and, on the tasks of each, scikit-learn's methods and the oracle."""
     rows: list[dict[str, Any]] = []
     speeds = {name: milliseconds(partial(fit, make), quick) for name, make in PEERS.items()}
     done = set()
-    for path in paths:
-        args, model = network_of(path)
+    for path, (args, model) in networks.items():
         tasks = make_tasks(args.tasks, args.seed)
         indices, of = clustering.split(args.tasks)[1][:limit], {"data": {"tasks": args.tasks, "seed": args.seed}}
         if (args.tasks, args.seed) not in done:
@@ -169,14 +172,15 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("best", nargs="+", type=Path, metavar="BEST.PKL")
-    parser.add_argument("--tasks", type=int, metavar="N", help="the first N validation tasks of each run [all]")
-    parser.add_argument("--threads", type=int, default=1, help="[%(default)s]")
+    parser.add_argument("--tasks", type=at_least(1), metavar="N", help="the first N validation tasks of each run [all]")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="[%(default)s]")
     parser.add_argument("--quick", action="store_true", help="few tasks are timed")
     parser.add_argument("--out", type=Path, default=OUT, help="the file that is written [results/clustering/peers.json]")
     options = parser.parse_args(argv)
-    for path in options.best:
-        if not path.is_file():
-            parser.error(f"there is no {path}: name the best.pkl of a finished run")
+    try:
+        networks = {path: network_of(path) for path in options.best}  # before the minutes that follow
+    except InputError as error:
+        parser.error(f"{error}; name the best.pkl of a finished run of amortised_clustering.py")
     torch.set_num_threads(options.threads)
     result = {
         "script": "benchmarks.clustering_peers",
@@ -189,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         "scikit_learn": sklearn.__version__,
     }
     with threadpool_limits(options.threads):
-        rows = compare(options.best, options.tasks, options.quick)
+        rows = compare(networks, options.tasks, options.quick)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, result | {"rows": rows})
     print(f"{as_table(rows)}\n\n{options.threads} threads, load {result['load']} at the beginning; written to {options.out}")

@@ -153,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
         original = read_original(options.original)
     except (RecordError, OSError) as error:
         parser.error(str(error))
+    except KeyError as error:
+        parser.error(f"a file of another kind, without {error}: look at the runs, --peers and --original")
     for curve in curves:
         print(curve.name)
         for sentence in passes(curve) or ["no level of k-means is known: benchmarks.clustering_peers measures it"]:

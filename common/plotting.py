@@ -6,6 +6,7 @@ All are drawn from plain numbers and written in one step, without a display.
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from common.checkpoint import atomic_write
+from common.errors import one_line
 
 # Okabe and Ito's palette, told apart by colour-blind people, plus a grey and a brown
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#8C8C8C", "#7B3F00")
@@ -26,12 +28,18 @@ SCREEN, PRINT = 110, 220  # dots per inch
 
 def save_figure(figure: Figure, path: Path, dpi: int = SCREEN) -> None:
     """Write a PNG in one step. Raises OSError if it cannot be written."""
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # a font may lack a letter of a name
+        atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+
+
+def plain(text: str) -> str:
+    """A name from outside as a picture's text: printable, and without mathematics between dollar signs."""
+    return one_line(text).replace("$", r"\$")
 
 
 def headline(figure: Figure, title: str) -> None:
     """A run's name above a figure, broken at its dashes: it may be longer than the figure is wide."""
-    figure.suptitle(textwrap.fill(title, width=int(12 * figure.get_figwidth())), fontsize=10)
+    figure.suptitle(textwrap.fill(plain(title), width=int(12 * figure.get_figwidth())), fontsize=10)
 
 
 def draw_curve(axes: Axes, x: Sequence[float], y: Sequence[float], **style: object) -> None:

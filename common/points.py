@@ -176,6 +176,8 @@ def _read_table(path: Path, layout: Layout, used: list[int], ids: int | None, se
     if not np.isfinite(table).all():
         n = int((~np.isfinite(table).all(1)).sum())
         raise InputError(f"{_complaint(path, layout, used)}{_and_others(n)}: leave such points out")
+    if "" in set_ids:
+        raise InputError(f"{path} has points without a set (column {1 + (ids or 0)} is empty): leave them out")
     if len(table) != n_lines:
         raise InputError(f"{path} cannot be read: a quotation mark is not closed on its line")
     return table
@@ -205,14 +207,14 @@ def _layout(path: Path) -> Layout:
     text = line.rstrip("\r\n").lstrip("# ")
     separator = next((mark for mark in "\t;," if mark in text), None)
     fields = Layout(separator, None, 0).fields(text)
-    is_header = line.startswith("#") or not any(_is_number(field) for field in fields)
+    is_header = line.startswith("#") or not any(_is_number(field.replace(",", ".")) for field in fields)
     return Layout(separator, text if is_header else None, len(fields))
 
 
 def _is_number(text: str) -> bool:
     with contextlib.suppress(ValueError):
         float(text)
-        return True
+        return "_" not in text  # 1_000 is one in Python alone
     return False
 
 
@@ -257,6 +259,8 @@ def _complaint(path: Path, layout: Layout, used: Sequence[int]) -> str | None:
             where = f"{path}: line {number}, column {i + 1}" + (f" ({one_line(header[i].strip(), 60)})" if header else "")
             if not text:
                 return f"{where} is empty"
+            if _is_number(text.replace(",", ".")) and "," in text:
+                return f"{where} is {one_line(text, 60)}: decimal points are needed"
             if not _is_number(text):
                 return f"{where} is no number, but {one_line(text, 60)!r}: -columns chooses others"
             if not np.isfinite(float(text)):
@@ -280,8 +284,9 @@ def write_with_columns(file: IO[bytes], points: Points, columns: Mapping[str, It
         separator = points.layout.separator or " "
         header, lines = points.layout.header, (line for _, line in _lines(points.path, points.layout))
     if header is not None:
-        taken = header.split(separator)
-        names = [f"predicted_{name}" if name in taken else name for name in columns]
+        taken, names = [name.strip() for name in header.replace('"', "").split(separator)], list(columns)
+        while not set(names).isdisjoint(taken):
+            names = [f"predicted_{name}" if name in taken else name for name in names]
         file.write((separator.join([header, *names]) + "\n").encode())
     try:
         for line, *values in zip(lines, *columns.values(), strict=True):

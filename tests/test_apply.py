@@ -124,7 +124,9 @@ BAD = {  # content, further options: message
     "ragged blanks": (b"1 2\n3 4\n5\n", "", "line 3 has 1 columns, the first has 2"),
     "more blanks": (b"1 2\n3 4 5\n", "", "line 2 has 3 columns, the first has 2"),
     "more quotation marks": (b'1,"2"\n"3",4,"5, 6"\n', "", "line 2 has 3 columns, the first has 2"),
-    "decimal commas": (b"1,5;2,5\n3,5;4,5\n", "", "is no number"),
+    "decimal commas": (b"1,5;2,5\n3,5;4,5\n", "", "line 1, column 1 is 1,5: decimal points"),
+    "a number of Python's alone": (b"x,y\n1_000,2\n", "", "line 2, column 1 (x) is no number, but '1_000'"),
+    "a point without set": (b"set,x,y\n,1,2\nb,3,4\n", "", "points without a set (column 1 is empty)"),
     "an open quotation mark": (b'x,y\n1,"2\n3,4"\n', "", "line"),
     "binary": (GARBAGE, "", "neither a .npy nor a text"),
     "binary with zeros": (b"\0\1\2" * 99, "", "neither a .npy nor a table"),
@@ -264,6 +266,34 @@ def test_columns_of_the_user_are_kept(trained: Path, tmp_path: Path) -> None:
     header, *rows = (tmp_path / "o.csv").read_text().splitlines()
     assert header == 'x;"a; b";y;label;predicted_label;confidence'
     assert rows[0].startswith('1.50;"n; m";2;7;') and rows[1].startswith("3;k;4;8;") and len(rows) == 2
+    path.write_text('"x","y","label",predicted_label\n1,2,3,4\n')
+    assert run(amortised_clustering, trained / "Swarm.pkl", "-apply", path, "-columns", "x,y", "-o", tmp_path / "p.csv") == 0
+    header, _ = (tmp_path / "p.csv").read_text().splitlines()
+    assert header == '"x","y","label",predicted_label,predicted_predicted_label,confidence'
+
+
+def test_names_are_drawn_as_they_are(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Not as formulas, and without warnings of letters that the font does not have."""
+    for script, model in ((amortised_clustering, "Swarm.pkl"), (amortised_mog, "mixture2.pkl")):
+        path = tmp_path / f"$a_{{$ {model}\udcff.csv"
+        path.write_text("set,$x^{$,\u65e5\n$b_{$,1,2\nc,3,4\n")
+        assert run(script, trained / model, "-apply", path) == 0
+        assert capsys.readouterr().err.count("\n") == 1  # few points
+    assert run(swarm_transformer, trained / "grey.pkl", "-draw", 1, "-o", tmp_path / "$a_{$.npy") == 0
+
+
+def test_ctrl_c_leaves_nothing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path = write_csv(tmp_path / "points.csv", a_task())
+    for name in ("label", "write_with_columns"):
+        with monkeypatch.context() as patch:
+            patch.setattr(amortised_clustering, name, stop)
+            assert run(amortised_clustering, trained / "Swarm.pkl", "-apply", path) == 130
+        assert set(tmp_path.iterdir()) == {path} and capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -279,7 +309,7 @@ def test_few_points_get_an_answer(n: int, trained: Path, tmp_path: Path, capsys:
 def test_points_unlike_training_sets_are_told() -> None:
     task, ranges = a_task(), {}
     for deviation in (None, 1.0):
-        ranges[deviation] = points.feature_ranges(amortised_clustering.training_sets(300), deviation)
+        ranges[deviation] = points.feature_ranges(clustering.training_sets(300), deviation)
     cases = {  # points, deviation that they are scaled to: what is odd about them
         "usual": (task, 1.0, ""),
         "other units": (1000 * task + 7, 1.0, ""),
@@ -320,6 +350,7 @@ def test_files_are_not_replaced_unasked(trained: Path, tmp_path: Path, capsys: p
         f"-o {path}": "would be replaced, and is read here",
         f"-o {path} -overwrite": "would be replaced, and is read here",
         f"-o {tmp_path}/labels": "is a .csv file",
+        "-o=": "is a .csv file",
         f"-o {tmp_path}/no/labels.csv": "is no directory",
         f"-o {300 * 'x'}.csv": "File name too long",
     }

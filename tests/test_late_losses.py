@@ -78,10 +78,9 @@ def train(
         while training.has_next_epoch(3):
             finite = train_epoch(training, failure, stop_at, noticed)
             loss = training.meter.means()["loss"] if finite else math.nan
-            row = {"epoch": training.epoch + 1, "step": training.step, "train_loss": loss, "val_loss": loss}
             if out_of_time and not finite:
                 training.clock.budget = 0.0
-            training.conclude_epoch(row | {"lr": training.learning_rate})
+            training.conclude_epoch({"val_loss": loss}, "")
         state = checkpoint.read(run.last)
         left = {
             "rows": (run.part / "metrics.csv").read_bytes(),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
@@ -83,6 +84,12 @@ def typical_deviation() -> float:
     low, high = N_CLUSTERS
     of_means = sum(1 - 1 / k for k in range(low, high + 1)) / (high - low + 1)  # K equally heavy means from N(0, 1)
     return math.sqrt(of_means + SCALE / (DEGREES_OF_FREEDOM - 3))
+
+
+def training_sets(n: int) -> list[NDArray[np.float64]]:
+    """The points of n tasks, each (E, 2), always the same ones: what a user's points are compared with."""
+    tasks = make_tasks(n, 0)
+    return [points.double().numpy() for points in tasks.points.split(tasks.sizes.tolist())]
 
 
 def split(n_tasks: int) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.graphs import padded_length
@@ -74,3 +76,9 @@ def draw_sets(n: int, n_dim: int, n_clust: int, gen: torch.Generator) -> Mixture
     centres = means.gather(1, clusters.unsqueeze(2).expand(-1, -1, n_dim))
     points = centres + DEVIATION * torch.randn(*mask.shape, n_dim, generator=gen)
     return MixtureSets(points * mask.unsqueeze(2), mask, means, weights.float())
+
+
+def training_sets(n: int, n_dim: int, n_clust: int) -> list[NDArray[np.float64]]:
+    """The points of n sets, each (E, D), always the same ones: what a user's points are compared with."""
+    sets = draw_sets(n, n_dim, n_clust, torch.Generator().manual_seed(0))
+    return [points[mask].double().numpy() for points, mask in zip(sets.points, sets.mask, strict=True)]

@@ -24,7 +24,7 @@ from common.checkpoint import CheckpointError, atomic_write
 from common.errors import InputError, one_line, warn
 from common.precision import set_backend_flags
 from common.run import options
-from common.run.command import Command
+from common.run.command import Command, echo
 
 SCRIPTS = {  # that train what a constructor makes
     "make_set_model": "amortised_clustering.py", "MixtureNetwork": "amortised_mog.py", "zoo.make": "train_zoo.py",
@@ -90,23 +90,23 @@ def check_options(
 
 
 def command(script: str) -> Command:
-    """Turns errors into exit statuses. Nothing is saved on the way: signals end it as they end any program."""
+    """Turns errors into exit statuses. Nothing is saved on the way: a signal ends it at once."""
     made = Command(script, dash="-")
     made.signals = ()
     return made
 
 
-def load_model(file: str, constructor: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a checkpoint, or of a run's directory, in evaluation mode on the CPU, and its description.
+def load_model(args: argparse.Namespace, constructor: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of -resume, in evaluation mode on the device of the options, and its description.
 
     Raises CheckpointError if it is damaged, or of another script than the one that `constructor` is of.
     """
-    path = trained.file_of(Path(file))
+    path = trained.file_of(Path(args.resume))
     weights, described, _ = trained.read(path)
     script = SCRIPTS.get(str(described.get("constructor")))
     if script is not None and script != SCRIPTS[constructor]:
         raise CheckpointError(f"{path} is a model of {script}, this is {SCRIPTS[constructor]}")
-    return trained.build(described, weights, path), described
+    return trained.build(described, weights, path).to(options.device_of(args)), described
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Outputs:
         atomic_write(self.result, write)
 
     def __str__(self) -> str:
-        return f"{self.result}\n{self.picture}"
+        return f"{one_line(self.result, 4096)}\n{one_line(self.picture, 4096)}"
 
 
 def next_to(source: Path, ending: str) -> Path:
@@ -132,12 +132,16 @@ def next_to(source: Path, ending: str) -> Path:
     return source.with_name(f"{source.stem}.{ending}")
 
 
-def outputs_of(args: argparse.Namespace, default: Path, inputs: Sequence[Path]) -> Outputs:
-    """The files to be written: -o or `default`, and a picture of that name.
+def outputs_of(args: argparse.Namespace, source: Path | None, ending: str) -> Outputs:
+    """The files to be written: -o, or SOURCE.ending, and a picture of that name. Without a source, the ending is the name.
 
-    Raises InputError if they are there, without -overwrite, or cannot be written, or would replace one of the inputs.
+    Raises InputError if they are there, without -overwrite, or cannot be written, or would replace what is read.
     """
-    result = Path(args.output) if args.output is not None else default
+    default = Path(ending) if source is None else next_to(source, ending)
+    result, inputs = (
+        Path(default if args.output is None else args.output),
+        [Path(args.resume), *([] if source is None else [source])],
+    )
     found = Outputs(result, result.with_suffix(".png") if result.name else result)
     if result.suffix != default.suffix:
         raise InputError(f"-o {result}: the result is a {default.suffix} file, give it that ending")
@@ -161,18 +165,6 @@ def read_points(args: argparse.Namespace, n_dim: int, n_training: tuple[int, int
     return read
 
 
-def warn_of_oddities(read: points.Points, oddities: Sequence[Sequence[str]]) -> None:
-    """A line on stderr if sets look unlike anything that the model was trained on; `oddities` are those of each set."""
-    odd = [index for index, found in enumerate(oddities) if found]
-    if not odd:
-        return
-    several = len(read.set_names) > 1
-    examples = [(f"{one_line(read.set_names[i], 60)}: " if several else "") + ", ".join(oddities[i]) for i in odd[:3]]
-    which = f"{len(odd):,} of {len(oddities):,} sets look" if several else "these points look"
-    more = "; ..." if len(odd) > 3 else ""
-    warn(f"note: {which} unlike anything that the model was trained on: {'; '.join(examples)}{more}")
-
-
 def panels_of(read: points.Points, title: str) -> tuple[Figure, list[tuple[Axes, NDArray[np.int64]]]]:
     """A figure with panels for the first sets, and for each the points that are to be drawn in it, as indices."""
     shown = read.sets()[:MOST_PANELS]
@@ -182,19 +174,12 @@ def panels_of(read: points.Points, title: str) -> tuple[Figure, list[tuple[Axes,
     plotting.headline(figure, title)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, name, members in zip(panels, read.set_names, shown, strict=False):
-        panel.set(xlabel=read.names[0], ylabel=read.names[1] if len(read.names) > 1 else "")
-        panel.set_title(title_of(name, len(members)), fontsize=9)
+        panel.set(xlabel=plotting.plain(read.names[0]), ylabel=plotting.plain(read.names[1]) if len(read.names) > 1 else "")
+        panel.set_title(plotting.plain(title_of(name, len(members))), fontsize=9)
     for panel in panels[len(shown) :]:
         panel.set_axis_off()
     some = [members[:: -(-len(members) // MOST_DOTS)] for members in shown]
     return figure, list(zip(panels, some, strict=False))
-
-
-def scale_in_words(deviation: float | None) -> str:
-    """How points were scaled (common/points.py), for the command's output."""
-    if deviation is None:
-        return "points were taken as they are: of the scale of training sets"
-    return f"each set was scaled to mean 0 and deviation {deviation:.2f} in each coordinate, as training sets have on average"
 
 
 def title_of(name: str, n: int) -> str:
@@ -202,7 +187,25 @@ def title_of(name: str, n: int) -> str:
     return (f"set {one_line(name, 60)}, " if name else "") + f"{n:,} point{'s' * (n != 1)}"
 
 
-def about_sets(lines: Sequence[str]) -> str:
-    """Lines about sets, the first few of them."""
-    rest = len(lines) - MOST_LINES
-    return "\n".join([*lines[:MOST_LINES]] + ([f"... and {rest:,} sets more"] if rest > 0 else []))
+def conclude(
+    read: points.Points, words: Sequence[str], strange: Sequence[Sequence[str]], deviation: float | None, outputs: Outputs
+) -> None:
+    """Print the words about each set, how it was scaled, and what was written.
+
+    A line on stderr says which sets are strange, unlike anything that the model was trained on, in words of `points.oddities`.
+    """
+    if odd := [index for index, found in enumerate(strange) if found]:
+        several = len(read.set_names) > 1
+        examples = [(f"{one_line(read.set_names[i], 60)}: " if several else "") + ", ".join(strange[i]) for i in odd[:3]]
+        which = f"{len(odd):,} of {len(strange):,} sets look" if several else "these points look"
+        more = "; ..." if len(odd) > 3 else ""
+        warn(f"note: {which} unlike anything that the model was trained on: {'; '.join(examples)}{more}")
+    shown = list(zip(read.set_names, read.sets(), words, strict=True))[:MOST_LINES]
+    lines = [f"{title_of(name, len(members))}: {about}" for name, members, about in shown]
+    lines += [f"... and {len(words) - MOST_LINES:,} sets more"] if len(words) > MOST_LINES else []
+    how = "points were taken as they are: of the scale of training sets"
+    if deviation is not None:
+        how = (
+            f"each set was scaled to mean 0 and deviation {deviation:.2f} in each coordinate, as training sets have on average"
+        )
+    echo("\n".join([*lines, how, str(outputs)]))

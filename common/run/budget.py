@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from common.graphs import GraphedModel
 from common.run.backtracking import Backtracking
 from common.run.clock import Clock
 from common.run.metrics import Meter, Metrics, Traces, read_metrics
-from common.run.options import at_least, real, run_id
+from common.run.options import add_device_options, add_tracker_options, at_least, real, run_id
 from common.run.run import Run
 from common.run.state import Part, State
 
@@ -66,6 +66,17 @@ def add_budget_options(
     add("-to_stdout", action="store_true", help="log to stdout instead of the file log of the run")
     add("-run", type=run_id, help="an id that tells repeated runs apart, at the end of the run's name")
     add("-resume", metavar="FILE|auto", help="start from a best.pkl; auto: continue this run where it was interrupted")
+
+
+def add_own_options(group: argparse._ArgumentGroup, seeded: str, compiled: str) -> None:
+    """The suite's options that all such trainings have: what is drawn from the seed, and what can be compiled, in words."""
+    add = group.add_argument
+    add("-seed", type=at_least(0), default=0, metavar="N", help=f"seed of {seeded} [%(default)s]")
+    add("-results_dir", default="results", metavar="DIR", help="directory of all runs [%(default)s]")
+    add_device_options(group, "-")
+    add("-compile", action="store_true", help=f"torch.compile {compiled}")
+    add("-overwrite", action="store_true", help="replace a run of the same name")
+    add_tracker_options(group, "-")
 
 
 class BestModel:
@@ -150,7 +161,7 @@ class BudgetedTraining(State):
         parts: dict[str, Part] = {"optimizer": optimizer, "clock": self.clock, "best": self.best}
         parts |= {"meter": self.meter, "metrics": self.metrics, "traces": self.traces}
         super().__init__(run.last, run.options, run, data=data, description=description, model=model, **parts)
-        self.run, self.optimizer = run, optimizer
+        self.run, self.optimizer, self.drawn_at = run, optimizer, -math.inf
         self.forward = GraphedModel(model)  # for training steps and validation
 
     def start(self, resume: str | None) -> None:
@@ -204,6 +215,13 @@ class BudgetedTraining(State):
         self.traces.record(self.step + 1, {"loss": loss, **metrics})
         self.after_step()
 
+    def draw_if_due(self, minutes: float, draw: Callable[[], None]) -> None:
+        """Draw if that was not done for so many minutes of training. The clock stands still meanwhile."""
+        if self.clock.used() - self.drawn_at >= 60 * minutes:
+            with self.clock.paused():
+                draw()
+            self.drawn_at = self.clock.used()
+
     def draw(self, steps_per_epoch: int, baselines: Mapping[str, Mapping[str, float]], loss_name: str) -> None:
         """metrics.png and weights.png, with the baselines of columns as {"val_loss": {"oracle": 0.1}}."""
         folder, name, traces = self.run.part, self.run.name, self.traces
@@ -212,8 +230,14 @@ class BudgetedTraining(State):
         plotting.plot_metrics(folder / "metrics.png", name, read_metrics(self.metrics.path), *by_step, baselines, loss_name)
         plotting.plot_weights(folder / "weights.png", name, traces.steps, weights, steps_per_epoch)
 
-    def conclude_epoch(self, row: Mapping[str, float | int]) -> str:
-        """Judge the epoch by the val_loss of its row of metrics.csv; returns a text for the log. The next epoch begins."""
+    def conclude_epoch(self, measured: Mapping[str, float], text: str) -> None:
+        """Judge the epoch by its val_loss, one of the values `measured` for metrics.csv, and log it. The next epoch begins.
+
+        `text` is what the log says of these values.
+        """
+        row = {"epoch": self.epoch + 1, "step": self.step, "seconds": self.clock.used()}
+        row |= {"train_loss": self.meter.means()["loss"] if self.losses_finite else math.nan}
+        row |= {**measured, "lr": self.learning_rate}
         verdict = self.best.judge(row["val_loss"], last_epoch=self._is_over())
         if not checkpoint.has_finite_weights(self.model):  # there is no way back from the last epoch
             self.best.load()
@@ -223,4 +247,20 @@ class BudgetedTraining(State):
         self.meter.reset()
         self.end_epoch()
         self.save()
-        return verdict
+        when = f"epoch {row['epoch']:4d}  step {row['step']:6d}  {row['seconds'] / 60:7.2f} min"
+        self.run.log(f"{when} | training {row['train_loss']:.4f} | {text} | lr {row['lr']:.4g}{verdict}")
+
+    def about(self, seed: int, protocol: str) -> dict[str, Any]:
+        """What result.json says of every such run."""
+        parameters = list(self.model.parameters())
+        return {
+            "script": self.run.script,
+            "name": self.run.name,
+            "seed": seed,
+            "protocol": protocol,
+            "parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "device": str(parameters[0].device),
+            "epochs": self.epoch,
+            "steps": self.step,
+            "seconds": self.clock.used(),
+        }

@@ -6,6 +6,7 @@
 | 1 | failed: a loss that is not finite, an error in the program (with its traceback) |
 | 2 | refused: input that cannot be used |
 | 75 | stopped by a signal, a file that could not be written, or the end of another process; resumable (EX_TEMPFAIL) |
+| 130 | stopped by Ctrl-C, where nothing is to be resumed |
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from common import parallel
 from common.errors import Failed, InputError, Interrupted, one_line, warn
 from common.run.memory import is_out_of_memory
 
-REFUSED, RESUMABLE = 2, 75
+REFUSED, RESUMABLE, STOPPED = 2, 75, 130
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # preemption, time limit ahead, Ctrl-C
 
 
@@ -61,6 +62,9 @@ class Command:
             by = self.signal or "a signal to another process"
             self.log(f"stopped by {by} {error}: {self.next}")
             sys.exit(RESUMABLE)
+        if isinstance(error, KeyboardInterrupt) and not self.signals:
+            warn(f"{self.script}.py: stopped by Ctrl-C")
+            sys.exit(STOPPED)
         if isinstance(error, InputError):
             self._refuse(error)
         if isinstance(error, Failed):
