@@ -153,7 +153,7 @@ def test_what_is_committed_is_little_and_of_use() -> None:
     if not paths:
         pytest.skip("no git, so nobody knows what is committed")
     assert sum(path.stat().st_size for path in paths) < 4 * MIB
-    assert not [path for path in paths if path.stat().st_size > MIB]
+    assert not [path for path in paths if path.stat().st_size > (2 if path.parent.name == "models" else 1) * MIB]
     kinds = {path.name if path.suffix == "" else path.suffix for path in paths}
     assert kinds <= {".json", ".csv", ".png", ".pt", ".pkl", ".md", ".toml"}, kinds
     csv = {path.name for path in paths if path.suffix == ".csv"}
