@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from common import graphs
 
+ROOT = Path(__file__).parent.parent
 Step = Callable[[], object]
 Values = Iterator[tuple[str, Any]]  # of a section, by name
 
@@ -99,7 +101,8 @@ def _warned_steps(run: Step) -> list[collections.Counter[str]]:
         def end_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
             if isinstance(optimizer, torch.optim.LBFGS):  # of a linear probe, after training
                 return
-            places = (f"{seen.filename}:{seen.lineno}" for seen in caught if "synchronizing" in str(seen.message))
+            waits = [seen for seen in caught if "synchronizing" in str(seen.message)]
+            places = (f"{seen.filename.removeprefix(f'{ROOT}/')}:{seen.lineno}" for seen in waits)
             steps.append(collections.Counter(places))
             caught.clear()
 
