@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -141,7 +140,7 @@ def validate(
     model.eval()
     parts = []
     for indices in parallel.own(batches):
-        points, labels, mask = clustering.padded_batch(tasks, indices)
+        points, labels, mask = clustering.padded_batch(tasks, indices, graphed=forward is not None)
         parts.append(measure(log_probs(forward or model, points, mask, precision), labels, mask))
     model.train()
     return joined(parallel.collect(parts))
@@ -153,8 +152,7 @@ def measure_baselines(tasks: ClusteringTasks, batches: list[Tensor], seed: int) 
     parts: dict[str, list[dict[str, Tensor]]] = {"chance": [], "oracle": []}
     for indices in batches:
         points, labels, mask = clustering.padded_batch(tasks, indices)
-        noise = 1e-6 * torch.rand(len(mask), int(tasks.sizes[indices].max()), N_LABELS, generator=gen)
-        noise = F.pad(noise, (0, 0, 0, mask.shape[1] - noise.shape[1])).to(points.device)
+        noise = 1e-6 * torch.rand(*mask.shape, N_LABELS, generator=gen).to(points.device)
         parts["chance"].append(measure(noise.log_softmax(2), labels, mask))
         parts["oracle"].append(measure(clustering.log_posterior(tasks, indices, points), labels, mask))
     return {name: joined(measures) for name, measures in parts.items()}
@@ -200,9 +198,9 @@ def make_data(n_tasks: int, batch_size: int, seed: int, device: torch.device) ->
     return Data(tasks, training, validation, by_task, {name: means(measures) for name, measures in by_task.items()})
 
 
-def forward_of(args: argparse.Namespace, training: BudgetedTraining) -> Any:
-    """The model's calls, as CUDA graphs on a GPU; cuDNN's recurrent networks are launched as they are."""
-    return training.model if args.type.startswith("LSTM") else training.forward
+def forward_of(args: argparse.Namespace, training: BudgetedTraining) -> GraphedModel | None:
+    """The model's calls as CUDA graphs; None for cuDNN's recurrent networks, which are launched as they are."""
+    return None if args.type.startswith("LSTM") else training.forward
 
 
 def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining, progress: tqdm) -> bool:
@@ -214,8 +212,8 @@ def train_epoch(args: argparse.Namespace, data: Data, training: BudgetedTraining
         batch = data.training[index]
         parallel.seed_step(args.seed, training.step)  # for dropout
         own = batch[parallel.deal(data.tasks.sizes[batch])]
-        points, labels, mask = clustering.padded_batch(data.tasks, own)
-        log_p = log_probs(forward, points, mask, args.precision)
+        points, labels, mask = clustering.padded_batch(data.tasks, own, graphed=forward is not None)
+        log_p = log_probs(forward or training.model, points, mask, args.precision)
         loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).sum() / len(batch)
         training.optimizer.zero_grad()
         loss.backward()

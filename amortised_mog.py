@@ -94,9 +94,9 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
 # ---- data ----------------------------------------------------------------------------------------------------------------
 
 
-def batch_of(args: argparse.Namespace, device: torch.device, *key: int) -> MixtureSets:
-    """The batch of a key, always the same one: (TRAINING, epoch, step), (VALIDATION, index) or (TEST, index)."""
-    return draw_sets(args.bs, args.n_dim, args.n_clust, generator_of(args.seed, *key)).to(device)
+def batch_of(args: argparse.Namespace, *key: int) -> MixtureSets:
+    """The batch of a key, on the CPU, always the same one: (TRAINING, epoch, step), (VALIDATION, index) or (TEST, index)."""
+    return draw_sets(args.bs, args.n_dim, args.n_clust, generator_of(args.seed, *key))
 
 
 def true_mixture(sets: MixtureSets) -> Mixture:
@@ -113,7 +113,7 @@ def measure_baselines(batch: MixtureSets) -> dict[str, Tensor]:
 
 def mean_baselines(args: argparse.Namespace, device: torch.device, part: int, n_batches: int) -> dict[str, float]:
     """Their means over the batches of a part, in nats per point."""
-    measured = [measure_baselines(batch_of(args, device, part, index)) for index in range(n_batches)]
+    measured = [measure_baselines(batch_of(args, part, index).to(device)) for index in range(n_batches)]
     return {name: torch.cat([values[name] for values in measured]).mean().item() for name in measured[0]}
 
 
@@ -132,7 +132,7 @@ def evaluate(args: argparse.Namespace, training: BudgetedTraining, part: int, n_
     """Log-likelihood of each set of a part."""
     training.model.eval()
     device = next(training.model.parameters()).device
-    batches = (batch_of(args, device, part, index) for index in parallel.own(range(n_batches)))
+    batches = (batch_of(args, part, index).graphed(device) for index in parallel.own(range(n_batches)))
     values = [likelihood(args, training.forward, batch) for batch in batches]
     training.model.train()
     return torch.cat(parallel.collect([value.cpu() for value in values]))
@@ -156,9 +156,9 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
     if training.batch == 0:
         decay_learning_rate(args, training)
     while training.batch < STEPS_PER_EPOCH and not training.time_is_up():
-        batch = batch_of(args, torch.device("cpu"), TRAINING, training.epoch, training.batch)
+        batch = batch_of(args, TRAINING, training.epoch, training.batch)
         parallel.seed_step(args.seed, training.step)  # for dropout
-        own = batch[parallel.deal(batch.mask.sum(1))].to(device)
+        own = batch[parallel.deal(batch.mask.sum(1))].graphed(device)
         loss = -likelihood(args, training.forward, own).sum() / len(batch)
         training.optimizer.zero_grad()
         loss.backward()
@@ -177,8 +177,8 @@ def train_epoch(args: argparse.Namespace, baselines: dict[str, float], training:
 def validate_epoch(args: argparse.Namespace, baselines: dict[str, float], training: BudgetedTraining, finite: bool) -> None:
     """Validate, log the metrics, and keep the model, save it as the best, or return to the best."""
     val_loss = -evaluate(args, training, VALIDATION, VALIDATION_BATCHES).mean().item() if finite else math.nan
-    beside = f"oracle {-baselines['oracle']:.4f}, single Gaussian {-baselines['single Gaussian']:.4f}"
-    training.conclude_epoch({"val_loss": val_loss}, f"validation {val_loss:.4f} ({beside})")
+    baseline = f"oracle {-baselines['oracle']:.4f}, single Gaussian {-baselines['single Gaussian']:.4f}"
+    training.conclude_epoch({"val_loss": val_loss}, f"validation {val_loss:.4f} ({baseline})")
 
 
 # ---- report --------------------------------------------------------------------------------------------------------------
@@ -282,8 +282,8 @@ def likelihood_in_words(points: NDArray[np.float64], mixture: Mixture) -> str:
     """The log-likelihood of a set, in its own units, and that of the best single Gaussian."""
     x = torch.from_numpy(points)[None]
     single = single_gaussian_log_likelihood(x, torch.ones(x.shape[:2], dtype=torch.bool)).item()
-    beside = f"{single:.4f}" if math.isfinite(single) else "has no bound"
-    return f"log-likelihood {log_likelihood(x, mixture).item():.4f} nats per point (best single Gaussian {beside})"
+    bound = f"{single:.4f}" if math.isfinite(single) else "has no bound"
+    return f"log-likelihood {log_likelihood(x, mixture).item():.4f} nats per point (best single Gaussian {bound})"
 
 
 def write_mixtures(file: IO[bytes], read: Points, found: list[Mixture]) -> None:
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Run("amortised_mog", name, args, another="-run ID", may_change=NOT_IN_NAME, quiet=True)
     with parallel.process_group(options.device_of(args).type), run:
         parallel.check_batches([args.bs], "sets")
-        parallel.check_same(sets=batch_of(args, torch.device("cpu"), TRAINING, 0, 0).points)
+        parallel.check_same(sets=batch_of(args, TRAINING, 0, 0).points)
         model = make_model(args)
         optimizer = make_adam(model, args.lr)
         limits = {"budget": 60 * args.wc, "horizon": args.bt_horizon, "alpha": args.bt_alpha}

@@ -122,14 +122,14 @@ def clustering_step(precision: str, compile: bool, smoke: bool) -> tuple[Step, t
     indices = batches[len(batches) // 2]
 
     def step() -> None:
-        points, labels, mask = clustering.padded_batch(tasks, indices)
+        points, labels, mask = clustering.padded_batch(tasks, indices, graphed=True)
         log_p = amortised_clustering.log_probs(forward, points, mask, args.precision)
         loss = matching.matched_cross_entropy(log_p, labels, mask, args.loss).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    N, E, _ = clustering.padded_batch(tasks, indices)[0].shape
+    N, E, _ = clustering.padded_batch(tasks, indices, graphed=True)[0].shape
     return step, (N * E, 2, args.n_hidden, clustering.N_LABELS, args.n_iter, N)
 
 
@@ -182,7 +182,7 @@ def mixture_section(smoke: bool) -> Values:
         optimizer, forward, numbers = make_adam(model, args.lr), GraphedModel(model), itertools.count()
 
         def step(args: Any = args, optimizer: Any = optimizer, forward: Any = forward, numbers: Any = numbers) -> None:
-            batch = amortised_mog.batch_of(args, CUDA, amortised_mog.TRAINING, 0, next(numbers))
+            batch = amortised_mog.batch_of(args, amortised_mog.TRAINING, 0, next(numbers)).graphed(CUDA)
             optimizer.zero_grad()
             (-amortised_mog.likelihood(args, forward, batch).mean()).backward()
             optimizer.step()

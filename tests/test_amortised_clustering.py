@@ -16,6 +16,8 @@ from PIL import Image
 
 import amortised_clustering as script
 from common import checkpoint
+from common.datasets import clustering
+from common.graphs import GraphedModel
 from common.models.sets import MODEL_TYPES
 from common.run import apply, clock
 from common.run.budget import BudgetedTraining
@@ -321,6 +323,21 @@ def test_reader_who_goes_away(tmp_path: Path) -> None:
 
 
 # ---- what goes wrong in the middle ---------------------------------------------------------------------------------------
+
+
+def test_padding_for_cuda_graphs_reaches_no_figure_and_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = script.get_parser().parse_args(["-type", "Swarm", "-n_hidden", "8"])
+    data, model = script.make_data(20, 6, 0, torch.device("cpu")), script.make_model(args)
+    plain = script.validate(model, data.tasks, data.validation, "fp32")
+    monkeypatch.setattr(clustering, "padded_length", lambda n, device: n + 5)  # as on a GPU
+    assert clustering.padded_batch(data.tasks, data.training[0], graphed=True)[2][:, -5:].sum() == 0
+    graphed = script.validate(model, data.tasks, data.validation, "fp32", GraphedModel(model))
+    for name, values in plain.items():
+        torch.testing.assert_close(graphed[name], values, rtol=1e-5, atol=1e-6)
+    chance = script.measure_baselines(data.tasks, data.validation, 0)["chance"]
+    assert all(torch.equal(values, data.by_task["chance"][name]) for name, values in chance.items())
+    sizes = set(data.tasks.sizes.tolist())
+    assert all(len(points) == len(true) and len(points) in sizes for points, _, true, _ in script.samples(args, data, model))
 
 
 def test_nan_in_the_middle_goes_back_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

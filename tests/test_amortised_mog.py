@@ -123,8 +123,7 @@ def test_data() -> None:
 
 def test_data_are_a_function_of_the_key() -> None:
     args = script.get_parser().parse_args([])
-    cpu = torch.device("cpu")
-    one, again, other = (script.batch_of(args, cpu, 0, 3, step) for step in (7, 7, 8))
+    one, again, other = (script.batch_of(args, 0, 3, step) for step in (7, 7, 8))
     assert torch.equal(one.points, again.points) and one.points.shape != other.points.shape
 
 

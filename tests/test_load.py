@@ -360,7 +360,7 @@ def test_mixture(in_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"STEPS_PER_EPOCH": 3, "VALIDATION_BATCHES": 2, "TEST_BATCHES": 2}.items():
         monkeypatch.setattr(amortised_mog, name, value)
     path, args, result = run(amortised_mog, "-n_hidden 12 -n_iter 2 -bs 3 -n_dim 3 -pma -dropout 0.1 -max_epochs 2 -no_cuda")
-    batches = [amortised_mog.batch_of(args, torch.device("cpu"), amortised_mog.TEST, index) for index in range(2)]
+    batches = [amortised_mog.batch_of(args, amortised_mog.TEST, index) for index in range(2)]
     with torch.no_grad():
         values = torch.cat([amortised_mog.likelihood(args, common.load(path), batch) for batch in batches])
     assert values.mean().item() == result["log_likelihood"]["model"]

@@ -104,13 +104,14 @@ def batches_by_size(tasks: ClusteringTasks, indices: Tensor, batch_size: int) ->
     return list(by_size.split(batch_size))
 
 
-def padded_batch(tasks: ClusteringTasks, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def padded_batch(tasks: ClusteringTasks, indices: Tensor, *, graphed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Collect tasks, padded to the largest: points (N, E, 2) and labels (N, E), zero at padding, and the mask (N, E).
 
-    On a GPU they are padded to a multiple of 64 entities (common/graphs.py).
+    With `graphed`, for a model that runs as CUDA graphs, they are padded to `graphs.padded_length` of that.
     """
     device, sizes = tasks.points.device, tasks.sizes[indices]
-    offsets = torch.arange(padded_length(int(sizes.max()), device), device=device)
+    E = int(sizes.max())
+    offsets = torch.arange(padded_length(E, device) if graphed else E, device=device)
     mask = offsets < sizes.to(device, non_blocking=True)[:, None]
     entity = torch.where(mask, tasks.starts[indices.to(device, non_blocking=True)][:, None] + offsets, 0)
     return tasks.points[entity] * mask.unsqueeze(2), tasks.labels[entity] * mask, mask

@@ -42,11 +42,15 @@ class MixtureSets:
         return MixtureSets(self.points[sets, :E], mask[:, :E], self.means[sets], self.weights[sets])
 
     def to(self, device: torch.device) -> MixtureSets:
-        """On a device, padded to its `padded_length`."""
+        tensors = (self.points, self.mask, self.means, self.weights)
+        return MixtureSets(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+    def graphed(self, device: torch.device) -> MixtureSets:
+        """On a device, padded for a model that runs as CUDA graphs there."""
         E = self.mask.shape[1]
         padding = padded_length(E, device) - E
         points, mask = F.pad(self.points, (0, 0, 0, padding)), F.pad(self.mask, (0, padding))
-        return MixtureSets(*(tensor.to(device, non_blocking=True) for tensor in (points, mask, self.means, self.weights)))
+        return MixtureSets(points, mask, self.means, self.weights).to(device)
 
 
 def describe(n_dim: int, n_clust: int) -> dict[str, Any]:
