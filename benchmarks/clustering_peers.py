@@ -11,8 +11,6 @@ written to results/clustering/peers.json, with machine, threads and load: times 
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
 import statistics
 import sys
 import time
@@ -22,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import sklearn
 import torch
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
@@ -30,14 +27,14 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 import amortised_clustering as script
-from benchmarks.peak import machine
-from benchmarks.records import ROOT, revision
-from common import checkpoint, matching
+from benchmarks.peers import circumstances, finished_run
+from benchmarks.records import ROOT
+from common import matching
 from common.datasets import clustering
 from common.datasets.clustering import N_LABELS, ClusteringTasks, make_tasks, padded_batch
 from common.errors import InputError
 from common.run.options import at_least
-from common.run.records import read_json, write_json
+from common.run.records import write_json
 
 OUT = ROOT / "results" / "clustering" / "peers.json"
 SEED = 123456789  # of the tasks that are timed: as no run has it
@@ -49,18 +46,6 @@ PEERS: dict[str, Callable[[int], Any]] = {
     "Gaussian mixture, 1 start": lambda k: GaussianMixture(k, n_init=1, random_state=0),
     "Gaussian mixture, 10 starts": lambda k: GaussianMixture(k, n_init=10, random_state=0),
 }
-
-
-def network_of(path: Path) -> tuple[argparse.Namespace, torch.nn.Module]:
-    """The options and the model of a finished run, on the CPU."""
-    args = script.get_parser().parse_args(["-type", "Swarm"])
-    for name, value in read_json(path.parent / "args.json").items():
-        if name in args:
-            setattr(args, name, value)
-    args.device, args.compile = "cpu", False
-    model = script.make_model(args)
-    checkpoint.load_model(model, checkpoint.read(path)["model"], path)
-    return args, model.eval()
 
 
 def fit(make: Callable[[int], Any], tasks: ClusteringTasks, indices: Tensor) -> list[Tensor]:
@@ -178,20 +163,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="the file that is written [results/clustering/peers.json]")
     options = parser.parse_args(argv)
     try:
-        networks = {path: network_of(path) for path in options.best}  # before the minutes that follow
+        networks = {path: finished_run(script, path) for path in options.best}  # before the minutes that follow
     except InputError as error:
         parser.error(f"{error}; name the best.pkl of a finished run of amortised_clustering.py")
     torch.set_num_threads(options.threads)
-    result = {
-        "script": "benchmarks.clustering_peers",
-        "machine": machine(),
-        "threads": options.threads,
-        "load": round(os.getloadavg()[0], 2),
-        "date": datetime.date.today().isoformat(),
-        "revision": revision(),
-        "torch": torch.__version__,
-        "scikit_learn": sklearn.__version__,
-    }
+    result = {"script": "benchmarks.clustering_peers", **circumstances(options.threads)}
     with threadpool_limits(options.threads):
         rows = compare(networks, options.tasks, options.quick)
     options.out.parent.mkdir(parents=True, exist_ok=True)

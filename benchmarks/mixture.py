@@ -1,16 +1,16 @@
 """The amortised mixture of Gaussians against EM for each set (scikit-learn's GaussianMixture).
 
-    python -m benchmarks.mixture BEST.PKL           # of a run of amortised_mog.py; about 3 minutes on two cores
+    python -m benchmarks.mixture RUN/best.pkl ...   # finished runs of amortised_mog.py; a minute of a core each
 
 On 1,000 sets that no run has seen: log-likelihood in nats per point of the network's mixtures, of EM's with the true number of
 Gaussians and diagonal covariances (one start, and ten), and of the true mixtures; and milliseconds per set for 1, 10 and 100
 sets at a time. The network passes over all points once, EM many times: that is what "amortised" means.
+All results are written to results/mixture/peers.json, with machine, threads and load.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,28 +19,20 @@ from typing import Any
 
 import torch
 from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 import amortised_mog as script
-from common import checkpoint
+from benchmarks.peers import circumstances, finished_run
+from benchmarks.records import ROOT
 from common.datasets.mixtures import MixtureSets, draw_sets
 from common.models.mixture import log_likelihood
+from common.run.records import write_json
 from common.seeds import generator_of
 
+OUT = ROOT / "results" / "mixture" / "peers.json"
 N_SETS, SEED = 1000, 123456789
 AT_A_TIME = (1, 10, 100)
-
-
-def network_of(path: Path) -> tuple[argparse.Namespace, torch.nn.Module]:
-    """The options and the model of a finished run."""
-    parser = script.get_parser()
-    args = parser.parse_args([])
-    for name, value in json.loads((path.parent / "args.json").read_text()).items():
-        if name in args:
-            setattr(args, name, value)
-    args.device, args.seed = "cpu", SEED
-    model = script.make_model(args)
-    checkpoint.load_model(model, checkpoint.read(path)["model"], path)
-    return args, model.eval()
 
 
 def fit(sets: MixtureSets, starts: int) -> list[float]:
@@ -64,35 +56,53 @@ def milliseconds(work: Callable[[], Any], n_sets: int, repeats: int) -> float:
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("best", type=Path, metavar="BEST.PKL")
-    parser.add_argument("--sets", type=int, default=N_SETS)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    args, model = network_of(options.best)
-    sets = draw_sets(options.sets, args.n_dim, args.n_clust, generator_of(SEED))
+def compare(args: argparse.Namespace, model: torch.nn.Module, n_sets: int) -> dict[str, dict[str, Any]]:
+    """Of each method: mean nats per point, how far below the truth, and milliseconds per set by sets at a time."""
+    sets = draw_sets(n_sets, args.n_dim, args.n_clust, generator_of(SEED))
     oracle = log_likelihood(sets.points, script.true_mixture(sets), sets.mask)
-    parts = [slice(start, start + 100) for start in range(0, options.sets, 100)]
+    parts = [slice(start, start + 100) for start in range(0, n_sets, 100)]
     network = torch.cat([log_likelihood(sets.points[p], model(sets.points[p], sets.mask[p]), sets.mask[p]) for p in parts])
-    print(
-        f"{options.sets} sets, {options.threads} thread(s), torch {torch.__version__}\n\nnats per point, and below the truth:"
-    )
-    rows = {"network": network, "EM, 1 start": torch.tensor(fit(sets, 1)), "EM, 10 starts": torch.tensor(fit(sets, 10))}
-    for name, values in {**rows, "true mixture": oracle}.items():
-        print(f"{name:>14} {values.mean().item():9.4f} {(oracle - values).mean().item():9.4f}")
-    print("\nmilliseconds per set, by sets at a time:" + "".join(f"{n:>9}" for n in AT_A_TIME))
-    for name, work in (
-        ("network", lambda part: model(part.points, part.mask)),
-        ("EM, 1 start", lambda part: fit(part, 1)),
-        ("EM, 10 starts", lambda part: fit(part, 10)),
-    ):
-        numbers = []
+    methods: dict[str, tuple[Tensor, Callable[[MixtureSets], object]]] = {
+        "network": (network, lambda part: model(part.points, part.mask)),
+        "EM, 1 start": (torch.tensor(fit(sets, 1)), lambda part: fit(part, 1)),
+        "EM, 10 starts": (torch.tensor(fit(sets, 10)), lambda part: fit(part, 10)),
+    }
+    rows = {}
+    for name, (values, work) in methods.items():
+        rows[name] = {"log_likelihood": values.mean().item(), "below_the_truth": (oracle - values).mean().item()}
+        times = {}
         for n in AT_A_TIME:
             part = draw_sets(n, args.n_dim, args.n_clust, generator_of(SEED, n))
-            numbers.append(milliseconds(lambda part=part, work=work: work(part), n, 5 if n < 100 else 3))
-        print(f"{name:>40}" + "".join(f"{number:9.2f}" for number in numbers))
+            times[str(n)] = milliseconds(lambda part=part, work=work: work(part), n, 5 if n < 100 else 3)
+        rows[name]["milliseconds_per_set"] = times
+    return rows | {"true mixture": {"log_likelihood": oracle.mean().item(), "below_the_truth": 0.0}}
+
+
+def as_table(rows: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{'nats per point, below the truth':>46}   ms a set, by sets at a time"]
+    for name, row in rows.items():
+        times = ", ".join(f"{n}: {ms:.2f}" for n, ms in row.get("milliseconds_per_set", {}).items())
+        lines.append(f"{name:>14} {row['log_likelihood']:15.4f} {row['below_the_truth']:15.4f}   {times}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("best", nargs="+", type=Path, metavar="BEST.PKL")
+    parser.add_argument("--sets", type=int, default=N_SETS, help="[%(default)s]")
+    parser.add_argument("--threads", type=int, default=1, help="[%(default)s]")
+    parser.add_argument("--out", type=Path, default=OUT, help="the file that is written [results/mixture/peers.json]")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    result = {"script": "benchmarks.mixture", "sets": options.sets, **circumstances(options.threads), "runs": {}}
+    with threadpool_limits(options.threads):
+        for path in options.best:
+            args, model = finished_run(script, path)
+            rows = compare(args, model, options.sets)
+            result["runs"][path.parent.name] = rows
+            print(f"{path.parent.name}\n{as_table(rows)}\n")
+    write_json(options.out, result)
+    print(f"{options.threads} threads, load {result['load']} at the beginning; written to {options.out}")
 
 
 if __name__ == "__main__":
