@@ -427,7 +427,7 @@ def apply_model(args: argparse.Namespace) -> int:
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """What best.pkl says of the model: see common/trained.py."""
+    """The description of the model in best.pkl (common/trained.py)."""
     names = ("n_hidden", "n_layers", "n_iter", "non_lin", "n_heads", "n_ind_points", "dropout", "pooling")
     arguments = {"kind": args.type, "n_in": 2, "n_out": N_LABELS, **{name: getattr(args, name) for name in names}}
     return {"constructor": "make_set_model", "arguments": arguments, "data": clustering.describe()}

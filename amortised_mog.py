@@ -335,7 +335,7 @@ def apply_model(args: argparse.Namespace) -> int:
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """What best.pkl says of the model: see common/trained.py."""
+    """The description of the model in best.pkl (common/trained.py)."""
     names = ("n_dim", "n_clust", "n_hidden", "n_layers", "n_iter", "non_lin", "dropout")
     arguments = {name: getattr(args, name) for name in names} | {"pooling": args.p, "attention": args.pma}
     return {"constructor": "MixtureNetwork", "arguments": arguments, "data": mixtures.describe(args.n_dim, args.n_clust)}

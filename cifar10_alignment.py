@@ -63,7 +63,7 @@ MEASURES = {
 }
 PUBLISHED_PAIRS = {"procrustes": 32, "ortho_procrustes": 32}  # with others, 16
 MAY_CHANGE_ON_RESUME = (*zoo_pairs.MAY_CHANGE_ON_RESUME, "batched", "block")
-FILES = ("untrained.*", "run[0-9]*.*", "similarity.*")  # beside those of every run
+FILES = ("untrained.*", "run[0-9]*.*", "similarity.*")  # besides those of every run
 VALUES = ("published", "live")  # with dead channels, as published, and without
 
 
@@ -218,9 +218,9 @@ def describe(args: argparse.Namespace, job: PairJob, record: dict[str, Any]) -> 
         return ", ".join(f"{value:.3f}" for value in diagonal_of(record, "published"))
 
     reference = job.folder / "untrained.json"
-    beside = f" (untrained {diagonal(read_json(reference))})" if job.pair is not None and reference.exists() else ""
+    untrained = f" (untrained {diagonal(read_json(reference))})" if job.pair is not None and reference.exists() else ""
     dead = sum(map(sum, record["dead"]))
-    return f"{job.title}: {args.similarity} of layers with themselves {diagonal(record)}{beside}; dead channels {dead}"
+    return f"{job.title}: {args.similarity} of layers with themselves {diagonal(record)}{untrained}; dead channels {dead}"
 
 
 def report(args: argparse.Namespace, jobs: Sequence[PairJob], points: list[StitchPoint], run: Run) -> dict[str, Any]:

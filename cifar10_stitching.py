@@ -69,7 +69,7 @@ RECIPES = {
 PUBLISHED_PAIRS = {"mCNN": 32}  # of others, 16
 KINDS = ("wreath", "birkhoff", "lowrank", "lasso")
 CROSSVAL_SHARE = 0.2  # of the training images, which validate
-FILES = ("cells/*", "matrices.png")  # beside those of every run
+FILES = ("cells/*", "matrices.png")  # besides those of every run
 
 
 def alpha(text: str) -> float | str:

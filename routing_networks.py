@@ -171,7 +171,7 @@ def arguments_of(args: argparse.Namespace, data: Data) -> dict[str, Any]:
 
 
 def describe(args: argparse.Namespace, data: Data) -> dict[str, Any]:
-    """What last.pkl says of the model: see common/trained.py."""
+    """The description of the model in last.pkl (common/trained.py)."""
     pixels = {"mean": data.mean.flatten().tolist(), "deviation": data.deviation.flatten().tolist()}
     about = {"name": args.data, "n_tasks": data.n_tasks, "n_labels": data.n_labels, **pixels}
     return {"constructor": "make_routed", "arguments": arguments_of(args, data), "data": about}

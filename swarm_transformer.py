@@ -324,7 +324,7 @@ def draw(args: argparse.Namespace, data: Data, training: BudgetedTraining) -> No
     if not parallel.is_main():
         return
     run, steps_per_epoch = training.run, -(-epoch_size(args, data) // args.bs)
-    baselines = {"by position": data.baselines["validation"]["by position"]}  # beside chance the curve would look flat
+    baselines = {"by position": data.baselines["validation"]["by position"]}  # next to chance the curve would look flat
     training.draw(steps_per_epoch, {"val_loss": baselines}, "nats per value")
     plotting.plot_images(run.part / "samples.png", run.name, samples(args, data, training.model))
 
@@ -392,8 +392,8 @@ def report_table(result: dict[str, Any]) -> str:
     lines = [f"{'':>{width}} {'images':>7}  {'nats per value':>14} {'(by position, chance)':>22}  {'bits per dimension':>18}"]
     for name, metrics in {"validation": result["validation"], "test": result["test"], **by_class}.items():
         nats, baselines = metrics["nats"], metrics.get("levels")
-        beside = f"({baselines['by position']:.4f}, {baselines['chance']:.4f})" if baselines else ""
-        lines.append(f"{name:>{width}} {metrics['images']:>7}  {nats:>14.4f} {beside:>22}  {nats / math.log(2):>18.4f}")
+        baseline = f"({baselines['by position']:.4f}, {baselines['chance']:.4f})" if baselines else ""
+        lines.append(f"{name:>{width}} {metrics['images']:>7}  {nats:>14.4f} {baseline:>22}  {nats / math.log(2):>18.4f}")
     return "\n".join(lines)
 
 
@@ -476,7 +476,7 @@ def use_model(args: argparse.Namespace) -> int:
 
 
 def describe(args: argparse.Namespace, classes: Sequence[str] = ()) -> dict[str, Any]:
-    """What best.pkl says of the model, and of the names of the classes: see common/trained.py."""
+    """The description of the model, with the names of the classes, in best.pkl (common/trained.py)."""
     shape, n_classes = list(images.SHAPES[args.data]), images.N_CLASSES[args.data] if args.cond else None
     arguments = {name: getattr(args, name) for name in ("n_hidden", "n_layers", "n_iter", "non_lin", "learn_loc")}
     arguments |= {"shape": shape, "n_classes": n_classes}

@@ -1,4 +1,4 @@
-"""What the experiments share. Importing this package reads no file and imports nothing heavy.
+"""Models, data and the life of runs, shared by the experiments. Importing it reads no file and loads no other package.
 
 model = common.load("results/amortised_mog/NAME")  # the trained model of a run, or of a file
 common.export("results/amortised_mog/NAME", "mixture.pkl")  # its weights alone, in a small file

@@ -62,7 +62,7 @@ class GraphedModel:
         if key not in self.recorded:
             try:
                 self.recorded[key] = self.record(inputs)
-            except RuntimeError:  # out of memory: the caller may go on with fewer samples, and needs that of the graphs
+            except RuntimeError:  # out of memory: the caller may retry with fewer samples, and needs the memory of the graphs
                 self.recorded.clear()
                 raise
         return self.recorded[key](*inputs)

@@ -1,4 +1,4 @@
-"""What two processes of torchrun do with the SWARM scripts; a test starts it, and looks at what it leaves in a folder.
+"""The SWARM scripts in two processes of torchrun: a test starts this program, and checks the files that it leaves.
 
 torchrun --nproc-per-node=2 tests/parallel_swarm.py FOLDER kill KIND RANK N  # SIGKILL to process RANK in its N-th step
 torchrun --nproc-per-node=2 tests/parallel_swarm.py FOLDER                   # all else, one after the other, in one group
@@ -23,10 +23,10 @@ from common import parallel
 from common.datasets import clustering
 from common.models.mixture import log_likelihood
 from common.run.clock import Clock
-from common.run.command import Command
 from common.run.state import State
 from tests.command_lines import exit_status
 from tests.interruptions.cases import Case, make_case, save_often_draw_nothing
+from tests.stopping import Signals
 
 KINDS = ("clustering", "mixture", "images")
 # batches that do not halve, no dropout
@@ -97,23 +97,6 @@ def all_steps(folder: Path) -> dict[str, torch.Tensor]:
     return left
 
 
-class Looks:
-    """A signal at the n-th look of a process for one."""
-
-    def __init__(self, patch: pytest.MonkeyPatch):
-        self.left, self.number = 0, signal.SIGTERM
-        patch.setattr(Command, "signal", property(self.look, self.note), raising=False)
-
-    def look(self, command: Command) -> str | None:
-        self.left -= 1
-        if self.left == 0:
-            signal.raise_signal(self.number)
-        return command.__dict__.get("_came")
-
-    def note(self, command: Command, name: str | None) -> None:
-        command.__dict__["_came"] = name
-
-
 def stop_again_and_again(kind: str, folder: Path, name: str, fetch_every: int = 1) -> list[int]:
     """One of the processes gets a signal at its first look, in the resumed run at its second, ...: statuses of all starts.
 
@@ -123,7 +106,7 @@ def stop_again_and_again(kind: str, folder: Path, name: str, fetch_every: int = 
     case = make_case(kind, folder / "data", folder / "stopped" / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(State, "fetch_every", property(lambda _: fetch_every, lambda *_: None), raising=False)
-        looks = Looks(patch)
+        looks = Signals(patch)
         for start in range(40):
             looks.left = 1 + start if parallel.rank() == start % 2 else -1
             looks.number = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)[start % 3]

@@ -1,4 +1,4 @@
-"""train_ssl.py, one process of which gets a signal at a counted place.
+"""Signals at counted places; as a program, train_ssl.py, one process of which gets one.
 
 torchrun --nproc-per-node=2 tests/stopping.py RANK N --model duet ...  # SIGTERM to process RANK at its N-th look for one
 """
@@ -9,6 +9,9 @@ import signal
 import sys
 from collections.abc import Callable
 
+import pytest
+
+from common.run.command import Command
 from common.run.state import State
 
 
@@ -22,6 +25,23 @@ def signal_at(n: int) -> Callable[[State], None]:
         check_signal(self)
 
     return check
+
+
+class Signals:
+    """Sends this process a signal when `Command.signal` is looked at for the n-th time: between steps, batches, jobs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.left, self.number = 0, signal.SIGTERM
+        monkeypatch.setattr(Command, "signal", property(self.look, self.note), raising=False)
+
+    def look(self, command: Command) -> str | None:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(self.number)
+        return command.__dict__.get("_came")
+
+    def note(self, command: Command, name: str | None) -> None:
+        command.__dict__["_came"] = name
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def torchrun(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes have left, after two kills, and beside it what one has."""
+    """The files of two processes, after two kills, and those of one process."""
     folder, threads = tmp_path_factory.mktemp("parallel"), torch.get_num_threads()
     write_mnist(folder / "data" / "FashionMNIST", smooth(60), smooth(20, seed=1))
     for rank, n in ((1, 3), (0, 2)):

@@ -155,7 +155,7 @@ def values_at(content: Any, field: str) -> list[float]:
 
 
 def children(value: Any, name: str) -> list[Any]:
-    """What a JSON object, or a list by its index, holds under a name: one value or none."""
+    """The value of a JSON object's key, or of a list's index, in a list; an empty list if it has none."""
     if isinstance(value, dict):
         return [value[name]] if name in value else []
     return [value[int(name)]] if isinstance(value, list) and name.isdigit() and int(name) < len(value) else []

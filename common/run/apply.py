@@ -138,10 +138,8 @@ def outputs_of(args: argparse.Namespace, source: Path | None, ending: str) -> Ou
     Raises InputError if they are there, without -overwrite, or cannot be written, or would replace what is read.
     """
     default = Path(ending) if source is None else next_to(source, ending)
-    result, inputs = (
-        Path(default if args.output is None else args.output),
-        [Path(args.resume), *([] if source is None else [source])],
-    )
+    result = default if args.output is None else Path(args.output)
+    inputs = [Path(args.resume), *([] if source is None else [source])]
     found = Outputs(result, result.with_suffix(".png") if result.name else result)
     if result.suffix != default.suffix:
         raise InputError(f"-o {result}: the result is a {default.suffix} file, give it that ending")

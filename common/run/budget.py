@@ -251,7 +251,7 @@ class BudgetedTraining(State):
         self.run.log(f"{when} | training {row['train_loss']:.4f} | {text} | lr {row['lr']:.4g}{verdict}")
 
     def about(self, seed: int, protocol: str) -> dict[str, Any]:
-        """What result.json says of every such run."""
+        """The entries of result.json that all such runs have. `protocol` says in words what was measured."""
         parameters = list(self.model.parameters())
         return {
             "script": self.run.script,

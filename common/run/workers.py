@@ -117,8 +117,8 @@ def _leave_with_the_parent() -> None:
 
 
 @dataclass
-class Helper:
-    """A process that does jobs, as the run's process sees it."""
+class Handle:
+    """A worker as the run's process sees it: its process, the pipe to it, and its job."""
 
     process: BaseProcess
     link: Connection
@@ -141,32 +141,32 @@ def share(
     gpus = visible_gpus() if options.device_of(args).type == "cuda" else []
     on = f"on GPU {', '.join(gpus[:n])}, " if gpus else ""
     command.log(f"{n} process{'es' * (n > 1)}, {on}each with {threads} CPU thread{'s' * (threads > 1)}")
-    helpers: list[Helper] = []
+    handles: list[Handle] = []
     reasons: dict[str, str] = {}  # of jobs that failed, by name
-    ended: list[tuple[Helper, int]] = []
+    ended: list[tuple[Handle, int]] = []
     told, at = False, None
     try:
         for k in range(n):
-            helpers.append(_start(command, gpus[k % len(gpus)] if gpus else None, threads, work, (args, *more)))
+            handles.append(_start(command, gpus[k % len(gpus)] if gpus else None, threads, work, (args, *more)))
         with progress.bar(args, title="jobs", total=len(jobs)) as shown:
-            while helpers:
-                for link in connection.wait([helper.link for helper in helpers], LOOK_SECONDS):
-                    helper = next(helper for helper in helpers if helper.link is link)
-                    if not _listen(command, helper, reasons):
-                        helpers.remove(helper)
-                        ended.append((helper, helper.process.exitcode or 0))
+            while handles:
+                for link in connection.wait([handle.link for handle in handles], LOOK_SECONDS):
+                    handle = next(handle for handle in handles if handle.link is link)
+                    if not _listen(command, handle, reasons):
+                        handles.remove(handle)
+                        ended.append((handle, handle.process.exitcode or 0))
                 if command.signal and not told:
                     told = True
-                    _pass_on(command.signal, helpers)
-                for helper in helpers:
-                    if helper.asks:
-                        _hand_out(command, helper, helpers, left, reasons, retry_failed)
-                if (names := [helper.job.name for helper in helpers if helper.job]) != at:
+                    _pass_on(command.signal, handles)
+                for handle in handles:
+                    if handle.asks:
+                        _hand_out(command, handle, handles, left, reasons, retry_failed)
+                if (names := [handle.job.name for handle in handles if handle.job]) != at:
                     at, shown.n = names, len(jobs) - len(left) - len(names)
                     shown.set_postfix_str(f"at {', '.join(names)}")
     finally:
-        for helper in helpers:  # a second Ctrl-C, or an error
-            helper.process.kill()
+        for handle in handles:  # a second Ctrl-C, or an error
+            handle.process.kill()
     _judge(command, jobs, ended, all_begun=not left)
 
 
@@ -179,7 +179,7 @@ def visible_gpus() -> list[str]:
 
 def _start(
     command: Command, gpu: str | None, threads: int, work: Callable[..., None], arguments: tuple[Any, ...]
-) -> Helper:  # fmt: skip
+) -> Handle:  # fmt: skip
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used threads, or a GPU, hangs
     own, other = context.Pipe()
     held = command._lock if isinstance(command, Run) else None
@@ -194,17 +194,17 @@ def _start(
         other.close()  # so that its end is noticed
         if lock is not None:
             lock.close()
-    return Helper(process, own)
+    return Handle(process, own)
 
 
-def _listen(command: Command, helper: Helper, reasons: dict[str, str]) -> bool:
+def _listen(command: Command, handle: Handle, reasons: dict[str, str]) -> bool:
     """Take a message of a process; False if it has ended."""
     try:
-        kind, *content = helper.link.recv()
+        kind, *content = handle.link.recv()
     except (EOFError, OSError):
-        helper.process.join()
-        if helper.job is not None:
-            reasons[helper.job.name] = "its process has ended"
+        handle.process.join()
+        if handle.job is not None:
+            reasons[handle.job.name] = "its process has ended"
         return False
     if kind == "log":
         command.log(*content)
@@ -212,22 +212,22 @@ def _listen(command: Command, helper: Helper, reasons: dict[str, str]) -> bool:
         row, step, group = content
         command.trackers.log(row, step, group=group)
     elif kind == "ask":
-        if helper.job is not None and (reason := why_not(helper.job, reasons)):
-            reasons[helper.job.name] = reason
-        helper.job, helper.asks = None, True
+        if handle.job is not None and (reason := why_not(handle.job, reasons)):
+            reasons[handle.job.name] = reason
+        handle.job, handle.asks = None, True
     return True
 
 
-def _pass_on(name: str, helpers: Sequence[Helper]) -> None:
+def _pass_on(name: str, handles: Sequence[Handle]) -> None:
     """Pass a signal on; Ctrl-C as SIGTERM, since a terminal sends it to all, who ignore it."""
     number = signal.SIGTERM if name == "SIGINT" else signal.Signals[name]
-    for helper in helpers:
-        assert helper.process.pid is not None
-        os.kill(helper.process.pid, number)
+    for handle in handles:
+        assert handle.process.pid is not None
+        os.kill(handle.process.pid, number)
 
 
 def _hand_out(
-    command: Command, helper: Helper, helpers: Sequence[Helper], left: list[tuple[int, Job]], reasons: dict[str, str],
+    command: Command, handle: Handle, handles: Sequence[Handle], left: list[tuple[int, Job]], reasons: dict[str, str],
     retry_failed: bool,
 ) -> None:  # fmt: skip
     """Give a process that asks for one the first job that can begin; None if there will be no other."""
@@ -236,29 +236,29 @@ def _hand_out(
             reasons[job.name] = reason
             command.log(f"{job.name} failed: {reason}")
             left.remove((number, job))
-    open_jobs = {job.name for _, job in left} | {other.job.name for other in helpers if other.job}
+    open_jobs = {job.name for _, job in left} | {other.job.name for other in handles if other.job}
     ready = [(number, job) for number, job in left if not open_jobs.intersection(job.needs)]
     if left and not ready and not command.signal:
         return  # what they need is being done
-    helper.asks = False
+    handle.asks = False
     with contextlib.suppress(OSError):  # it has died: the next look says so
         if ready and not command.signal:
             left.remove(ready[0])
-            helper.job = ready[0][1]
-            helper.link.send((*ready[0], retry_failed))
+            handle.job = ready[0][1]
+            handle.link.send((*ready[0], retry_failed))
         else:
-            helper.link.send(None)
+            handle.link.send(None)
 
 
-def _judge(command: Command, jobs: Sequence[Job], ended: Sequence[tuple[Helper, int]], *, all_begun: bool) -> None:
+def _judge(command: Command, jobs: Sequence[Job], ended: Sequence[tuple[Handle, int]], *, all_begun: bool) -> None:
     """Raise what the ends of the processes mean for the run."""
     done = f"with {sum(job.done for job in jobs)} of {len(jobs)} jobs done"
     statuses = {status for _, status in ended}
     if command.signal and not (all_begun and statuses == {0}):
         raise Interrupted(done)
-    died = [(helper, status) for helper, status in ended if status not in (0, REFUSED, RESUMABLE)]
+    died = [(handle, status) for handle, status in ended if status not in (0, REFUSED, RESUMABLE)]
     if died:
-        ends = ", ".join(f"{_how(status)} at {helper.job.name if helper.job else 'no job'}" for helper, status in died)
+        ends = ", ".join(f"{_how(status)} at {handle.job.name if handle.job else 'no job'}" for handle, status in died)
         raise Failed(f"{ends}, {done}: {command.dash}resume goes on")
     if REFUSED in statuses:  # the process has said why
         sys.exit(REFUSED)

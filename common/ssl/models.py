@@ -93,7 +93,7 @@ class SavedModels:
 
 
 def describe(encoder: CifarResNet, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of the encoder in it, from the options of its training: see common/trained.py."""
+    """The description of an encoder in its checkpoints, from the options of its training (common/trained.py)."""
     data = {"name": options["dataset"], "image_size": options["image_size"], "center_crop": options["center_crop"]}
     return {"constructor": "CifarResNet", "arguments": encoder.options, "data": data}
 

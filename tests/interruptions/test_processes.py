@@ -51,7 +51,7 @@ def with_jobs(case: Case, n: int) -> int:
 
 @pytest.fixture
 def whole(kind: str, data: Path, tmp_path: Path) -> dict[str, Any]:
-    """What one process leaves."""
+    """The files that one process leaves."""
     case = make_case(kind, data, tmp_path / "whole")
     assert case.run() == 0
     return case.outcome()

@@ -13,32 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from common.run.command import Command
 from tests.interruptions.cases import LINES, Case, assert_equal, make_case, save_often_draw_nothing, undisturbed
 from tests.interruptions.disk import fail_at, watch
+from tests.stopping import Signals
 
 pytestmark = pytest.mark.slow
 
 # processes are forked from a server that has imported the scripts: they start in milliseconds
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(sorted({line.split()[0] for line in LINES.values()}))
-
-
-class Signals:
-    """Sends this process a signal when `Command.signal` is looked at for the n-th time: between steps, batches, jobs."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.left, self.number = 0, signal.SIGTERM
-        monkeypatch.setattr(Command, "signal", property(self.look, self.note), raising=False)
-
-    def look(self, command: Command) -> str | None:
-        self.left -= 1
-        if self.left == 0:
-            signal.raise_signal(self.number)
-        return command.__dict__.get("_came")
-
-    def note(self, command: Command, name: str | None) -> None:
-        command.__dict__["_came"] = name
 
 
 def test_signals_between_all_steps(case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
