@@ -368,7 +368,7 @@ def report(data: Data, training: Training) -> dict[str, Any]:
         "chance_accuracy": 1 / data.n_labels,
         "maps": training.extra["maps"][-1],
         "data": data.fingerprint,
-        **environment(),
+        **environment(data.train.images.device),
     }
 
 

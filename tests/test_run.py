@@ -24,19 +24,22 @@ from common import parallel
 from common.errors import Failed, InputError, Interrupted
 from common.run import dotted
 from common.run import run as run_module
+from common.run.clock import Clock
 from common.run.command import Command
 from common.run.lock import is_locked, take_lock
 from common.run.run import FILES, Run, RunError, environment, git_revision
+from common.run.state import rng_state, set_rng_state
 from tests.command_lines import exit_status
 from tests.test_options import BAD_NAMES
 
+CPU = torch.device("cpu")
 MAY_CHANGE = ("results_dir", "resume", "overwrite", "retry_failed", "to_stdout")
 
 
 def make(place: Path, name: str = "a", *, script: str = "script", **options: Any) -> Run:
     """A run whose script has the usual options, and `a`."""
-    args = {"results_dir": str(place), "resume": None, "overwrite": False, "retry_failed": False, "a": 1} | options
-    return Run(script, name, Namespace(**args), another="-run ID", may_change=MAY_CHANGE, files=("cells/*",))
+    args = {"results_dir": str(place), "resume": None, "overwrite": False, "retry_failed": False, "a": 1, "device": "cpu"}
+    return Run(script, name, Namespace(**args | options), another="-run ID", may_change=MAY_CHANGE, files=("cells/*",))
 
 
 def content(place: Path) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def test_life_of_a_directory(tmp_path: Path, capsys: Capture) -> None:
     assert json.loads((run.path / "result.json").read_text()) == {"loss": 1.0}
     args = json.loads((run.path / "args.json").read_text())
     assert (args["script"], args["a"], args["data"], args["torch"]) == ("script", 1, "0123", torch.__version__)
-    assert args.keys() == {"script", "data", *vars(run.args), *environment()}
+    assert args.keys() == {"script", "data", *vars(run.args), *environment(CPU)}
 
 
 def test_second_start_of_a_finished_run(tmp_path: Path, capsys: Capture) -> None:
@@ -202,12 +205,25 @@ def test_results_directory_that_cannot_be_written(tmp_path: Path, capsys: Captur
     refused(run, capsys, "name another place for results", run.open)
 
 
+def test_a_run_on_a_cpu_leaves_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be full, or somebody else's: whatever starts CUDA takes memory there, or fails."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert environment(CPU)["gpu"] is None
+    set_rng_state(rng_state())
+    assert Clock().used() < 60
+
+
 def test_the_revision_of_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job's copy lies within the project, whose own revision may be another by then."""
     monkeypatch.setattr(run_module, "ROOT", tmp_path)
     assert git_revision() == "unknown"  # neither a copy nor a checkout
     (tmp_path / "REVISION").write_text("0123abc-dirty-4567def\n")
-    assert git_revision() == environment()["git_revision"] == "0123abc-dirty-4567def"
+    assert git_revision() == environment(CPU)["git_revision"] == "0123abc-dirty-4567def"
 
 
 def test_what_is_logged_and_printed(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

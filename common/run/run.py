@@ -33,7 +33,7 @@ from common.run import trackers
 from common.run.command import Command, echo
 from common.run.lock import is_locked, release_lock, take_lock
 from common.run.memory import is_out_of_memory
-from common.run.options import check_same_options, name_error
+from common.run.options import check_same_options, device_of, name_error
 from common.run.records import RecordError, read_json, write_json
 
 ARGS, BEST, LAST, RESULT, LOCK = "args.json", "best.pkl", "last.pkl", "result.json", "lock"  # a result means finished
@@ -255,7 +255,8 @@ class Run(Command):
             shutil.rmtree(self.part / REPLACED, ignore_errors=True)
             begun = (self.part / LAST).exists()  # without a state, the files of an earlier start are replaced
             if not begun:
-                write_json(self.part / ARGS, {"script": self.script, **vars(self.args), **made_from, **environment()})
+                record = {"script": self.script, **vars(self.args), **made_from}
+                write_json(self.part / ARGS, record | environment(device_of(self.args)))
             if not getattr(self.args, "to_stdout", False):
                 self._log = open(self.part / "log", "a" if begun else "w", encoding="utf-8", errors="backslashreplace")
             if begun:
@@ -323,12 +324,12 @@ class Run(Command):
         return "\n".join(f"{what:>16}: {self.final / file}" for what, file in files.items() if (self.final / file).exists())
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the record."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine of a run on this device, for the record. A run on a CPU leaves GPUs alone."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cpu_threads": torch.get_num_threads(),
         "processes": parallel.world_size(),
         "fp32_products": processor.fp32_products(),
