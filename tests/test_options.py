@@ -137,6 +137,8 @@ def test_what_no_script_can_do(
 def test_what_is_no_problem(parser: argparse.ArgumentParser) -> None:
     for line in ("", "-overwrite -resume old/best.pkl", "-resume auto -retry_failed"):
         options.check(parser, parser.parse_args(line.split()), "a.b")
+    parser.add_argument("-dry_run", action="store_true")  # the run may be on another machine
+    options.check(parser, parser.parse_args(["-device", "cuda", "-dry_run"]), "a.b")
     for name in ("-bs.50", "a..b", "part", "a.partial", ".hidden", 240 * "x", "a b", "ä"):
         assert options.name_error(name) is None
 

@@ -66,10 +66,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) 
         parser.error(f"{dash}{typed} continues what is there, {dash}overwrite replaces it: choose one")
     if getattr(args, "no_cuda", False) and args.device == "cuda":
         parser.error("-no_cuda means -device cpu, but -device cuda was given: leave one out")
-    if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
-        parser.error(f"{dash}device cuda: PyTorch finds no GPU here")
     # the machine of a dry run may be another than that of the run
-    if getattr(args, "precision", None) == "tf32" and device_of(args).type == "cpu" and not args.dry_run:
+    elsewhere = getattr(args, "dry_run", False)
+    if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available() and not elsewhere:
+        parser.error(f"{dash}device cuda: PyTorch finds no GPU here")
+    if getattr(args, "precision", None) == "tf32" and device_of(args).type == "cpu" and not elsewhere:
         parser.error(f"{dash}precision tf32 is a format of NVIDIA GPUs, and this would run on a CPU: leave it out")
     try:
         if hasattr(args, "device"):
@@ -138,7 +139,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
     """The device of the options; without one, a GPU where there is one."""
     if getattr(args, "no_cuda", False):
         return torch.device("cpu")
-    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device(getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def add_tracker_options(group: argparse._ArgumentGroup, dash: str = "--") -> None:
