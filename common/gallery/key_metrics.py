@@ -134,12 +134,12 @@ def last_row(path: Path, options: Mapping[str, Any]) -> str:
         row = read_rows(path)[-1]
         epoch, seconds = float(row["epoch"]), float(row["seconds"])
         shown = [f"{name} {float(row[name]):.4g}" for name in COLUMNS if row.get(name, "nan") != "nan"][:2]
-        left = ""
+        minutes, left = seconds / 60, []  # by each budget
         if options.get("wc"):
-            left = f", {max(0.0, options['wc'] - seconds / 60):.1f} to go"
-        elif options.get("epochs"):
-            done = epoch + ("test_track_head_top_1_mean" in row)  # train_ssl.py counts epochs from 0
-            left = f", {seconds / 60 / done * max(0.0, options['epochs'] - done):.1f} to go" if done else ""
-        return ", ".join([f"epoch {epoch:g}", *shown, f"{seconds / 60:.1f} min{left}"])
+            left.append(max(0.0, options["wc"] - minutes))
+        done = epoch + ("test_track_head_top_1_mean" in row)  # train_ssl.py counts epochs from 0
+        if done and (epochs := options.get("max_epochs") or options.get("epochs")):
+            left.append(minutes / done * max(0.0, epochs - done))
+        return ", ".join([f"epoch {epoch:g}", *shown, f"{minutes:.1f} min" + (f", {min(left):.1f} to go" if left else "")])
     except (OSError, csv.Error, ValueError, LookupError, TypeError, OverflowError):
         return ""

@@ -19,7 +19,9 @@ from typing import Any
 from common.errors import one_line
 from common.gallery.files import MAX_NAMES, is_regular, open_regular, read_json_if_exists
 from common.gallery.key_metrics import KeyMetric, is_number, key_metrics, last_row, read_rows, value_at
+from common.run.apply import IMAGES_OPTIONS, POINTS_OPTIONS
 from common.run.lock import is_locked
+from common.run.options import RUN_OPTIONS
 from common.run.records import RecordError
 from common.run.run import ARGS, BEST, FAILED_LINE, LAST, LOCK, PICTURES, RESULT
 
@@ -27,12 +29,12 @@ METRICS, LOG = "metrics.csv", "log"
 ZOO_FILE = re.compile(r"([0-9]{1,9})\.(json|last\.pkl|failed\.json)")
 LOG_BYTES = 8_000  # shown, of the end of a log
 N_POINTS = 200  # of a curve
-# options that say where and how to run, the machine and its versions, and what was drawn: no options of the experiment
-NOT_OPTIONS = (
-    "script", "seed", "run", "name", "results_dir", "data_dir", "dataset_root", "save_dir", "out", "device", "no_cuda",
-    "resume", "overwrite", "dry_run", "to_stdout", "progress", "compare", "draw", "update_interval", "keep_all", "tensorboard",
-    "wandb_project", "python", "torch", "gpu", "cpu_threads", "platform", "git_revision", "networks", "drawn_pairs",
-)  # fmt: skip
+# where and how to run, the machine and its versions, what was drawn, the use of trained models: no options of an experiment
+NOT_OPTIONS = {
+    *RUN_OPTIONS, *POINTS_OPTIONS, *IMAGES_OPTIONS, "script", "seed", "run", "name", "data_dir", "dataset_root", "save_dir",
+    "out", "no_cuda", "to_stdout", "compare", "update_interval", "keep_all", "python", "torch", "gpu", "cpu_threads",
+    "processes", "fp32_products", "platform", "git_revision", "networks", "drawn_pairs",
+}  # fmt: skip
 
 
 @dataclass

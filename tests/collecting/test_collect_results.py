@@ -196,7 +196,8 @@ def test_a_finished_run_says_how_many_of_its_jobs_failed(tmp_path: Path) -> None
 def test_tables_over_seeds(tmp_path: Path) -> None:
     runs = tmp_path / "amortised_clustering"
     for seed, loss in enumerate((0.4, 0.5, 0.9)):
-        write_clustering(runs / f"swarm{seed}", loss, seed=seed, seconds=20.5 * (seed + 1))
+        where = {"fp32_products": ("MKL", "oneDNN")[seed % 2], "processes": 1 + seed % 2, "raw": False, "jobs": 1 + seed}
+        write_clustering(runs / f"swarm{seed}", loss, seed=seed, seconds=20.5 * (seed + 1), **where)
     write_clustering(runs / "lstm", 0.7, type="LS|TM <b>", seed=5, lr=0.0123456)
     stopped = write_clustering(runs / "swarm3.part", 0.1, seed=3)
     (stopped / "result.json").unlink()
