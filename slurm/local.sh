@@ -3,6 +3,9 @@
 #
 #     slurm/local.sh SWEEP [-j N]        # N runs at once [1]; Ctrl-C saves and stops them, the same command goes on
 #
+# Several runs at once share the cores, unless OMP_NUM_THREADS says how many threads a run has. Each has one of the GPUs, the one
+# with the fewest runs.
+#
 # SIGTERM and SIGUSR1 stop it in the same way. Exit status: 0 if all lines have finished, else that of the first that has not
 # (75: stopped and resumable).
 set -euo pipefail
@@ -29,6 +32,29 @@ plan=$("$PYTHON" slurm/sweep.py prepare "$sweep" --data-dir "$DATA_DIR")
 { read -r lines && read -r open && read -r _; } <<<"$plan"$'\n\n' # the last two may be empty
 IFS=, read -ra numbers <<<"$open"
 runs=() status=0 stopped=''
+gpus=() && declare -A gpu_of # runs by process
+if [ "$at_once" -gt 1 ]; then
+    threads=$(($(nproc) / at_once))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+    elif command -v nvidia-smi >/dev/null; then
+        mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader)
+    fi
+fi
+
+freest_gpu() { # sets `gpu`
+    local candidate pid n least=
+    for candidate in "${gpus[@]}"; do
+        n=0
+        for pid in $(jobs -pr); do
+            [ "${gpu_of[$pid]}" != "$candidate" ] || n=$((n + 1))
+        done
+        if [ -z "$least" ] || [ "$n" -lt "$least" ]; then
+            gpu=$candidate least=$n
+        fi
+    done
+}
 
 # shellcheck disable=SC2317 # called by signals
 stop() {
@@ -44,8 +70,13 @@ for number in "${numbers[@]}"; do
         wait -n || true # ends also when a signal comes
     done
     [ -z "$stopped" ] || break
-    slurm/run_line.sh "$lines" "$number" &
-    runs+=($!)
+    gpu='' && freest_gpu
+    if [ -n "$gpu" ]; then
+        CUDA_VISIBLE_DEVICES=$gpu slurm/run_line.sh "$lines" "$number" &
+    else
+        slurm/run_line.sh "$lines" "$number" &
+    fi
+    runs+=($!) gpu_of[$!]=$gpu
 done
 while [ -n "$(jobs -pr)" ]; do
     wait -n || true

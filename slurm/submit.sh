@@ -53,9 +53,10 @@ snapshot() { # makes, if it is not there, the copy of the code that jobs run, an
     local revision tree index place
     revision=$(git rev-parse HEAD) || fail "$root is no git checkout: nobody could tell later what was run"
     tree=$revision
-    if ! git diff --quiet HEAD -- . ':!slurm/site.sh' ':!slurm/sweeps'; then
+    if ! git diff --quiet HEAD -- . ':!slurm/site.sh' ':!slurm/sweeps' ||
+        [ -n "$(git ls-files --others --exclude-standard '*.py')" ]; then
         if [ -z "$uncommitted" ]; then
-            git diff --stat HEAD -- . ':!slurm/site.sh' ':!slurm/sweeps' >&2
+            git status --short -- . ':!slurm/site.sh' ':!slurm/sweeps' >&2
             fail "uncommitted changes: commit them, or --uncommitted runs them"
         fi
         index=$(mktemp)

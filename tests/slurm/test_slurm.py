@@ -209,6 +209,8 @@ def test_jobs_run_what_was_submitted(cluster: Cluster, submitting: Submitting) -
     script.write_text(script.read_text().replace("finished after", "changed, and finished after"))
     project.write(SHORT[1])  # sweeps may be changed freely
     assert "uncommitted changes" in project.call("submit.sh", status=2)[1]
+    (project.folder / "common" / "new.py").touch()  # so may not what a commit has forgotten
+    assert "common/new.py" in project.call("submit.sh", status=2)[1]
     changed = project.submit(own=["--uncommitted"])
     cluster.call("scontrol", "release", job)
     cluster.wait(job, changed)

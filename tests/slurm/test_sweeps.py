@@ -159,6 +159,8 @@ def test_a_run_through_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     record.parent.mkdir(parents=True)
     assert sweep.state_of(line, {}) == "resumable"  # killed: nobody could note how it ended
     assert sweep.progress(line) == "epoch 3, val_accuracy 0.75, train_loss 2, 10.0 min, 50.0 to go"
+    (part / "args.json").write_text(json.dumps({"wc": 60, "max_epochs": 4}))  # the budget that ends first
+    assert sweep.progress(line).endswith("10.0 min, 3.3 to go")
     for status, state in {"75": "resumable", "1": "failed", "2": "failed"}.items():
         record.write_text(f"{status}\n")
         assert sweep.state_of(line, {}) == state
@@ -223,6 +225,22 @@ def test_local(alone: Alone) -> None:
     assert len(before) == 6
     assert "2 finished" in project.call("local.sh")[0]
     assert before == sorted((path, path.stat().st_mtime_ns) for path in project.folder.glob("results/zoo/*/*"))
+
+
+@pytest.mark.parametrize("gpus, chosen", [("4,7", {"1": "4", "2": "7", "3": "7"}), ("", {"1": "", "2": "", "3": ""})])
+def test_runs_here_share_gpus_and_cores(gpus: str, chosen: dict[str, str], alone: Alone) -> None:
+    """Each has the GPU with the fewest runs: the second run ends before the first, so the third has its GPU."""
+    project = alone(*SHORT[:3])
+    note = 'echo "$2:$CUDA_VISIBLE_DEVICES:$OMP_NUM_THREADS" >>ran.txt'
+    (project.folder / "slurm" / "run_line.sh").write_text(
+        f'#!/bin/sh\n{note}\n[ "$2" != 1 ] || sleep 3\n[ "$2" != 2 ] || sleep 1\n'
+    )
+    project.environment["CUDA_VISIBLE_DEVICES"] = gpus
+    del project.environment["OMP_NUM_THREADS"]
+    project.call("local.sh", "-j", "2")
+    ran = [line.split(":") for line in (project.folder / "ran.txt").read_text().split()]
+    assert {number: gpu for number, gpu, _ in ran} == chosen
+    assert {threads for *_, threads in ran} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
 
 @pytest.mark.slow
