@@ -17,7 +17,7 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.records import ROOT
+from common.gallery.runs import NOT_OPTIONS
 from common.plotting import BASELINE, PALETTE, draw_curve, save_figure
 from common.run.metrics import read_metrics
 from common.run.records import RecordError, read_json
@@ -42,6 +43,7 @@ class Curve:
     metrics: Mapping[str, Sequence[float]]
     loss: Mapping[str, float]  # of oracle and chance
     rand_index: Mapping[str, float]  # of oracle, k-means, ...
+    options: Mapping[str, Any]  # of the experiment: not the seed, nor places
 
 
 def read_run(place: Path, peers: Sequence[Mapping[str, Any]]) -> Curve:
@@ -54,9 +56,20 @@ def read_run(place: Path, peers: Sequence[Mapping[str, Any]]) -> Curve:
     if not levels and "k_means" in result:
         levels = {f"{K_MEANS}, {result['k_means']['starts']} starts": result["k_means"]["adjusted_rand_index"]}
     label = f"{args['type']}, {args['n_hidden']} hidden units, {result['parameters']:,} parameters"
+    if str(result.get("device")).startswith("cuda"):
+        label += f", {args['gpu']}"
     loss = {name: result[name]["cross_entropy"] for name in ("oracle", "chance")}
     rand_index = levels | {"oracle": result["oracle"]["rand_index"]}
-    return Curve(place.name, label, read_metrics(place / "metrics.csv"), loss, rand_index)
+    own = {name: value for name, value in args.items() if name not in NOT_OPTIONS}
+    return Curve(place.name, label, read_metrics(place / "metrics.csv"), loss, rand_index, own)
+
+
+def tell_apart(curves: Sequence[Curve]) -> list[Curve]:
+    """The curves, with the options in which they differ in their labels: repeats are those that differ in their seed alone."""
+    names = {name: None for curve in curves for name in curve.options if name not in ("type", "n_hidden")}
+    varying = [name for name in names if len({str(curve.options[name]) for curve in curves if name in curve.options}) > 1]
+    said = [[f", -{name} {curve.options[name]}" for name in varying if name in curve.options] for curve in curves]
+    return [replace(curve, label=curve.label + "".join(more)) for curve, more in zip(curves, said, strict=True)]
 
 
 def read_original(path: Path) -> dict[str, tuple[list[float], list[float]]]:
@@ -147,9 +160,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--log", action="store_true", help="minutes on a logarithmic axis")
     parser.add_argument("--out", type=Path, metavar="PNG", default=FOLDER / "loss_over_time.png", help="[%(default)s]")
     options = parser.parse_args(argv)
+    if not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: there is no directory {options.out.parent}")
     try:
         peers = read_json(options.peers)["rows"] if options.peers.exists() else []
-        curves = [read_run(place, peers) for place in options.runs]
+        curves = tell_apart([read_run(place, peers) for place in options.runs])
         original = read_original(options.original)
     except (RecordError, OSError) as error:
         parser.error(str(error))

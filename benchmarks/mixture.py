@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,9 @@ import amortised_mog as script
 from benchmarks.peers import circumstances, finished_run
 from benchmarks.records import ROOT
 from common.datasets.mixtures import MixtureSets, draw_sets
+from common.errors import InputError
 from common.models.mixture import log_likelihood
+from common.run.options import at_least
 from common.run.records import write_json
 from common.seeds import generator_of
 
@@ -86,24 +89,30 @@ def as_table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("best", nargs="+", type=Path, metavar="BEST.PKL")
-    parser.add_argument("--sets", type=int, default=N_SETS, help="[%(default)s]")
-    parser.add_argument("--threads", type=int, default=1, help="[%(default)s]")
+    parser.add_argument("--sets", type=at_least(1), default=N_SETS, help="[%(default)s]")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="[%(default)s]")
     parser.add_argument("--out", type=Path, default=OUT, help="the file that is written [results/mixture/peers.json]")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    try:
+        networks = {path.parent.name: finished_run(script, path) for path in options.best}  # before the minutes that follow
+    except InputError as error:
+        parser.error(f"{error}; name the best.pkl of a finished run of amortised_mog.py")
+    if len(networks) < len(options.best):
+        parser.error("two of the runs have one name, by which their results are kept: rename a directory")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     result = {"script": "benchmarks.mixture", "sets": options.sets, **circumstances(options.threads), "runs": {}}
     with threadpool_limits(options.threads):
-        for path in options.best:
-            args, model = finished_run(script, path)
-            rows = compare(args, model, options.sets)
-            result["runs"][path.parent.name] = rows
-            print(f"{path.parent.name}\n{as_table(rows)}\n")
+        for name, (args, model) in networks.items():
+            result["runs"][name] = compare(args, model, options.sets)
+            print(f"{name}\n{as_table(result['runs'][name])}\n")
     write_json(options.out, result)
     print(f"{options.threads} threads, load {result['load']} at the beginning; written to {options.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -70,3 +70,26 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as stopped:
         curves.main([str(tmp_path), "--out", str(tmp_path / "figure.png")])
     assert stopped.value.code == 2 and "there is no" in capsys.readouterr().err
+
+
+def test_a_picture_for_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        curves.main([str(write_run(tmp_path / "run", [0.6])), "--out", str(tmp_path / "missing" / "figure.png")])
+    assert stopped.value.code == 2 and "there is no directory" in capsys.readouterr().err
+
+
+def test_runs_on_a_gpu_are_told_apart(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [0.6], device="cuda:0")
+    args = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(args | {"gpu": "a card"}))
+    assert curves.read_run(run, PEERS).label.endswith(", a card")
+    other = write_run(tmp_path / "other", [0.6], device="cpu")
+    assert not curves.read_run(other, PEERS).label.endswith("None")
+
+
+def test_runs_of_other_options_are_no_repeats(tmp_path: Path) -> None:
+    for name, more in (("a", {"lr": 0.01}), ("b", {"lr": 0.01, "seed": 1}), ("c", {"lr": 0.02})):
+        args = json.loads((write_run(tmp_path / name, [0.6]) / "args.json").read_text())
+        (tmp_path / name / "args.json").write_text(json.dumps(args | more))
+    a, b, c = (curve.label for curve in curves.tell_apart([curves.read_run(tmp_path / name, PEERS) for name in "abc"]))
+    assert a == b and a.endswith(", -lr 0.01") and c.endswith(", -lr 0.02")
