@@ -72,6 +72,8 @@ class GraphedModel:
         if not self.recorded:  # a pool that has lost its graphs cannot be used again
             self.pool = torch.cuda.graph_pool_handle()
         random_state = torch.cuda.get_rng_state(inputs[0].device)
+        # gradients are added up on the stream of the recording, and PyTorch warns of that: it waits where it has to
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         static = tuple(tensor.clone() for tensor in inputs)
         # the cache would keep weights as they are now, in a lower precision
         with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
