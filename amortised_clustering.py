@@ -1,7 +1,7 @@
 """Amortised clustering with set-equivariant networks (Vollgraf 2019, arXiv 1906.09400, section 4.1).
 
 A network sees a set of points in the plane, drawn from a mixture of 3 to 10 Gaussians, once, and labels every point with its
-cluster. The loss is the cross entropy under the best matching of labels to clusters. The published line:
+cluster. The loss is the cross entropy under the best matching of labels to clusters. The published command:
 
     python -u amortised_clustering.py -type Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0 -bs 50 -wc 60
 

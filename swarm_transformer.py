@@ -1,7 +1,7 @@
 """The SWARM image transformer (Vollgraf 2019, arXiv 1906.09400, section 4.2): images, learned and drawn value by value.
 
 The probability of an image is the product of the probabilities of its values, each given those before it in reading order. A
-SWARM layer with causal pooling computes all of them in one pass. The published line for Fashion-MNIST (a GPU, eight hours):
+SWARM layer with causal pooling computes all of them in one pass. The published command for Fashion-MNIST (a GPU, eight hours):
 
     python -u swarm_transformer.py -data FashionMNIST -n_layers 1 -n_hidden 256 -n_iter 10 -wc 480 -lr 0.001 -bs 50
 

@@ -1,6 +1,6 @@
 """DUET, SimCLR and ESSL: representations learned from two views of each image (Suau et al., ICML 2023, arXiv 2306.16058).
 
-DUET's representations are matrices: one axis for an image's content, one for its transformation. The published line (73 %):
+DUET's representations are matrices: one axis for an image's content, one for its transformation. The published command (73 %):
 
     python train_ssl.py --model duet --encoder cifar10_resnet32 --dataset cifar10 --batch-size 1024 --test-every 10 \\
         --warmup-epochs 10 --epochs 800 --center-crop --tx sca rot --equi-tx rot --duet-target vm --duet-lambda 1000 \\

@@ -1,6 +1,7 @@
 """A zoo: networks of one architecture that differ only in random numbers (Godfrey et al., NeurIPS 2022, arXiv 2205.14258).
 
-Stitching and alignment (cifar10_*.py) compare its members. The published line, a quarter of 100 networks of 91.4 % on CIFAR-10:
+Stitching and alignment (cifar10_*.py) compare its members. The published command, for a quarter of 100 networks
+(91.4 % on CIFAR-10):
 
     python train_zoo.py --num_models=100 --arch=mCNN --num_chunks=4 --chunk=0
 
@@ -244,7 +245,7 @@ def make_record(
     record |= {"images": number_of, "chance_accuracy": 1 / n_classes(args), "data": data.fingerprint}
     # training: while it was trained on, so augmented, and with the weights of each step
     record |= {"training": best.metrics["train"], "validation": selected if args.select == "validation" else None, "test": test}
-    return record | environment()
+    return record | environment(options.device_of(args))
 
 
 # ---- the zoo -------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Sections of benchmarks/gpu.py that say how fast a GPU is, against lower bounds and targets.
 
-Each is a function that yields named values. Steps are those of the scripts, with the options of their published lines; `smoke`
-makes them tiny. As a module, this is one of several processes that train networks of a zoo at the same time.
+Each is a function that yields named values. Steps are those of the scripts, with the options of their published
+commands; `smoke` makes them tiny. As a module, this is one of several processes that train networks of a zoo at the same time.
 """
 
 from __future__ import annotations
@@ -364,7 +364,7 @@ def zoo_section(smoke: bool) -> Values:
 
 
 def duet(smoke: bool) -> Values:
-    """DUET's published line: images a second, and the share of the convolutions in a bf16 step."""
+    """DUET's published command: images a second, and the share of the convolutions in a bf16 step."""
 
     def make(precision: str, compile: bool) -> tuple[Any, Any]:
         sizes = ["--encoder-width", "4", "--batch-size", "8", "--encoder", "cifar10_resnet20"] if smoke else []

@@ -7,7 +7,7 @@ A step is forward, loss, backward, the sum of the gradients over the processes, 
 out as the scripts do it.
 
 (a) The published clustering line: 50 sets of up to 594 entities, n_hidden 128, n_iter 10.
-(b) The published line of images: 10 images of 28x28, n_hidden 256, n_iter 10.
+(b) The published command of images: 10 images of 28x28, n_hidden 256, n_iter 10.
 
 "communication" is what the first process spends in the sum, the wait for the others in it; "a step's reduction" is its size.
 With two GPUs or more, the same on one and on all of them (NCCL); processes on CPUs speak through Gloo.

@@ -3,7 +3,7 @@
     python -m benchmarks.swarm_transformer            # about 3 minutes on two cores
     python -m benchmarks.swarm_transformer --quick    # without (c), a minute
 
-All with n_hidden 256, n_iter 10, one layer, as the published lines for MNIST have it.
+All with n_hidden 256, n_iter 10, one layer, as the published commands for MNIST have it.
 
 (a) A training step (forward, loss, backward, Adam) of 10 images of 28x28: the plain formulation (1x1 convolutions, the input
     product in every iteration, autograd), this suite's layer, and the layer's matrix products alone, with the input product

@@ -1,4 +1,4 @@
-"""amortised_clustering.py as its users run it: published lines, bad input, what a run leaves, NaN, full disks, resuming."""
+"""amortised_clustering.py as its users run it: published commands, bad input, what a run leaves, NaN, full disks, resuming."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""cifar10_alignment.py as its users run it: the published line, what a run leaves, resuming, comparing, bad input."""
+"""cifar10_alignment.py as its users run it: the published command, what a run leaves, resuming, comparing, bad input."""
 
 import csv
 import json

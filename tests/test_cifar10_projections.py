@@ -1,4 +1,4 @@
-"""cifar10_projections.py as its users run it: the published line, what it leaves, stops, failures, bad input."""
+"""cifar10_projections.py as its users run it: the published command, what it leaves, stops, failures, bad input."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""swarm_transformer.py as its users run it: published lines, names, bad input, what a run leaves, memory, NaN, the test set."""
+"""swarm_transformer.py as its users run it: published commands, names, bad input, a run's files, memory, NaN, the test set."""
 
 import json
 import math

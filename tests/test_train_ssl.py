@@ -1,4 +1,4 @@
-"""train_ssl.py as its users run it: published lines, bad input, runs, stops, saved encoders, trackers, processes."""
+"""train_ssl.py as its users run it: published commands, bad input, runs, stops, saved encoders, trackers, processes."""
 
 import argparse
 import io

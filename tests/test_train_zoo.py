@@ -1,4 +1,4 @@
-"""train_zoo.py as its users run it: the published line and training run, bad input, what it leaves, stops, failures, locks."""
+"""train_zoo.py as its users run it: the published command and training run, bad input, its files, stops, failures, locks."""
 
 import csv
 import json
