@@ -27,7 +27,7 @@ TRACES = {  # what was wrong with a run, and where it is
 JOINTS = {"full": "any matrix", "rank4": "rank 4", "rank1": "rank 1", "permutation": "permutation"}
 
 
-def show_part(axes: Axes, picture: str, left: float, right: float, top: float, bottom: float) -> None:
+def show_part(axes: Axes, picture: str, left: float = 0.0, right: float = 1.0, top: float = 0.0, bottom: float = 1.0) -> None:
     """A part of a picture, its edges in shares of width and height."""
     pixels = matplotlib.image.imread(RESULTS / picture)
     height, width = pixels.shape[:2]
@@ -60,7 +60,7 @@ def draw_strip() -> None:
     panels[0].set_title("clusters, in one pass\n(SWARM)")
     show_part(panels[1], "fashion/samples.png", 0.105, 0.497, 0.100, 0.452)
     panels[1].set_title("images, drawn value by value\n(SWARM transformer)")
-    show_part(panels[2], "ssl/duet/marginals.png", 0.0537, 0.4563, 0.146, 0.893)
+    show_part(panels[2], "ssl/duet-width32-seed0/marginals.png", 0.0537, 0.4563, 0.146, 0.893)
     panels[2].set_title("the rotation, read off\na representation (DUET)")
     panels[2].set_xlabel("rotation")
     panels[2].set_ylabel("structure axis")
@@ -78,9 +78,9 @@ def draw_traces() -> None:
     """Loss, and the traces of one parameter, of each run."""
     figure = Figure(figsize=(9, 11), layout="constrained")
     for row, (what, run) in zip(figure.subplots(len(TRACES), 2), TRACES.items()):
-        show_part(row[0], f"{run}/metrics.png", 0.0, 0.51, 0.03, 0.505)
+        show_part(row[0], f"{run}/metrics.png")  # the first panels of the run's pictures are all that is stored
         row[0].set_title(f"{what}: loss")
-        show_part(row[1], f"{run}/weights.png", 0.0, 0.25, 0.12, 0.54)
+        show_part(row[1], f"{run}/weights.png")
         row[1].set_title("some weights (cell.Whh)")
         for axes in row:
             axes.axis("off")

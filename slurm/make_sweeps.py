@@ -35,7 +35,7 @@ OTHER_MODELS = ("dispatched", "single-agent", "soft-mixture", "per-task-all-fc",
 
 
 def amortised_clustering() -> Iterator[str]:
-    """The published line of the SWARM model, and the models it is compared with, of the same width and budget."""
+    """The published command of the SWARM model, and the models it is compared with, of the same width and budget."""
     models = ("Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0", "SetLinear", "SetTransformer", "LSTM", "LSTMS")
     for model in models:
         for seed in SEEDS:
@@ -43,7 +43,7 @@ def amortised_clustering() -> Iterator[str]:
 
 
 def swarm_images() -> Iterator[str]:
-    """The three published lines; then each with its class, which is what the original trained whatever it was told."""
+    """The three published commands; then each with its class, which is what the original trained whatever it was told."""
     for condition in ("", " -cond"):
         yield f"swarm_transformer.py -data CIFAR10 -n_layers 1 -n_hidden 512 -n_iter 20 -wc 7200 -lr 0.002 -bs 20{condition}"
         for data in ("FashionMNIST", "MNIST"):
@@ -51,10 +51,10 @@ def swarm_images() -> Iterator[str]:
 
 
 def amortised_mog() -> Iterator[str]:
-    """Either pooling, three seeds, twenty minutes each, in which the learning rate falls to a hundredth."""
+    """Either pooling, three seeds, for the published 100 epochs."""
     for pooling in ("MEAN", "POMA"):
         for seed in SSL_SEEDS:
-            yield f"amortised_mog.py -p {pooling} -gamma 0.7 -max_epochs 8 -seed {seed}"
+            yield f"amortised_mog.py -p {pooling} -seed {seed}"
 
 
 def duet(dataset: str) -> Iterator[str]:
@@ -122,13 +122,22 @@ def routing() -> Iterator[str]:
 
 
 def clustering_hour() -> Iterator[str]:
-    """The published line as printed, and other models with about as many parameters (135,178): 139,758, 135,020, 137,738."""
+    """The published command as printed, and other models with about as many parameters (135,178): 139,758, 135,020, 137,738."""
     models = (
         "Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0", "SetTransformer -n_hidden 92 -lr 0.003",
         "SetLinear -n_hidden 180 -n_layers 4 -lr 0.003", "LSTM -n_hidden 128",
     )  # fmt: skip
     for model in models:
         yield f"amortised_clustering.py -type {model} -bs 50 -wc 60"
+
+
+def swarm_gpu() -> Iterator[str]:
+    """Eight minutes of a GPU that they share: the published clustering model, and mixtures with a learning rate that falls."""
+    clustering = "amortised_clustering.py -type Swarm -n_hidden 128 -n_iter 10 -n_layers 1 -dropout 0.0 -bs 50"
+    mixtures = [f"amortised_mog.py -p {pooling} -gamma 0.9 -max_epochs 40" for pooling in ("MEAN", "POMA")]
+    for line in (clustering, *mixtures):
+        for seed in range(3):
+            yield f"{line} -wc 8.2 -seed {seed}"
 
 
 def clustering_small() -> Iterator[str]:
@@ -148,19 +157,19 @@ def images_small() -> Iterator[str]:
 
 
 def ssl_fashion() -> Iterator[str]:
-    """All images at their full size, turned or mirrored; DUET's and ESSL's options as in the published lines."""
-    for code, target in (("rot", "vm"), ("fli", "ga")):
-        for method in (
-            f"duet --tx sca {code} --equi-tx {code} --duet-target {target} --duet-lambda 1000",
-            f"simclr --tx sca {code}",
-            f"essl --tx sca --equi-tx {code}",
-        ):
-            for seed in range(2):
-                yield (
-                    "train_ssl.py --dataset fashionmnist --image-size 28 --encoder cifar10_resnet20 --encoder-width 32 "
-                    "--precision bf16 --batch-size 256 --lr 0.001 --epochs 20 --warmup-epochs 1 --test-every 10 "
-                    f"--model {method} --seed {seed}"
-                )
+    """All images at their full size; DUET's options as in the published commands."""
+    for method in (
+        "duet --tx sca rot --equi-tx rot --duet-target vm --duet-lambda 1000",
+        "simclr --tx sca rot",
+        "essl --tx sca --equi-tx rot",
+        "essl --tx sca --equi-tx fli",
+    ):
+        for seed in range(2):
+            yield (
+                "train_ssl.py --dataset fashionmnist --image-size 28 --encoder cifar10_resnet20 --encoder-width 32 "
+                "--precision bf16 --batch-size 256 --lr 0.001 --epochs 12 --warmup-epochs 1 --test-every 12 "
+                f"--model {method} --seed {seed}"
+            )
 
 
 def routing_mnist() -> Iterator[str]:
@@ -220,9 +229,7 @@ def published() -> dict[str, str]:
             "Amortised clustering: five models, five seeds, an hour each", amortised_clustering()
         ),
         "swarm_images.txt": sweep("SWARM image transformer: 5 days for CIFAR-10, 8 hours for the others", swarm_images()),
-        "amortised_mog.txt": sweep(
-            "Amortised mixtures of Gaussians: two poolings, three seeds, 20 minutes each", amortised_mog()
-        ),
+        "amortised_mog.txt": sweep("Amortised mixtures of Gaussians: two poolings, three seeds", amortised_mog()),
         "duet_cifar10.txt": sweep(f"{of_ssl}: CIFAR-10, three seeds", duet("cifar10")),
         "duet_cifar100.txt": sweep(f"{of_ssl}: CIFAR-100, three seeds", duet("cifar100")),
         "zoo.txt": sweep("Zoos of 100 networks of an architecture, in four chunks each", zoo()),
@@ -242,7 +249,10 @@ def published() -> dict[str, str]:
 def of_one_machine() -> dict[str, str]:
     """The content of the files of results/, by name."""
     return {
-        "clustering_hour.txt": sweep("Amortised clustering: the published line and its peers, an hour each", clustering_hour()),
+        "clustering_hour.txt": sweep(
+            "Amortised clustering: the published model and its peers, an hour each", clustering_hour()
+        ),
+        "swarm_gpu.txt": sweep("Clustering and mixtures, three seeds: for a GPU, all at once", swarm_gpu()),
         "clustering_small.txt": sweep("Amortised clustering: a small model, two hours, three seeds", clustering_small()),
         "images_small.txt": sweep("SWARM image transformer: small, 20 minutes, three seeds", images_small()),
         "ssl_fashion.txt": sweep(

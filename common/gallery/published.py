@@ -68,7 +68,7 @@ def table_text(root: Path, table: Mapping[str, Any]) -> str:
         commands[-1] += " ...  # and the row's options"
     paper = [f"    {table['paper_command']}  # the paper's"] if "paper_command" in table else []
     rows = [row_cells(root, table, row) for row in table["rows"]]
-    lines = [["runs", *table["columns"], "n", "paper", "apart"], ["---"] * (len(table["columns"]) + 4), *rows]
+    lines = [["runs", *table["columns"], "n", "paper", "difference"], ["---"] * (len(table["columns"]) + 4), *rows]
     if not any(cell for row in rows for cell in row[-2:]):
         lines = [line[:-2] for line in lines]
     return "\n".join(
@@ -101,13 +101,13 @@ def row_cells(root: Path, table: Mapping[str, Any], row: Mapping[str, Any]) -> l
     runs = f"[{row['runs']}]({row['runs']})" if (root / row["runs"]).is_dir() else f"`{row['runs']}`"
     what = [runs, row.get("label", ""), f"`{row['options']}`" if "options" in row else ""]
     paper = row.get("paper", "")
-    apart = row.get("note", "")
+    difference = row.get("note", "")
     if isinstance(paper, list):
         pairs = [(figure, value) for figure, value in zip(figures, paper, strict=False) if is_number(value)]
         differences = ", ".join(f"{ours.mean - value:+z{ours.form}}" for ours, value in pairs)
         paper = ", ".join(f"{value:{ours.form}}" for ours, value in pairs)
-        apart = f"{differences}: {apart}" if apart else differences
-    return [", ".join(filter(None, what)), *map(str, figures), str(*counts), paper, apart]
+        difference = f"{differences}: {difference}" if difference else differences
+    return [", ".join(filter(None, what)), *map(str, figures), str(*counts), paper, difference]
 
 
 def read_results(root: Path, pattern: str) -> list[dict[str, Any]]:
