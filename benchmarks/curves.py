@@ -66,7 +66,7 @@ def read_run(place: Path, peers: Sequence[Mapping[str, Any]]) -> Curve:
 
 def tell_apart(curves: Sequence[Curve]) -> list[Curve]:
     """The curves, with the options in which they differ in their labels: repeats are those that differ in their seed alone."""
-    names = {name: None for curve in curves for name in curve.options if name not in ("type", "n_hidden")}
+    names = {name: None for curve in curves for name in curve.options if name not in ("type", "n_hidden", "wc", "max_epochs")}
     varying = [name for name in names if len({str(curve.options[name]) for curve in curves if name in curve.options}) > 1]
     said = [[f", -{name} {curve.options[name]}" for name in varying if name in curve.options] for curve in curves]
     return [replace(curve, label=curve.label + "".join(more)) for curve, more in zip(curves, said, strict=True)]
