@@ -175,7 +175,7 @@ def ssl_fashion() -> Iterator[str]:
 def routing_mnist() -> Iterator[str]:
     """Ten tasks of 2,000 images; then ten tasks of 100 images, for as many steps of 640, and three modules for all of them."""
     common = "routing_networks.py --data MNIST-MTL --optimizer adam --loss cross-entropy --batch-size 64 --lr 2e-3"
-    learned = ("--decision AAC --routing-lr 0.1", "--decision WPL")
+    learned = ("--decision AAC --routing-lr 0.1", "--decision WPL --routing-lr 0.3")  # rates of pilots with seed 99
     fixed = ("--model per-task-all-fc", "--model per-task-1-fc --width 176", "--model soft-mixture")
     agents = [f"--model {model} --decision AAC --routing-lr 0.1" for model in ("dispatched", "single-agent")]
     sharing = [f"{decision} --modules 3" for decision in learned]
