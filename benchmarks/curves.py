@@ -142,7 +142,8 @@ def plot(path: Path, curves: Sequence[Curve], original: Mapping[str, tuple[list[
         name = "original program" if program == "original" else f"{program}, at the same time as the original"
         draw_curve(losses, minutes, values, color="#000000", linewidth=1.5, linestyle=line, label=name)
     draw_levels(losses, [curve.loss for curve in curves])
-    draw_levels(indices, [curve.rand_index for curve in curves])
+    most = max(len(curve.rand_index) for curve in curves)  # without peers, a run knows one level of k-means
+    draw_levels(indices, [curve.rand_index for curve in curves if len(curve.rand_index) == most])
     losses.set(ylabel="validation loss (nats per point)", yscale="log")
     indices.set(ylabel="adjusted Rand index of validation tasks")
     for axes in (losses, indices):
