@@ -23,7 +23,7 @@ INTRODUCTION = f"""# Results
 
 What was run, what it measured, and what the paper reports. `python collect_results.py --published` makes this page:
 [{SPEC}]({SPEC}) names the runs, and the fields of their `result.json`. Figures are mean ± standard deviation (n - 1)
-of n values; one value has no deviation. "Apart" is ours minus the paper's. The page of each system discusses them.
+of n values; one value has no deviation. "Difference" is ours minus the paper's. The page of each system discusses them.
 """
 
 
