@@ -10,15 +10,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from benchmarks.records import ROOT
 from common import graphs
 
-ROOT = Path(__file__).parent.parent
 Step = Callable[[], object]
 Values = Iterator[tuple[str, Any]]  # of a section, by name
 

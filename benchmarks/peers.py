@@ -33,7 +33,7 @@ def finished_run(script: ModuleType, best: Path) -> tuple[argparse.Namespace, nn
 
 
 def circumstances(threads: int) -> dict[str, Any]:
-    """What has to be known of a measurement: machine, threads, load at its beginning, date, revision and versions."""
+    """The conditions of a measurement: machine, threads, load at its beginning, date, revision and versions."""
     return {
         "machine": machine(),
         "threads": threads,

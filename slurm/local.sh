@@ -43,8 +43,9 @@ if [ "$at_once" -gt 1 ]; then
     fi
 fi
 
-freest_gpu() { # sets `gpu`
+freest_gpu() { # sets `gpu`, to nothing where there is none or all runs may have all
     local candidate pid n least=
+    gpu=''
     for candidate in "${gpus[@]}"; do
         n=0
         for pid in $(jobs -pr); do
@@ -70,12 +71,8 @@ for number in "${numbers[@]}"; do
         wait -n || true # ends also when a signal comes
     done
     [ -z "$stopped" ] || break
-    gpu='' && freest_gpu
-    if [ -n "$gpu" ]; then
-        CUDA_VISIBLE_DEVICES=$gpu slurm/run_line.sh "$lines" "$number" &
-    else
-        slurm/run_line.sh "$lines" "$number" &
-    fi
+    freest_gpu
+    ${gpu:+env "CUDA_VISIBLE_DEVICES=$gpu"} slurm/run_line.sh "$lines" "$number" &
     runs+=($!) gpu_of[$!]=$gpu
 done
 while [ -n "$(jobs -pr)" ]; do

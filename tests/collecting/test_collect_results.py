@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import amortised_clustering
 import collect_results as script
@@ -22,7 +23,7 @@ from common.gallery import runs as runs_module
 from common.gallery.runs import find_runs, read_curves
 from common.run import lock as lock_module
 from common.run.lock import is_locked, take_lock
-from common.run.run import Run
+from common.run.run import Run, environment
 from tests.collecting.runs import OPTIONS, metrics, write_clustering
 from tests.command_lines import assert_one_line_and_nothing_made, exit_status
 
@@ -191,6 +192,10 @@ def test_a_finished_run_says_how_many_of_its_jobs_failed(tmp_path: Path) -> None
 
 
 # ---- tables and pictures -------------------------------------------------------------------------------------------------
+
+
+def test_the_machine_is_no_option() -> None:
+    assert environment(torch.device("cpu")).keys() <= runs_module.NOT_OPTIONS
 
 
 def test_tables_over_seeds(tmp_path: Path) -> None:
