@@ -1,6 +1,7 @@
 """Amortised clustering over wall clock, as the paper's figure has it: validation loss, and adjusted Rand index next to k-means.
 
     python -m benchmarks.curves RUN ...             # finished runs of amortised_clustering.py
+    python -m benchmarks.curves RUN,RUN,...         # each went on with the best model of the one before: one curve
 
 draws results/clustering/loss_over_time.png: the runs' val_loss over minutes with the oracle's and chance level and the curve of
 the original program (results/clustering/original_hour.csv, which says where it comes from), and their val_rand_index with the
@@ -62,6 +63,24 @@ def read_run(place: Path, peers: Sequence[Mapping[str, Any]]) -> Curve:
     rand_index = levels | {"oracle": result["oracle"]["rand_index"]}
     own = {name: value for name, value in args.items() if name not in NOT_OPTIONS}
     return Curve(place.name, label, read_metrics(place / "metrics.csv"), loss, rand_index, own)
+
+
+def read_stages(places: str, peers: Sequence[Mapping[str, Any]]) -> Curve:
+    """Runs, separated by commas, that each went on with the best model of the one before, as one. Raises RecordError.
+
+    Steps and minutes go on, too. All but the last may have been stopped before their end.
+    """
+    *earlier, last = (Path(place) for place in places.split(","))
+    curve, metrics, rates = read_run(last, peers), dict[str, list[float]](), list[str]()
+    for place in (*earlier, last):
+        rows = read_metrics(place / "metrics.csv")
+        for name, values in rows.items():
+            column = metrics.setdefault(name, [])
+            before = column[-1] if column and name in ("epoch", "step", "seconds") else 0
+            column += [before + value for value in values]
+        rates.append(f"{read_json(place / 'args.json').get('lr')}")
+    own = curve.options | ({"lr": ", ".join(rates)} if earlier else {})
+    return replace(curve, name=" + ".join(place.name for place in (*earlier, last)), metrics=metrics, options=own)
 
 
 def tell_apart(curves: Sequence[Curve]) -> list[Curve]:
@@ -155,7 +174,7 @@ def plot(path: Path, curves: Sequence[Curve], original: Mapping[str, tuple[list[
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("runs", nargs="+", metavar="RUN[,RUN...]")
     parser.add_argument("--original", type=Path, metavar="CSV", default=FOLDER / "original_hour.csv", help="[%(default)s]")
     parser.add_argument("--peers", type=Path, metavar="JSON", default=FOLDER / "peers.json", help="[%(default)s]")
     parser.add_argument("--log", action="store_true", help="minutes on a logarithmic axis")
@@ -165,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--out {options.out}: there is no directory {options.out.parent}")
     try:
         peers = read_json(options.peers)["rows"] if options.peers.exists() else []
-        curves = tell_apart([read_run(place, peers) for place in options.runs])
+        curves = tell_apart([read_stages(places, peers) for places in options.runs])
         original = read_original(options.original)
     except (RecordError, OSError) as error:
         parser.error(str(error))

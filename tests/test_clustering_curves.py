@@ -46,6 +46,17 @@ def test_when_a_run_passes_k_means(indices: tuple[float, ...], sentence: str, tm
     assert said.endswith(sentence)
 
 
+def test_runs_that_went_on_with_the_one_before_are_one_curve(tmp_path: Path) -> None:
+    """The first one was stopped before its end: it has no result."""
+    for name, indices in (("a", [0.6, 0.7]), ("b", [0.75]), ("c", [0.81])):
+        write_run(tmp_path / name, indices)
+    (tmp_path / "a" / "result.json").unlink()
+    run = curves.read_stages(",".join(str(tmp_path / name) for name in "abc"), PEERS)
+    assert run.name == "a + b + c" and run.metrics["step"] == [100, 200, 300, 400]
+    assert run.metrics["val_rand_index"] == [0.6, 0.7, 0.75, 0.81]
+    assert curves.passes(run)[0].startswith("passes k-means, 1 start (0.800) after 400 steps (4.0 min)")
+
+
 def test_k_means_of_the_run_where_it_has_no_peers(tmp_path: Path) -> None:
     k_means = {"adjusted_rand_index": 0.75, "tasks": 6, "starts": 4}
     run = curves.read_run(write_run(tmp_path / "run", [0.7, 0.76], seed=1, k_means=k_means), PEERS)
