@@ -144,7 +144,7 @@ def draw_levels(axes: Axes, levels: Sequence[Mapping[str, float]]) -> None:
 
 def plot(path: Path, curves: Sequence[Curve], original: Mapping[str, tuple[list[float], list[float]]], log: bool) -> None:
     """Loss and adjusted Rand index over minutes; runs that differ in their seed alone have one colour."""
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     losses, indices = figure.subplots(1, 2)
     labels = list(dict.fromkeys(curve.label for curve in curves))
     for curve in curves:
@@ -153,7 +153,7 @@ def plot(path: Path, curves: Sequence[Curve], original: Mapping[str, tuple[list[
             curve is next(c for c in curves if c.label == curve.label),
         )
         n = sum(other.label == curve.label for other in curves)
-        name = textwrap.fill(curve.label + (f" ({n} runs)" if n > 1 else ""), 42) if first else None
+        name = textwrap.fill(curve.label + (f" ({n} runs)" if n > 1 else ""), 80) if first else None
         minutes = [seconds / 60 for seconds in curve.metrics["seconds"]]
         for axes, column in ((losses, "val_loss"), (indices, "val_rand_index")):
             draw_curve(axes, minutes, curve.metrics[column], color=colour, linewidth=1.2, label=name)
@@ -168,7 +168,9 @@ def plot(path: Path, curves: Sequence[Curve], original: Mapping[str, tuple[list[
     for axes in (losses, indices):
         axes.set(xlabel="minutes of training", xscale="log" if log else "linear")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7)
+    drawn = [axes.get_legend_handles_labels() for axes in (losses, indices)]
+    handles = {name: line for lines, names in drawn for line, name in zip(lines, names, strict=True)}  # a run is in both
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
     save_figure(figure, path)
 
 

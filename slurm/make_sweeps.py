@@ -142,8 +142,9 @@ def swarm_gpu() -> Iterator[str]:
 
 def clustering_small() -> Iterator[str]:
     """A SWARM layer of a size at which one thread takes thousands of steps an hour. docs/clustering.md goes on with it."""
+    model = "-type Swarm -n_hidden 64 -n_iter 10 -bs 20"
     for seed in range(3):
-        yield f"amortised_clustering.py -type Swarm -n_hidden 64 -n_iter 10 -tasks 20000 -bs 20 -lr 0.01 -wc 100 -seed {seed}"
+        yield f"amortised_clustering.py {model} -tasks 20000 -lr 0.01 -max_epochs 12 -wc 120 -seed {seed}"
 
 
 def images_small() -> Iterator[str]:
@@ -173,19 +174,20 @@ def ssl_fashion() -> Iterator[str]:
 
 
 def routing_mnist() -> Iterator[str]:
-    """Ten tasks of 2,000 images; then ten tasks of 100 images, for as many steps of 640, and three modules for all of them."""
-    common = "routing_networks.py --data MNIST-MTL --optimizer adam --loss cross-entropy --batch-size 64 --lr 2e-3"
+    """Ten tasks of 2,000 images, of two sets; ten of 100 images, for as many steps of 640, with three modules, too."""
+    common = "--optimizer adam --loss cross-entropy --batch-size 64 --lr 2e-3"
     learned = ("--decision AAC --routing-lr 0.1", "--decision WPL --routing-lr 0.3")  # rates of pilots with seed 99
     fixed = ("--model per-task-all-fc", "--model per-task-1-fc --width 176", "--model soft-mixture")
     agents = [f"--model {model} --decision AAC --routing-lr 0.1" for model in ("dispatched", "single-agent")]
     sharing = [f"{decision} --modules 3" for decision in learned]
-    for kinds, budget in (
-        ((*learned, *agents, *fixed), "--epochs 4"),
-        ((*sharing, *learned, *fixed), "--epochs 40 --drop-after 20 --task-images 50"),
+    for data, kinds, budget in (
+        ("MNIST-MTL", (*learned, *agents, *fixed), "--epochs 4"),
+        ("FashionMNIST-MTL", (*learned, *fixed), "--epochs 4"),
+        ("MNIST-MTL", (*sharing, *learned, *fixed), "--epochs 40 --drop-after 20 --task-images 50"),
     ):
         for kind in kinds:
             for seed in range(1, 6):
-                yield f"{common} {budget} {kind} --seed {seed}"
+                yield f"routing_networks.py --data {data} {common} {budget} {kind} --seed {seed}"
 
 
 FASHION_ZOO = "--dataset fashionmnist --subset 12000"
@@ -254,14 +256,15 @@ def of_one_machine() -> dict[str, str]:
         ),
         "swarm_gpu.txt": sweep("Clustering and mixtures, three seeds: for a GPU, all at once", swarm_gpu()),
         "clustering_small.txt": sweep(
-            "Amortised clustering: a small model, 100 minutes of a thread, three seeds", clustering_small()
+            "Amortised clustering: a small model, three seeds, 42 minutes of a thread each", clustering_small()
         ),
         "images_small.txt": sweep("SWARM image transformer: small, 20 minutes, three seeds", images_small()),
         "ssl_fashion.txt": sweep(
             "DUET, SimCLR and ESSL on Fashion-MNIST, two seeds: for a GPU, several at once", ssl_fashion()
         ),
         "routing_mnist.txt": sweep(
-            "Routing on MNIST in ten tasks, five seeds: many images, and few with few modules", routing_mnist()
+            "Routing on ten tasks of MNIST and Fashion-MNIST, five seeds: many images, and few with few modules",
+            routing_mnist(),
         ),
         "zoo_fashion.txt": sweep("Small networks of three architectures on Fashion-MNIST", zoo_fashion()),
         "stitching_fashion.txt": sweep(
