@@ -68,7 +68,7 @@ def read_run(place: Path, peers: Sequence[Mapping[str, Any]]) -> Curve:
 def read_stages(places: str, peers: Sequence[Mapping[str, Any]]) -> Curve:
     """Runs, separated by commas, that each went on with the best model of the one before, as one. Raises RecordError.
 
-    Steps and minutes go on, too. All but the last may have been stopped before their end.
+    Steps and minutes go on, too. Of all but the last, metrics.csv is enough.
     """
     *earlier, last = (Path(place) for place in places.split(","))
     curve, metrics, rates = read_run(last, peers), dict[str, list[float]](), list[str]()
@@ -78,9 +78,9 @@ def read_stages(places: str, peers: Sequence[Mapping[str, Any]]) -> Curve:
             column = metrics.setdefault(name, [])
             before = column[-1] if column and name in ("epoch", "step", "seconds") else 0
             column += [before + value for value in values]
-        rates.append(f"{read_json(place / 'args.json').get('lr')}")
+        rates += [f"{rate:g}" for rate in rows.get("lr", [])[:1]]
     own = curve.options | ({"lr": ", ".join(rates)} if earlier else {})
-    return replace(curve, name=" + ".join(place.name for place in (*earlier, last)), metrics=metrics, options=own)
+    return replace(curve, metrics=metrics, options=own)
 
 
 def tell_apart(curves: Sequence[Curve]) -> list[Curve]:

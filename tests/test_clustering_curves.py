@@ -47,12 +47,13 @@ def test_when_a_run_passes_k_means(indices: tuple[float, ...], sentence: str, tm
 
 
 def test_runs_that_went_on_with_the_one_before_are_one_curve(tmp_path: Path) -> None:
-    """The first one was stopped before its end: it has no result."""
+    """Of the first one there is only metrics.csv: it was stopped before its end."""
     for name, indices in (("a", [0.6, 0.7]), ("b", [0.75]), ("c", [0.81])):
         write_run(tmp_path / name, indices)
-    (tmp_path / "a" / "result.json").unlink()
+    for name in ("result.json", "args.json"):
+        (tmp_path / "a" / name).unlink()
     run = curves.read_stages(",".join(str(tmp_path / name) for name in "abc"), PEERS)
-    assert run.name == "a + b + c" and run.metrics["step"] == [100, 200, 300, 400]
+    assert run.name == "c" and run.metrics["step"] == [100, 200, 300, 400] and run.metrics["epoch"] == [1, 2, 3, 4]
     assert run.metrics["val_rand_index"] == [0.6, 0.7, 0.75, 0.81]
     assert curves.passes(run)[0].startswith("passes k-means, 1 start (0.800) after 400 steps (4.0 min)")
 
