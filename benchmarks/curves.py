@@ -79,7 +79,7 @@ def read_stages(places: str, peers: Sequence[Mapping[str, Any]]) -> Curve:
             before = column[-1] if column and name in ("epoch", "step", "seconds") else 0
             column += [before + value for value in values]
         rates += [f"{rate:g}" for rate in rows.get("lr", [])[:1]]
-    own = curve.options | ({"lr": ", ".join(rates)} if earlier else {})
+    own = {**curve.options, **({"lr": ", ".join(rates)} if earlier else {})}
     return replace(curve, metrics=metrics, options=own)
 
 
