@@ -141,7 +141,7 @@ def swarm_gpu() -> Iterator[str]:
 
 
 def clustering_small() -> Iterator[str]:
-    """A SWARM layer of a size at which one thread takes thousands of steps an hour. docs/clustering.md goes on with it."""
+    """A small SWARM layer, which one thread can train. docs/clustering.md has the runs at lower learning rates that follow."""
     model = "-type Swarm -n_hidden 64 -n_iter 10 -bs 20"
     for seed in range(3):
         yield f"amortised_clustering.py {model} -tasks 20000 -lr 0.01 -max_epochs 12 -wc 120 -seed {seed}"
