@@ -17,6 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its functions keep the group that exists at their import, as a default. Adam would import them in its first step: the group
+# would never be destroyed, and one of its threads can abort the process when the interpreter ends.
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from common.errors import InputError

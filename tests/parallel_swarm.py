@@ -181,7 +181,9 @@ def main(folder: Path) -> None:
             steps_of("images", False, folder / "data", folder / "short")
         left["refused"] = refuse_all(folder)
         assert parallel.largest(0) == 0  # nobody is ahead
-        torch.save(left, folder / f"left by {parallel.rank()}.pt")
+        rank = parallel.rank()
+    left["threads"] = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+    torch.save(left, folder / f"left by {rank}.pt")
 
 
 def killed(folder: Path, kind: str, rank: int, n: int) -> int:

@@ -155,6 +155,12 @@ def test_what_is_refused_is_one_line(folder: Path, left: list[dict[str, Any]]) -
     assert not (folder / "refused").exists()
 
 
+def test_no_thread_of_the_group_outlives_it(left: list[dict[str, Any]]) -> None:
+    """One that does can abort the process when the interpreter ends."""
+    for of_process in left:
+        assert not [name for name in of_process["threads"] if "gloo" in name], of_process["threads"]
+
+
 def test_sets_are_dealt_out_by_entities(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = torch.randint(100, 1001, (50,), generator=torch.Generator().manual_seed(0))
     assert torch.equal(parallel.deal(sizes), torch.arange(50))
