@@ -92,16 +92,16 @@ def test_a_run_longer_than_its_limit(cluster: Cluster, submitting: Submitting, u
     The last task of an array has the array's own id: requeueing that would start both again.
     """
     project = submitting(SHORT[0], LONG)
-    job = project.submit("--hold", "--time=1")
-    cluster.call("scontrol", "update", f"JobId={job}_1", "TimeLimit=30")  # the signal is for the other one
+    job = project.submit("--hold", "--time=30")
     cluster.call("scontrol", "release", f"{job}_1")
     wait_until(lambda: project.states()[1] == "finished", "the short run")
     cluster.call("scontrol", "release", f"{job}_2")
     trains(project)
     with frozen(project):  # with a limit of a minute the signal comes at the next tick, and is to come in mid-run
+        cluster.call("scontrol", "update", f"JobId={job}_2", "TimeLimit=1")
         time.sleep(cluster.seconds_to_the_next_tick() + 1)
     wait_until(lambda: cluster.tasks(job)["2"]["JobState"] == "PENDING", "the requeue")
-    cluster.call("scontrol", "update", f"JobId={job}_2", "TimeLimit=30")  # once is enough, also on a slow machine
+    cluster.call("scontrol", "update", f"JobId={job}_2", "TimeLimit=30")  # once is enough
     cluster.wait(job)
     tasks = cluster.tasks(job)
     assert tasks["2"]["Restarts"] == "1" and tasks["1"]["Restarts"] == "0"
