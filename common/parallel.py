@@ -13,14 +13,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-
-# Its functions keep the group that exists at their import, as a default. Adam would import them in its first step: the group
-# would never be destroyed, and one of its threads can abort the process when the interpreter ends.
-import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from common.errors import InputError
@@ -76,6 +73,9 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         return
     if device_type == "cuda":
         torch.cuda.set_device(device)
+    # Its functions keep the group that exists at their import, as a default. Adam would import them in its first step: the
+    # group would never be destroyed, and one of its threads can abort the process when the interpreter ends.
+    import_module("torch.distributed.nn.functional")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield device
